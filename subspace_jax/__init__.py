@@ -1,0 +1,1 @@
+"""Adapt pretrained JAX models: stand-in weights and subspace gradient transformations."""
