@@ -1,0 +1,258 @@
+"""`adapt`: puts stand-in weights into a parameter tree by ordered rules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from subspace_jax.core._errors import (
+    NonFiniteError,
+    PatternError,
+    RoleError,
+    StatisticsError,
+    SubspaceError,
+    nearest,
+)
+from subspace_jax.core._full import Full
+from subspace_jax.core._partition import key_for
+from subspace_jax.core._paths import leaves_with_paths, map_with_paths, matches
+from subspace_jax.core._role import Role
+from subspace_jax.core._weight import Weight, is_weight
+
+Selector = str | Callable[[str, jax.Array], bool]
+
+
+class InitFn(Protocol):
+    """Makes a stand-in weight out of an array."""
+
+    def __call__(self, key: jax.Array, array: jax.Array, role: Role, stats: Any) -> Weight:
+        """Returns the weight.
+
+        Args:
+          key: a random key; it is consumed.
+          array: the array to stand in for.
+          role: how the model uses it.
+          stats: the leaf's captured statistics; None if the method needs none.
+        """
+        ...
+
+
+class Method(NamedTuple):
+    """An adapter method: pure functions, as an optax transformation is.
+
+    Attributes:
+      name: what reports call it.
+      init: makes the stand-in weight of one array.
+      needs: fields of `Statistics` that `init` asks for, such as "gram".
+    """
+
+    name: str
+    init: InitFn
+    needs: tuple[str, ...] = ()
+
+
+Rules = Mapping[str, Method | None] | Sequence[tuple[Selector, Method | None]]
+
+
+def full() -> Method:
+    """Trains the selected arrays as they are; BitFit is `{"**/bias": full()}`.
+
+    Returns:
+      A method for arrays of any shape and floating dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> adapted = sj.adapt({"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}, {"b": sj.full()}, key=jax.random.key(0))
+      >>> jax.tree.map(jnp.shape, sj.partition(adapted)[0])["b"].value
+      (3,)
+    """
+
+    def init(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> Full:
+        del key, stats
+        return Full(value=array, role=role, dtype=array.dtype, trainable=("value",))
+
+    return Method("full", init)
+
+
+def adapt(
+    params: Any,
+    rules: Rules,
+    *,
+    key: jax.Array,
+    roles: Mapping[str, Role] | None = None,
+    stats: Mapping[str, Any] | None = None,
+) -> Any:
+    """Returns the tree with stand-in weights where the rules say so.
+
+    Args:
+      params: any tree of arrays: Flax Linen, `nnx.to_pure_dict`, hand-made. Arrays may be abstract under
+        `jax.eval_shape`.
+      rules: ordered pairs, or a dict, of a selector and a method. A selector is a glob over slash-joined paths
+        (`*` within a name, `**` any depth) or a predicate of path and array. The first rule that matches a leaf
+        decides; None as the method leaves the leaf as it is.
+      key: a random key, consumed; each leaf's own key depends on its path only.
+      roles: what `sj.roles` found, or parts of it written by hand, by path or glob. Without it two-dimensional
+        arrays are `(in, out)`.
+      stats: what `sj.capture` gathered, for methods that need it.
+
+    Returns:
+      A tree of the structure of `params` in which stand-in weights are leaves.
+
+    Raises:
+      PatternError: a rule selects nothing, everything is left as it was, or a selected leaf cannot learn.
+      RoleError: a method needs a matrix and how the model uses the leaf is not known.
+      NonFiniteError: a selected leaf holds NaN or infinity.
+      StatisticsError: a method's statistics are missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> params = {"block": {"kernel": jnp.ones((4, 3))}, "head": {"kernel": jnp.ones((3, 2))}}
+      >>> adapted = sj.adapt(params, {"head/*": sj.full(), "**/kernel": sj.lora(rank=2)}, key=jax.random.key(0))
+      >>> [type(w).__name__ for w in jax.tree.leaves(adapted, is_leaf=sj.is_weight)]
+      ['LowRank', 'Full']
+    """
+    ordered = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+    leaves = leaves_with_paths(params)
+    chosen = _choose(ordered, leaves)
+    known = {path: _role(path, leaf, roles) for path, leaf in leaves if path in chosen}
+    for path, leaf in leaves:
+        if path in chosen:
+            _check(path, leaf, chosen[path], stats)
+
+    def one(path: str, leaf: Any) -> Any:
+        method = chosen.get(path)
+        if method is None:
+            return leaf
+        try:
+            weight = method.init(key_for(key, path), leaf, known[path], (stats or {}).get(path))
+        except SubspaceError as error:
+            if str(error).startswith(f"{path}: "):
+                raise
+            raise type(error)(f"{path}: {method.name}: {error}") from error
+        return dataclasses.replace(weight, method=method.name)
+
+    return map_with_paths(one, params)
+
+
+def _choose(
+    rules: list[tuple[Selector, Method | None]], leaves: list[tuple[str, Any]]
+) -> dict[str, Method]:
+    """The method of each leaf that gets one. Every selector must match something."""
+    if not rules:
+        raise PatternError('No rules were given. Pass, for instance, {"**/kernel": sj.lora(rank=8)}.')
+    hits = [0] * len(rules)
+    chosen: dict[str, Method] = {}
+    for path, leaf in leaves:
+        matching = [i for i, (selector, _) in enumerate(rules) if _selects(selector, path, leaf)]
+        for i in matching:
+            hits[i] += 1
+        if matching and (method := rules[matching[0]][1]) is not None:
+            if not isinstance(method, Method):
+                raise TypeError(
+                    f"{path}: the rule gives {type(method).__name__} {method!r}; expected a method such as "
+                    "sj.lora(rank=8), or None to leave the leaf as it is."
+                )
+            chosen[path] = method
+    paths = [path for path, _ in leaves]
+    for (selector, _), count in zip(rules, hits, strict=True):
+        if not count:
+            hint = f"nearest paths: {nearest(selector.replace('**/', ''), paths)}" if isinstance(selector, str) else (
+                f"the tree has {len(paths)} leaves, the first is {paths[0] if paths else None!r}"
+            )
+            raise PatternError(
+                f"Rule {selector!r} matches no leaf; {hint}. `*` stays within one name, `**` crosses any depth."
+            )
+    if not chosen:
+        raise PatternError(
+            "Nothing would be adapted: every leaf that the rules match is given None or an earlier None rule "
+            "takes it. The first matching rule wins; put exceptions after what they should not hide."
+        )
+    return chosen
+
+
+def _selects(selector: Selector, path: str, leaf: Any) -> bool:
+    return matches(selector, path) if isinstance(selector, str) else bool(selector(path, leaf))
+
+
+def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None) -> None:
+    """Refuses a leaf that cannot learn, before anything is computed."""
+    if is_weight(leaf):
+        raise PatternError(
+            f"{path}: is already a {type(leaf).__name__} made by {leaf.method!r}. merge() it first, or compose the "
+            "methods: dora(pissa(rank=16))."
+        )
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise PatternError(
+            f"{path}: holds {dtype or type(leaf).__name__}; only floating-point arrays can be adapted. "
+            "Narrow the pattern, or put a rule with None before it."
+        )
+    if isinstance(leaf, (jax.Array, np.ndarray)) and not isinstance(leaf, jax.core.Tracer):
+        finite = bool(jnp.isfinite(leaf).all())
+        if not finite:
+            raise NonFiniteError(f"{path}: the weight holds NaN or infinity; load a sound checkpoint.")
+    found = (stats or {}).get(path)
+    missing = [need for need in method.needs if getattr(found, need, None) is None]
+    if missing:
+        raise StatisticsError(
+            f"{path}: {method.name} needs {', '.join(missing)}, which were not captured. Pass "
+            f"stats=sj.capture(fn, params, batches, statistics={method.needs!r})."
+        )
+
+
+def _role(path: str, leaf: Any, roles: Mapping[str, Role] | None) -> Role:
+    """The given role; else (in, out) for two axes and none for others, which methods refuse that need a matrix."""
+    if roles:
+        for name in (path, f"params/{path}"):
+            if name in roles:
+                return roles[name]
+        for pattern, role in roles.items():
+            if matches(pattern, path):
+                return role
+    ndim = getattr(leaf, "ndim", 0)
+    return Role.dense() if ndim == 2 else Role("other")
+
+
+def require_matrix(array: jax.Array, role: Role) -> None:
+    """Raises RoleError unless the role reads the array as a stack of matrices; for `init` functions.
+
+    Args:
+      array: the array to adapt.
+      role: its role.
+    """
+    if not role.is_matrix and array.ndim > 2:
+        raise RoleError(
+            f"shape {array.shape} has {array.ndim} axes, so which of them are inputs is not known (kernel of a "
+            "DenseGeneral, a convolution, a stack of layers?). Pass roles=sj.roles(fn, params, *example_inputs), or "
+            "roles={'pattern': sj.Role.dense(in_axes=..., out_axes=...)}."
+        )
+    role.check(array.shape)
+
+
+def select_paths(tree: Any, selector: Selector | Iterable[str]) -> list[str]:
+    """Returns the paths that a selector matches.
+
+    Args:
+      tree: any tree.
+      selector: a glob, a predicate of path and array, or several globs.
+
+    Raises:
+      PatternError: a glob matches nothing.
+    """
+    leaves = leaves_with_paths(tree)
+    if isinstance(selector, str):
+        selectors: list[Selector] = [selector]
+    elif callable(selector):
+        selectors = [selector]
+    else:
+        selectors = list(selector)
+    found = [path for path, leaf in leaves if any(_selects(s, path, leaf) for s in selectors)]
+    for one in selectors:
+        if not any(_selects(one, path, leaf) for path, leaf in leaves):
+            raise PatternError(f"{one!r} matches no leaf; nearest paths: {nearest(str(one), [p for p, _ in leaves])}.")
+    return found

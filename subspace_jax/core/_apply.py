@@ -1,0 +1,105 @@
+"""`with_adapters`: runs any function of parameters on a tree in which stand-in weights take arrays' places."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from subspace_jax.core import _compat, _control_flow, _rules  # noqa: F401  (the latter two register rules)
+from subspace_jax.core._full import Full
+from subspace_jax.core._interpret import Interpreter, OnMaterialize
+from subspace_jax.core._paths import path_string
+from subspace_jax.core._standin import Standin
+from subspace_jax.core._weight import Weight, is_weight
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
+    r"""Returns `fn` with the same signature, understanding stand-in weights in any of its arguments.
+
+    `fn` is traced once with every weight replaced by an abstract array of its shape and dtype. The program is then
+    evaluated with the weights as values: products, convolutions and lookups become `weight.contract`, casts and
+    transposes are carried along, loops, branches and calls are written out again. For `LowRank` that is
+    \(y = x W + s\,(x a)\,b\) in this bracketing, and the gradient of \(W\) is never formed. A `custom_jvp` or
+    `custom_vjp` function that a weight enters is differentiated through its body.
+
+    Args:
+      fn: any function; `model.apply` of Flax Linen, a function that merges an NNX graph, a plain one. Everything
+        that is not a weight (arrays, flags, keys, strings) reaches it as it came.
+      on_materialize: what to do where the model needs the full array: "error" refuses and names the primitive, the
+        weight and the mend; "warn" forms it with a warning; "allow" forms it.
+
+    Returns:
+      The function. Its result is what `fn` returns; a weight that `fn` hands through comes out as it went in.
+
+    Raises:
+      MaterializeError: when called, if the full array would be formed and `on_materialize` is "error".
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+      >>> adapted = sj.adapt(params, {"kernel": sj.lora(rank=2)}, key=jax.random.key(0))
+      >>> apply = sj.with_adapters(lambda p, x: x @ p["kernel"] + p["bias"])
+      >>> apply(adapted, jnp.ones((1, 4)))
+      Array([[4., 4., 4.]], dtype=float32)
+    """
+    if on_materialize not in ("error", "warn", "allow"):
+        raise ValueError(f'on_materialize is "error", "warn" or "allow", not {on_materialize!r}.')
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_weight)
+        paths = [path for path, _ in leaves]
+        values = [v.materialize() if isinstance(v, Full) else v for _, v in leaves]
+        places = [i for i, v in enumerate(values) if isinstance(v, Weight)]
+        if not places:
+            args, kwargs = jax.tree.unflatten(treedef, values)
+            return fn(*args, **kwargs)
+        outputs: dict[str, Any] = {}
+
+        def traced(*arrays: jax.Array) -> list[jax.Array]:
+            filled = list(values)
+            for i, array in zip(places, arrays, strict=True):
+                filled[i] = array
+            args, kwargs = jax.tree.unflatten(treedef, filled)
+            results, outputs["tree"] = jax.tree.flatten(fn(*args, **kwargs))
+            outputs["static"] = [None if _is_array(r) else r for r in results]
+            return [r for r in results if _is_array(r)]
+
+        weights = [values[i] for i in places]
+        abstract = [jax.ShapeDtypeStruct(w.shape, w.dtype, **_sharding(w)) for w in weights]
+        closed = jax.make_jaxpr(traced)(*abstract)
+        standins = [
+            Standin.of(w.with_frozen_stopped(), path_string(paths[i][2:]))
+            for i, w in zip(places, weights, strict=True)
+        ]
+        results = Interpreter(on_materialize).run(_compat.program(closed), standins)
+        return _assemble(outputs, results, on_materialize)
+
+    return wrapped  # pyright: ignore[reportReturnType]
+
+
+def _assemble(outputs: dict[str, Any], results: list[Any], on_materialize: OnMaterialize) -> Any:
+    """Puts arrays, handed-through weights and static results back into the tree that `fn` returned."""
+    form = Interpreter(on_materialize).form
+    whole = (
+        r.weight if isinstance(r, Standin) and r.is_plain else form(r, "the result of the function")
+        for r in results
+    )
+    leaves = [next(whole) if s is None else s for s in outputs["static"]]
+    return jax.tree.unflatten(outputs["tree"], leaves)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
+def _sharding(weight: Weight) -> dict[str, Any]:
+    """The array's own sharding, which a trace under explicit mesh axes has to know."""
+    sharding = weight.sharding()
+    return {} if sharding is None else {"sharding": sharding}

@@ -1,0 +1,197 @@
+"""Calls, branches and loops, written out again with stand-ins as pytree operands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from subspace_jax.core import _compat
+from subspace_jax.core._interpret import Interpreter, rule
+from subspace_jax.core._standin import Standin
+
+# Calls whose body means the same inline. A custom rule is for arrays; where a stand-in enters, the body itself is
+# differentiated, which is the rule's own specification.
+_INLINED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_lin": "call_jaxpr",
+}
+
+
+def _body(eqn: Any) -> _compat.Program:
+    name = eqn.primitive.name
+    return _compat.program(eqn.params[_INLINED.get(name, "jaxpr")])
+
+
+@rule(*_INLINED)
+def _call(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    return interpreter.run(_body(eqn), operands)
+
+
+@rule("checkpoint", "remat", "remat2")
+def _checkpoint(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    body = _body(eqn)
+
+    def run(*values: Any) -> list[Any]:
+        return interpreter.run(body, values)
+
+    kept = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
+    return jax.checkpoint(run, **kept)(*operands)
+
+
+@rule("cond")
+def _cond(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    index, *values = operands
+    programs = [_compat.program(branch) for branch in eqn.params["branches"]]
+
+    def branch(number: int, program: _compat.Program):
+        def run(*values: Any) -> list[Any]:
+            # Branches must agree in type, so a weight that one of them returns is formed there.
+            inner = interpreter.at(number)
+            return [inner.form(v, "cond") for v in inner.run(program, values)]
+
+        return run
+
+    return lax.switch(index, [branch(i, p) for i, p in enumerate(programs)], *values)
+
+
+def passed_through(program: _compat.Program) -> dict[int, int]:
+    """Maps each output that is an input, unchanged, to that input; calls are looked into."""
+    source = {v: i for i, v in enumerate(program.invars)}
+    for eqn in program.eqns:
+        if eqn.primitive.name in _INLINED:
+            for out, inner in passed_through(_body(eqn)).items():
+                atom = eqn.invars[inner]
+                if not _compat.is_literal(atom) and atom in source:
+                    source[eqn.outvars[out]] = source[atom]
+    found = ((i, v) for i, v in enumerate(program.outvars) if not _compat.is_literal(v))
+    return {i: source[v] for i, v in found if v in source}
+
+
+@rule("scan")
+def _scan(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    body = _compat.program(eqn.params["jaxpr"])
+    consts, carry, scanned = _compat.scan_groups(eqn.params, operands)
+    forwards = passed_through(body)
+    constant = _constant_carry(interpreter, carry, len(consts), forwards)
+    kept_carry = [i for i in range(len(carry)) if i not in constant]
+
+    mapped, rebuilds = [], []
+    for value in scanned:
+        if isinstance(value, Standin) and not value.is_stacked(0, loop=True):
+            value = interpreter.form(value, "scan over an axis that is not stacked")
+        split, rebuild = value.split_stack() if isinstance(value, Standin) else (value, lambda v: v)
+        mapped.append(split)
+        rebuilds.append(rebuild)
+    # A stacked output that is a scanned input again needs no restacking.
+    first_scanned = len(consts) + len(carry)
+    restacked = {
+        i: scanned[forwards[i] - first_scanned]
+        for i in range(len(carry), len(body.outvars))
+        if forwards.get(i, -1) >= first_scanned and isinstance(scanned[forwards[i] - first_scanned], Standin)
+    }
+
+    def step(state: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+        inside = _merge_carry(constant, kept_carry, state, len(carry))
+        layer = [rebuild(one) for rebuild, one in zip(rebuilds, slices, strict=True)]
+        out = interpreter.run(body, [*consts, *inside, *layer])
+        new_state = [interpreter.form(out[i], "scan carry") for i in kept_carry]
+        stacked = [
+            interpreter.form(v, "scan output")
+            for i, v in enumerate(out)
+            if i >= len(carry) and i not in restacked
+        ]
+        return new_state, stacked
+
+    options = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
+    final, stacked = lax.scan(step, [carry[i] for i in kept_carry], mapped, **options)
+    rest = iter(stacked)
+    outputs = [restacked[i] if i in restacked else next(rest) for i in range(len(carry), len(body.outvars))]
+    return [*_merge_carry(constant, kept_carry, final, len(carry)), *outputs]
+
+
+def _constant_carry(
+    interpreter: Interpreter, carry: list[Any], first: int, forwards: dict[int, int]
+) -> dict[int, Standin]:
+    """Carried weights that every iteration hands on unchanged; forms the others in place."""
+    constant: dict[int, Standin] = {}
+    for i, value in enumerate(carry):
+        if isinstance(value, Standin):
+            if forwards.get(i) == first + i:
+                constant[i] = value
+            else:
+                carry[i] = interpreter.form(value, "a loop that changes it")
+    return constant
+
+
+def _merge_carry(constant: dict[int, Any], kept: Sequence[int], state: Sequence[Any], count: int) -> list[Any]:
+    values = {**constant, **dict(zip(kept, state, strict=True))}
+    return [values[i] for i in range(count)]
+
+
+@rule("while")
+def _while(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    p = eqn.params
+    test, body = _compat.program(p["cond_jaxpr"]), _compat.program(p["body_jaxpr"])
+    first = p["cond_nconsts"]
+    second = first + p["body_nconsts"]
+    test_consts, body_consts, carry = operands[:first], operands[first:second], operands[second:]
+    constant = _constant_carry(interpreter, carry, len(body_consts), passed_through(body))
+    kept = [i for i in range(len(carry)) if i not in constant]
+
+    def keep_going(state: list[Any]) -> Any:
+        inside = _merge_carry(constant, kept, state, len(carry))
+        return interpreter.at(0).run(test, [*test_consts, *inside])[0]
+
+    def step(state: list[Any]) -> list[Any]:
+        inside = _merge_carry(constant, kept, state, len(carry))
+        inner = interpreter.at(1)
+        out = inner.run(body, [*body_consts, *inside])
+        return [inner.form(out[i], "while carry") for i in kept]
+
+    final = lax.while_loop(keep_going, step, [carry[i] for i in kept])
+    return _merge_carry(constant, kept, final, len(carry))
+
+
+@rule("shard_map")
+def _shard_map(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    p = eqn.params
+    body = _compat.program(p["jaxpr"])
+    in_specs = tuple(
+        _part_specs(v, spec) if isinstance(v, Standin) else spec
+        for v, spec in zip(operands, p["in_specs"], strict=True)
+    )
+
+    def run(*values: Any) -> list[Any]:
+        return [interpreter.form(v, "shard_map output") for v in interpreter.run(body, values)]
+
+    mapped = jax.shard_map(
+        run,
+        mesh=p["mesh"],
+        in_specs=in_specs,
+        out_specs=list(p["out_specs"]),
+        axis_names=set(p["manual_axes"] if "manual_axes" in p else p["newly_manual_axes"]),
+        check_vma=p["check_vma"],
+    )
+    return mapped(*operands)
+
+
+def _part_specs(value: Standin, spec: Any) -> Any:
+    """A tree of the stand-in's structure with the partition spec of each of its arrays."""
+    entries = [None] * value.weight.ndim
+    for axis, names in enumerate(spec):
+        entries[value.permutation[axis]] = names
+    specs = value.weight.partition_specs(jax.sharding.PartitionSpec(*entries), exact=True)
+    return jax.tree.unflatten(jax.tree.structure(value), jax.tree.leaves(specs, is_leaf=_is_spec))
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, jax.sharding.PartitionSpec)

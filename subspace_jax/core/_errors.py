@@ -1,0 +1,52 @@
+"""Errors that users can meet; each message names the leaf, what came, what was expected and the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class SubspaceError(ValueError):
+    """Base of every error that this library raises for bad input."""
+
+
+class PatternError(SubspaceError):
+    """A pattern or predicate selects nothing, or something that cannot be adapted."""
+
+
+class RoleError(SubspaceError):
+    """It is not known, or not possible, to read a leaf as a matrix from inputs to outputs."""
+
+
+class RankError(SubspaceError):
+    """A rank that the weight's shape does not allow."""
+
+
+class NonFiniteError(SubspaceError):
+    """A weight holds NaN or infinity."""
+
+
+class StatisticsError(SubspaceError):
+    """A method needs statistics that were not captured."""
+
+
+class MaterializeError(SubspaceError):
+    """A model uses a stand-in weight in a way that would form the full array."""
+
+
+class NotMergeableError(SubspaceError):
+    """A weight depends on the input, so that no single array equals it."""
+
+
+class StructureError(SubspaceError):
+    """Two trees that must fit together do not."""
+
+
+def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
+    """Returns `names` closest to `name` as one readable string, for error messages.
+
+    >>> nearest("encoder/kernal", ["encoder/kernel", "head/bias"], 1)
+    "'encoder/kernel'"
+    """
+    found: Sequence[str] = difflib.get_close_matches(name, list(names), n=count, cutoff=0.0)
+    return ", ".join(repr(n) for n in found) if found else "none (the tree has no leaves)"

@@ -1,0 +1,34 @@
+"""A plain array that learns: what full fine-tuning puts in an array's place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+
+from subspace_jax.core._weight import Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full(Weight):
+    """The array itself, trainable; `with_adapters` puts it back before the model runs.
+
+    Attributes:
+      value: the array, of the weight's shape.
+    """
+
+    value: jax.Array
+
+    axes: ClassVar[Mapping[str, str]] = {"value": "array"}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self.value.shape
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        """Returns the array, cast to `dtype` if one is given."""
+        return self.with_frozen_stopped().value.astype(self.dtype if dtype is None else dtype)

@@ -1,0 +1,102 @@
+"""Evaluates a model's program while stand-in weights flow through it as values."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.core import _compat
+from subspace_jax.core._errors import MaterializeError
+from subspace_jax.core._standin import Standin
+
+OnMaterialize = Literal["error", "warn", "allow"]
+Rule = Callable[["Interpreter", Any, list[Any]], "list[Any] | None"]
+
+# Primitive name -> rule. A rule returns the equation's results, or None where it cannot do without the array.
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for the primitives of these names."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpreter:
+    """One evaluation of a program.
+
+    Attributes:
+      on_materialize: what to do where the full array would have to be formed.
+      path: identity of the place in the program, outermost equation first.
+    """
+
+    on_materialize: OnMaterialize = "error"
+    path: tuple[int, ...] = ()
+
+    def at(self, *index: int) -> Interpreter:
+        """Returns the interpreter one place further in."""
+        return dataclasses.replace(self, path=self.path + index)
+
+    def run(self, program: _compat.Program, values: Sequence[Any]) -> list[Any]:
+        """Evaluates a program on arrays and stand-ins.
+
+        Args:
+          program: the program.
+          values: one value per input of the program.
+
+        Returns:
+          One value per output; a stand-in where the program passes a weight through.
+        """
+        environment: dict[Any, Any] = {}
+        environment.update(zip(program.constvars, program.consts, strict=True))
+        environment.update(zip(program.invars, values, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if _compat.is_literal(atom) else environment[atom]
+
+        for index, eqn in enumerate(program.eqns):
+            operands = [read(a) for a in eqn.invars]
+            if any(isinstance(v, Standin) for v in operands):
+                results = self.at(index).equation(eqn, operands)
+            else:
+                results = _compat.bind(eqn, operands)
+            environment.update(zip(eqn.outvars, results, strict=True))
+        return [read(a) for a in program.outvars]
+
+    def equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        """Evaluates one equation that a stand-in enters."""
+        found = RULES.get(eqn.primitive.name)
+        results = found(self, eqn, operands) if found is not None else None
+        if results is None:
+            results = _compat.bind(eqn, [self.form(v, eqn.primitive.name) for v in operands])
+        return results
+
+    def form(self, value: Any, primitive: str) -> Any:
+        """Returns an ordinary array for any value, as far as the caller allows it."""
+        if not isinstance(value, Standin):
+            return value
+        observed = value.weight.observe(primitive, self.path)
+        if observed is not None:
+            return jnp.transpose(observed.astype(value.dtype), value.permutation)
+        message = (
+            f"{value.path}: the model uses this {type(value.weight).__name__} of shape {value.weight.shape} in "
+            f"{primitive!r}, for which the full array must be formed (role {value.weight.role.kind!r}: "
+            f"stack={value.weight.role.stack_axes} in={value.weight.role.in_axes} "
+            f"out={value.weight.role.out_axes}). Leave this leaf out of the pattern, or pass "
+            'on_materialize="allow" to with_adapters if forming it at every step is acceptable.'
+        )
+        if self.on_materialize == "error":
+            raise MaterializeError(message)
+        if self.on_materialize == "warn":
+            warnings.warn(message, stacklevel=2)
+        return value.array()

@@ -1,0 +1,97 @@
+"""Products of two arrays with named axes, in the bracketing and operand order of the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+Labels = tuple[str, ...]
+
+
+def product(
+    left: jax.Array,
+    left_labels: Labels,
+    right: jax.Array,
+    right_labels: Labels,
+    out_labels: Labels,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """Returns the sum over every label that both operands have and the result has not.
+
+    One `dot_general` in the given operand order, or in the other one where that saves the transpose of the
+    result; a product with nothing to sum over is elementwise. A label of one operand only must be in the result.
+
+    Args:
+      left: array with one axis per label of `left_labels`.
+      right: likewise for `right_labels`.
+      out_labels: labels of the result, in order.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> product(jnp.ones((2, 3)), ("b", "i"), jnp.ones((3, 4)), ("i", "o"), ("b", "o")).shape
+      (2, 4)
+    """
+    shared = [n for n in left_labels if n in right_labels]
+    summed = [n for n in shared if n not in out_labels]
+    if not summed:
+        both = _expand(left, left_labels, out_labels) * _expand(right, right_labels, out_labels)
+        return both if preferred_element_type is None else both.astype(preferred_element_type)
+    batch = [n for n in shared if n in out_labels]
+    left_free = [n for n in left_labels if n not in shared]
+    right_free = [n for n in right_labels if n not in shared]
+    if (*batch, *right_free, *left_free) == out_labels and left_free and right_free:
+        left, left_labels, left_free, right, right_labels, right_free = (
+            *(right, right_labels, right_free),
+            *(left, left_labels, left_free),
+        )
+    made = (*batch, *left_free, *right_free)
+    out = lax.dot_general(
+        left,
+        right,
+        (
+            ([left_labels.index(n) for n in summed], [right_labels.index(n) for n in summed]),
+            ([left_labels.index(n) for n in batch], [right_labels.index(n) for n in batch]),
+        ),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=_explicit_spec(left, left_labels, right, right_labels, made),
+    )
+    return out if made == out_labels else jnp.transpose(out, [made.index(n) for n in out_labels])
+
+
+def _expand(array: jax.Array, labels: Labels, out_labels: Labels) -> jax.Array:
+    """Transposes and pads `array` with axes of size one so that it broadcasts against `out_labels`."""
+    present = [n for n in out_labels if n in labels]
+    array = jnp.transpose(array, [labels.index(n) for n in present])
+    return jnp.expand_dims(array, [i for i, n in enumerate(out_labels) if n not in labels])
+
+
+def _explicit_spec(
+    left: jax.Array, left_labels: Labels, right: jax.Array, right_labels: Labels, out_labels: Labels
+) -> PartitionSpec | None:
+    """The sharding that the result inherits label by label, needed where mesh axes are explicit."""
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit}
+    if not explicit:
+        return None
+    by_label: dict[str, Any] = {}
+    for array, labels in ((right, right_labels), (left, left_labels)):
+        entries: Sequence[Any] = tuple(jax.typeof(array).sharding.spec)
+        by_label |= {n: e for n, e in zip(labels, entries, strict=False) if e is not None}
+    used: set[Any] = set()
+    entries = []
+    for name in out_labels:
+        axes = by_label.get(name)
+        axes = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+        # A mesh axis shards one axis of the result only; the first label that claims it wins.
+        kept = tuple(a for a in axes if a in explicit and a not in used)
+        used.update(kept)
+        entries.append(kept or None)
+    return PartitionSpec(*entries)

@@ -1,0 +1,111 @@
+"""Turns stand-in weights back into ordinary arrays."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from subspace_jax.core._errors import NonFiniteError, NotMergeableError
+from subspace_jax.core._paths import leaves_with_paths, map_with_paths
+from subspace_jax.core._weight import is_weight
+
+
+class Rounding(NamedTuple):
+    """What casting a merged weight to its own dtype loses.
+
+    Attributes:
+      max_error: largest absolute difference to the float32 result.
+      relative_error: Frobenius norm of the difference over that of the float32 result.
+      dtype: the dtype cast to.
+    """
+
+    max_error: float
+    relative_error: float
+    dtype: str
+
+
+def merge(adapted: Any, *, keep_float32: bool = False) -> Any:
+    """Returns the tree with an ordinary array in place of every stand-in weight.
+
+    Each array is computed in float32 and cast once to the dtype of the array that it replaces.
+
+    Args:
+      adapted: a tree with stand-in weights.
+      keep_float32: leave merged arrays in float32.
+
+    Returns:
+      A tree of arrays, of the structure that `adapt` was given.
+
+    Raises:
+      NotMergeableError: a weight depends on the input.
+      NonFiniteError: a merged array holds NaN or infinity.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> adapted = sj.adapt({"w": jnp.ones((4, 3))}, {"w": sj.lora(rank=2)}, key=jax.random.key(0))
+      >>> sj.merge(adapted)["w"].shape
+      (4, 3)
+    """
+    _refuse_unmergeable(adapted)
+
+    def one(path: str, leaf: Any) -> Any:
+        if not is_weight(leaf):
+            return leaf
+        dtype = jnp.float32 if keep_float32 else leaf.dtype
+        array = _materialize(leaf, np.dtype(dtype))
+        if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
+            bad = int((~jnp.isfinite(array)).sum())
+            raise NonFiniteError(
+                f"{path}: {bad} of {array.size} entries of the merged {leaf.method or type(leaf).__name__} weight "
+                "are not finite. Training diverged, or the values overflow this dtype: try keep_float32=True."
+            )
+        return array
+
+    return map_with_paths(one, adapted)
+
+
+# A weight is a pytree, so one compiled program serves every weight of one class and shape.
+_materialize = jax.jit(lambda weight, dtype: weight.materialize(dtype), static_argnums=1)
+
+
+def _refuse_unmergeable(adapted: Any) -> None:
+    stuck = [path for path, leaf in leaves_with_paths(adapted) if is_weight(leaf) and not leaf.mergeable]
+    if stuck:
+        raise NotMergeableError(
+            f"{', '.join(stuck)}: the weight depends on the input, so no single array equals it. Keep the adapter "
+            "and run the model through with_adapters."
+        )
+
+
+def merge_rounding(adapted: Any) -> dict[str, Rounding]:
+    """Reports what casting each merged weight to its own dtype loses; all zero for float32 weights.
+
+    Args:
+      adapted: a tree with stand-in weights.
+
+    Returns:
+      A dict from the path of each stand-in weight to its `Rounding`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> w = jnp.linspace(0.1, 1.0, 12, dtype=jnp.bfloat16).reshape(4, 3)
+      >>> adapted = sj.adapt({"w": w}, {"w": sj.pissa(rank=2)}, key=jax.random.key(0))
+      >>> merge_rounding(adapted)["w"].relative_error < 2**-8
+      True
+    """
+    _refuse_unmergeable(adapted)
+    report = {}
+    for path, leaf in leaves_with_paths(adapted):
+        if is_weight(leaf):
+            exact = _materialize(leaf, np.dtype(jnp.float32))
+            error = exact.astype(leaf.dtype).astype(jnp.float32) - exact
+            norm = float(jnp.linalg.norm(exact))
+            report[path] = Rounding(
+                float(jnp.max(jnp.abs(error), initial=0.0)),
+                float(jnp.linalg.norm(error)) / norm if norm else 0.0,
+                str(leaf.dtype),
+            )
+    return report

@@ -1,0 +1,173 @@
+"""How each primitive treats a stand-in weight: contract it, carry it along, or refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from subspace_jax.core._interpret import Interpreter, rule
+from subspace_jax.core._standin import Standin
+from subspace_jax.core._use import Convolution, Dot, Lookup
+
+
+def _use_fields(interpreter: Interpreter, eqn: Any, value: Standin) -> dict[str, Any]:
+    return {
+        "role": value.weight.role,
+        "shape": value.weight.shape,
+        "permutation": value.permutation,
+        "dtype": value.dtype,
+        "out_dtype": eqn.outvars[0].aval.dtype,
+        "path": interpreter.path,
+    }
+
+
+@rule("dot_general")
+def _dot_general(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    left, right = operands
+    weight_first = isinstance(left, Standin)
+    if weight_first and isinstance(right, Standin):
+        right = interpreter.form(right, "dot_general")
+    value, x = (left, right) if weight_first else (right, left)
+    parameters = dict(eqn.params)
+    use = Dot(
+        **_use_fields(interpreter, eqn, value),
+        dimension_numbers=parameters.pop("dimension_numbers"),
+        weight_first=weight_first,
+        x_ndim=x.ndim,
+        parameters=parameters,
+    )
+    return [value.weight.contract(x, use)]
+
+
+@rule("conv_general_dilated")
+def _conv_general_dilated(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    x, value = operands
+    if isinstance(x, Standin):
+        return None
+    use = Convolution(**_use_fields(interpreter, eqn, value), parameters=dict(eqn.params))
+    return [value.weight.contract(x, use)]
+
+
+@rule("gather")
+def _gather(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    value, indices = operands
+    numbers = eqn.params["dimension_numbers"]
+    collapsed, sizes = numbers.collapsed_slice_dims, eqn.params["slice_sizes"]
+    whole_slices = len(collapsed) == 1 and all(
+        n == (1 if i == collapsed[0] else value.shape[i]) for i, n in enumerate(sizes)
+    )
+    if (
+        isinstance(indices, Standin)
+        or not whole_slices
+        or numbers.start_index_map != collapsed
+        or numbers.operand_batching_dims
+    ):
+        return None
+    kept = ("indices_are_sorted", "unique_indices", "mode", "fill_value")
+    use = Lookup(
+        **_use_fields(interpreter, eqn, value),
+        axis=collapsed[0],
+        x_ndim=indices.ndim - 1,
+        offset_dims=tuple(numbers.offset_dims),
+        parameters={k: eqn.params[k] for k in kept},
+    )
+    return [value.weight.contract(indices, use)]
+
+
+@rule("convert_element_type")
+def _convert_element_type(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    dtype = np.dtype(eqn.params["new_dtype"])
+    return [operands[0].cast(dtype)] if jnp.issubdtype(dtype, jnp.floating) else None
+
+
+@rule("transpose")
+def _transpose(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    return [operands[0].transpose(tuple(eqn.params["permutation"]))]
+
+
+@rule("stop_gradient")
+def _stop_gradient(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    return [jax.tree.map(lax.stop_gradient, operands[0])]
+
+
+@rule(
+    *("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "device_put", "reshard"),
+    *("mesh_cast", "pvary", "pcast", "layout_constraint"),
+)
+def _carry_along(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    # Placement of the whole array says nothing of its parts, which have shardings of their own.
+    return list(operands)
+
+
+@rule("reshape", "expand_dims")
+def _reshape(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    value = operands[0]
+    new_sizes = tuple(eqn.outvars[0].aval.shape)
+    if new_sizes == value.shape:
+        return [value]
+    if value.permutation != tuple(range(value.weight.ndim)) or eqn.params.get("dimensions") is not None:
+        return None
+    reshaped = value.weight.reshape(new_sizes)
+    if reshaped is None:
+        return _derive(value, lambda array: array.reshape(new_sizes))
+    return [dataclasses.replace(value, weight=reshaped, permutation=tuple(range(len(new_sizes))))]
+
+
+@rule("broadcast_in_dim")
+def _broadcast_in_dim(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    return _derive(operands[0], lambda array: lax.broadcast_in_dim(array, shape, dims))
+
+
+def _derive(value: Standin, function: Callable[[jax.Array], jax.Array]) -> list[Any] | None:
+    """Follows a weight that only observes through an operation on shapes."""
+    derived = value.weight.derived(lambda array: function(jnp.transpose(array, value.permutation)))
+    return None if derived is None else [dataclasses.replace(Standin.of(derived, value.path), dtype=value.dtype)]
+
+
+@rule("slice")
+def _slice(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    value = operands[0]
+    starts, limits, strides = (eqn.params[k] for k in ("start_indices", "limit_indices", "strides"))
+    if strides is not None and any(n != 1 for n in strides):
+        return None
+    sizes = tuple(b - a for a, b in zip(starts, limits, strict=True))
+    return _slice_stack(value, starts, sizes)
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    value, *starts = operands
+    return _slice_stack(value, starts, tuple(eqn.params["slice_sizes"]))
+
+
+def _slice_stack(value: Standin, starts: Any, sizes: tuple[int, ...]) -> list[Any] | None:
+    """Some whole layers of a stacked weight; slicing any other axis would cut through its matrices."""
+    cut = [i for i, (n, m) in enumerate(zip(sizes, value.shape, strict=True)) if n != m]
+    if any(not value.is_stacked(i, loop=False) for i in cut):
+        return None
+    weight = value.weight
+    for i in cut:
+
+        def take(array: jax.Array, axis: int, i: int = i) -> jax.Array:
+            return lax.dynamic_slice_in_dim(array, starts[i], sizes[i], axis)
+
+        weight = weight.map_stacked(value.permutation[i], take)
+    return [dataclasses.replace(value, weight=weight)]
+
+
+@rule("squeeze")
+def _squeeze(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    value = operands[0]
+    for axis in sorted((d % len(value.shape) for d in eqn.params["dimensions"]), reverse=True):
+        if not value.is_stacked(axis, loop=False):
+            return _reshape(interpreter, eqn, operands)
+        mapped, rebuild = value.split_stack(axis)
+        value = rebuild(jax.tree.map(lambda v: jnp.squeeze(v, 0), mapped))
+    return [value]

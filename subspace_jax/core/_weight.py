@@ -1,0 +1,286 @@
+"""The stand-in weight: a pytree node that takes an array's place in a parameter tree."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from subspace_jax.core._errors import RoleError
+from subspace_jax.core._role import Role
+
+if TYPE_CHECKING:
+    from subspace_jax.core._use import Use
+
+W = TypeVar("W", bound="Weight")
+
+
+def static(**options: Any) -> Any:
+    """Declares a field of a weight that is metadata: part of the tree's structure, never a traced value."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight(abc.ABC):
+    """A small pytree that stands where a weight array stood, and is used wherever the array could be.
+
+    A concrete weight is a frozen keyword-only dataclass registered with `jax.tree_util.register_dataclass`. Its
+    data fields are arrays or weights, its other fields are declared with `static()`. The class attribute `axes`
+    names the axes of every array field, which slicing, sharding and checkpoints rely on: "array" for the shape of
+    the array stood for, else words such as "stack in rank": `stack` are the stacked axes (absent where one array
+    serves all layers), `in` and `out` the products of the role's input and output axes.
+
+    Attributes:
+      role: which axes are stacked, contracted and produced.
+      dtype: dtype of the array stood for.
+      trainable: names of the fields that learn. Every other field is frozen: no gradient reaches it.
+      method: the published method that made the weight, for reports.
+    """
+
+    role: Role = static()
+    dtype: np.dtype = static()
+    trainable: tuple[str, ...] = static()
+    method: str = static(default="")
+
+    axes: ClassVar[Mapping[str, str]] = {}
+    mergeable: ClassVar[bool] = True
+    classes: ClassVar[dict[str, type[Weight]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Checkpoints name a weight by its class, so that no code of the method that made it is needed.
+        Weight.classes[cls.__name__] = cls
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array stood for."""
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the array stood for."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of entries of the array stood for."""
+        return math.prod(self.shape)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the trainable part, where that is a notion of this weight."""
+        return None
+
+    @abc.abstractmethod
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        """Returns the array stood for, computed in float32 and cast once.
+
+        Args:
+          dtype: dtype of the result; that of the weight if None.
+
+        Returns:
+          An array of `shape`, differentiable in the trainable fields only.
+        """
+
+    def contract(self, x: jax.Array, use: Use) -> jax.Array:
+        """Returns what the model's operation `use` gives for input `x` and this weight.
+
+        The base class forms the array. A weight overrides this where its parts give the same result for less.
+
+        Args:
+          x: the other operand: activations, or indices of a lookup.
+          use: the model's operation.
+        """
+        return use.apply(x, self.materialize(use.dtype))
+
+    def with_key(self: W, key: jax.Array) -> W:
+        """Returns the weight with randomness for one training step; weights without any return themselves."""
+        del key
+        return self
+
+    def sharding(self) -> NamedSharding | None:
+        """Returns how the array stood for is laid out, where the mesh has explicit axes."""
+        for name, value in self.data_items():
+            if isinstance(value, Weight):
+                return value.sharding()
+            if self.axes[name] == "array" and isinstance(value, jax.Array):
+                found = jax.typeof(value).sharding
+                return found if found.mesh.explicit_axes else None
+        return None
+
+    def observe(self, primitive: str, path: tuple[int, ...]) -> jax.Array | None:
+        """Returns the array where the weight only observes how it is used, and may always be formed."""
+        del primitive, path
+
+    def derived(self: W, function: Callable[[jax.Array], jax.Array]) -> W | None:
+        """Returns an observing weight after an operation on shapes only; None for a weight that does not observe."""
+        del function
+        return None
+
+    def can_split(self, axis: int, *, loop: bool) -> bool:
+        """Tells whether an axis runs over whole layers, for a `loop` over them or a slice of one of them."""
+        del loop
+        return axis in self.role.stack_axes
+
+    # What follows serves the mechanism; concrete weights do not override it.
+
+    @classmethod
+    def data_names(cls) -> tuple[str, ...]:
+        """Names of the fields that hold arrays or weights."""
+        return tuple(f.name for f in dataclasses.fields(cls) if not f.metadata.get("static"))
+
+    def data_items(self) -> Iterator[tuple[str, Any]]:
+        """Yields name and value of every data field that is not empty."""
+        for name in self.data_names():
+            value = getattr(self, name)
+            if value is not None:
+                yield name, value
+
+    def map_fields(self: W, function: Callable[[str, Any], Any]) -> W:
+        """Returns the weight with `function(name, value)` in place of every data field that is not empty."""
+        return dataclasses.replace(self, **{n: function(n, v) for n, v in self.data_items()})
+
+    def with_frozen_stopped(self: W) -> W:
+        """Returns the weight with gradients stopped at every frozen field."""
+
+        def stop(name: str, value: Any) -> Any:
+            if isinstance(value, Weight):
+                return value.with_frozen_stopped()
+            return value if name in self.trainable else jax.tree.map(jax.lax.stop_gradient, value)
+
+        return self.map_fields(stop)
+
+    def map_stacked(self: W, axis: int, function: Callable[[jax.Array, int], jax.Array]) -> W:
+        """Returns the weight with every array that differs between layers mapped along a stacked axis.
+
+        Args:
+          axis: an axis of the array stood for, one of `role.stack_axes`.
+          function: takes an array and the position of the stacked axis in it.
+        """
+
+        def one(name: str, value: Any) -> Any:
+            if isinstance(value, Weight):
+                return value.map_stacked(axis, function)
+            place = self._stacked_place(name, axis)
+            return value if place is None else function(value, place)
+
+        return self.map_fields(one)
+
+    def _stacked_place(self, name: str, axis: int) -> int | None:
+        """Where a stacked axis of the array is in one field; None if the field serves all layers."""
+        words = self.axes[name].split()
+        if words == ["array"]:
+            return axis
+        return self.role.stack_axes.index(axis) if "stack" in words else None
+
+    def split_stack(self: W, axis: int) -> tuple[dict[str, Any], Callable[[dict[str, Any]], W]]:
+        """Splits off what differs between the slices along a stacked axis.
+
+        Args:
+          axis: an axis of the array stood for, one of `role.stack_axes`.
+
+        Returns:
+          A dict of arrays whose leading axis runs over the slices, and a function that makes the weight of one
+          slice from one slice of that dict.
+        """
+        mapped: dict[str, Any] = {}
+        inner: dict[str, Callable[[dict[str, Any]], Any]] = {}
+        for name, value in self.data_items():
+            if isinstance(value, Weight):
+                mapped[name], inner[name] = value.split_stack(axis)
+            elif (place := self._stacked_place(name, axis)) is not None:
+                mapped[name] = jnp.moveaxis(value, place, 0)
+        role = self.role.without_stack_axis(axis)
+
+        def rebuild(one: dict[str, Any]) -> W:
+            fields = {n: inner[n](v) if n in inner else v for n, v in one.items()}
+            return dataclasses.replace(self, role=role, **fields)
+
+        return mapped, rebuild
+
+
+    def reshape(self: W, shape: tuple[int, ...]) -> W | None:
+        """Returns the weight of the reshaped array, or None where the new axes cut across its matrices.
+
+        Args:
+          shape: the new shape; its axes must refine or join axes within the stacked, the input and the output
+            group, and those groups must follow each other in this order.
+        """
+        role = self.role
+        if role.order != tuple(range(self.ndim)):
+            return None
+        targets = [math.prod(role.stack_shape(self.shape)), *role.sizes(self.shape)]
+        groups: list[tuple[int, ...]] = []
+        position = 0
+        for i, target in enumerate(targets):
+            start, total = position, 1
+            wanted = len(shape) if i == 2 else None
+            while position < len(shape) and (total < target or wanted is not None):
+                total *= shape[position]
+                position += 1
+            if total != target:
+                return None
+            groups.append(tuple(range(start, position)))
+        if (len(groups[0]) != len(role.stack_axes)) or not (groups[1] and groups[2]):
+            return None
+        role = dataclasses.replace(role, stack_axes=groups[0], in_axes=groups[1], out_axes=groups[2])
+
+        def one(name: str, value: Any) -> Any:
+            if isinstance(value, Weight):
+                return value.reshape(shape)
+            return value.reshape(shape) if self.axes[name] == "array" else value
+
+        return dataclasses.replace(self.map_fields(one), role=role)
+
+
+    def partition_specs(self: W, spec: PartitionSpec, *, exact: bool = False) -> W:
+        """Returns the weight with the partition spec of each array in its place.
+
+        Args:
+          spec: that of the array stood for. Stacked, input and output axes of the parts are split as those of the
+            array are; every other axis is replicated. Of several input (or output) axes only a split of the first
+            carries over to their product.
+          exact: refuse, instead of replicating, where a split does not carry over.
+
+        Raises:
+          RoleError: `exact`, and a split does not carry over to the parts.
+        """
+        entries = (*spec, *(None,) * (self.ndim - len(spec)))
+
+        def group(axes: tuple[int, ...]) -> Any:
+            if exact and any(entries[i] is not None for i in axes[1:]):
+                raise RoleError(
+                    f"{type(self).__name__} of shape {self.shape}: split {spec} on axes {axes}, of which only the "
+                    "first can be split here; shard another axis, or merge() the weight first."
+                )
+            return entries[axes[0]] if axes else None
+
+        words = {"in": (group(self.role.in_axes),), "out": (group(self.role.out_axes),)}
+        words["stack"] = tuple(entries[i] for i in self.role.stack_axes)
+
+        def one(name: str, value: Any) -> Any:
+            if isinstance(value, Weight):
+                return value.partition_specs(spec, exact=exact)
+            if self.axes[name] == "array":
+                return PartitionSpec(*entries)
+            return PartitionSpec(*(e for w in self.axes[name].split() for e in words.get(w, (None,))))
+
+        return self.map_fields(one)
+
+
+def is_weight(value: Any) -> bool:
+    """Tells whether `value` is a stand-in weight; the `is_leaf` of every tree function over adapted trees.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> is_weight(jnp.zeros(3))
+      False
+    """
+    return isinstance(value, Weight)
