@@ -1,15 +1,23 @@
 """Adapt pretrained JAX models: stand-in weights and subspace gradient transformations."""
 
+from subspace_jax.adapters import Source as Source
 from subspace_jax.adapters import catalogue as catalogue
+from subspace_jax.adapters import dora as dora
 from subspace_jax.adapters import lora as lora
+from subspace_jax.adapters import pissa as pissa
+from subspace_jax.adapters import qpissa as qpissa
+from subspace_jax.adapters import to_lora as to_lora
+from subspace_jax.core import Method as Method
+from subspace_jax.core import Role as Role
+from subspace_jax.core import Weight as Weight
 from subspace_jax.core import adapt as adapt
 from subspace_jax.core import combine as combine
 from subspace_jax.core import full as full
 from subspace_jax.core import is_weight as is_weight
 from subspace_jax.core import merge as merge
+from subspace_jax.core import merge_rounding as merge_rounding
 from subspace_jax.core import partition as partition
 from subspace_jax.core import roles as roles
 from subspace_jax.core import summary as summary
 from subspace_jax.core import with_adapters as with_adapters
 from subspace_jax.core import with_dropout as with_dropout
-from subspace_jax.core import Role as Role

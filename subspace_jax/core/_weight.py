@@ -100,6 +100,14 @@ class Weight(abc.ABC):
         """
         return use.apply(x, self.materialize(use.dtype))
 
+    def squared_norms(self) -> jax.Array:
+        """Returns the squared Euclidean norm of every output column, `[*stack, out]`, in float32.
+
+        The base class forms the array. A weight overrides this where its parts give the norms for less.
+        """
+        matrix = self.role.matrix(self.materialize(jnp.promote_types(self.dtype, jnp.float32)))
+        return jnp.sum(matrix * matrix, axis=-2)
+
     def with_key(self: W, key: jax.Array) -> W:
         """Returns the weight with randomness for one training step; weights without any return themselves."""
         del key

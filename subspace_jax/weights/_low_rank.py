@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import Lookup, Use, Weight, dense, static
+from subspace_jax.linalg import wide_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -20,18 +21,23 @@ class LowRank(Weight):
     Used as \(x W + (s\,(x a))\,b\); the product \(a b\) is formed only by `materialize`.
 
     Attributes:
-      base: \(W\), of the weight's shape; usually frozen.
+      base: \(W\), of the weight's shape, or a weight that stands for it (a quantised one, say); usually frozen.
       a: `[*stack, in, rank]`, the side of the inputs.
       b: `[*stack, rank, out]`, the side of the outputs.
       scale: \(s\).
       dropout: probability of dropping an input of the factors, where `dropout_key` is set.
       dropout_key: keys `[*stack]` for one training step, set by `with_dropout`.
+      start_a: `a` at the start, kept where `base` is a residual, so that the change can be told from the array
+        that it was made of.
+      start_b: likewise `b`.
     """
 
-    base: jax.Array
+    base: jax.Array | Weight
     a: jax.Array
     b: jax.Array
     dropout_key: jax.Array | None = None
+    start_a: jax.Array | None = None
+    start_b: jax.Array | None = None
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
 
@@ -40,6 +46,8 @@ class LowRank(Weight):
         "a": "stack in rank",
         "b": "stack rank out",
         "dropout_key": "stack",
+        "start_a": "stack in rank",
+        "start_b": "stack rank out",
     }
 
     @property
@@ -55,13 +63,35 @@ class LowRank(Weight):
     def materialize(self, dtype: Any = None) -> jax.Array:
         """Returns \\(W + s\\,a\\,b\\), added in float32."""
         one = self.with_frozen_stopped()
-        wide = jnp.promote_types(jnp.float32, one.base.dtype)
+        wide = wide_dtype(one.dtype)
         delta = dense((one.a.astype(wide) * one.scale, one.b.astype(wide)), one.role, one.shape)
-        return (one.base.astype(wide) + delta).astype(self.dtype if dtype is None else dtype)
+        return (_dense_base(one.base, wide) + delta).astype(self.dtype if dtype is None else dtype)
 
     def contract(self, x: jax.Array, use: Use) -> jax.Array:
         """Returns the operation on `base` plus that on the factors, in the cheap order."""
-        return use.apply(x, self.base) + use.product(self.drop(x, use), (self.a, self.b), self.scale)
+        scale = None if self.scale == 1.0 else self.scale
+        return self.contract_base(x, use) + use.product(self.drop(x, use), (self.a, self.b), scale)
+
+    def contract_base(self, x: jax.Array, use: Use) -> jax.Array:
+        """Returns the operation on `base` alone."""
+        return self.base.contract(x, use) if isinstance(self.base, Weight) else use.apply(x, self.base)
+
+    def squared_norms(self) -> jax.Array:
+        r"""Returns \(\|W + s a b\|^2\) of every output column without forming the sum.
+
+        \(\|w_j\|^2 + 2 s\,(a^T w_j) \cdot b_j + s^2\,b_j^T (a^T a)\,b_j\): the cost of one product with `a`, and
+        no intermediate larger than `b`.
+        """
+        one = self.with_frozen_stopped()
+        wide = wide_dtype(one.dtype)
+        base = one.role.matrix(_dense_base(one.base, wide))
+        a, b = one.a.astype(wide), one.b.astype(wide) * one.scale
+
+        def times(left: jax.Array, right: jax.Array) -> jax.Array:
+            return jnp.matmul(jnp.swapaxes(left, -1, -2), right, precision=jax.lax.Precision.HIGHEST)
+
+        cross = 2.0 * times(a, base) + jnp.matmul(times(a, a), b, precision=jax.lax.Precision.HIGHEST)
+        return jnp.maximum(jnp.sum(base * base, axis=-2) + jnp.sum(cross * b, axis=-2), 0.0)
 
     def with_key(self, key: jax.Array) -> LowRank:
         """Returns the weight with keys for one step of dropout, one per stacked layer."""
@@ -82,3 +112,7 @@ class LowRank(Weight):
         keep = 1.0 - self.dropout
         mask = jax.random.bernoulli(key, keep, x.shape)
         return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+
+
+def _dense_base(base: jax.Array | Weight, dtype: Any) -> jax.Array:
+    return base.materialize(dtype) if isinstance(base, Weight) else base.astype(dtype)

@@ -1,0 +1,69 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation (Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen, 2024)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.adapters._catalogue import Source, register
+from subspace_jax.core import Method, Role
+from subspace_jax.weights import Magnitude
+
+
+def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> Method:
+    r"""Trains the lengths of a weight's output columns apart from their directions.
+
+    \(W' = V\,\mathrm{diag}(m / \|V\|)\), where \(V\) is the weight that `method` makes, and \(m\) starts as the column
+    lengths of the original, so that nothing changes at the start.
+
+    Args:
+      method: makes the directions, a low-rank method such as `lora(rank=8)` or `pissa(rank=16)`.
+      norm: "detached" treats \(\|V\|\) as a constant in the backward pass, as the authors advise; "exact"
+        differentiates it.
+
+    Returns:
+      A method whose weights are `Magnitude` over those of `method`, with `magnitude` `[*stack, out]`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> w = jax.random.normal(jax.random.key(1), (6, 4))
+      >>> adapted = sj.adapt({"w": w}, {"w": sj.dora(sj.pissa(rank=2))}, key=jax.random.key(0))
+      >>> adapted["w"].magnitude.shape, adapted["w"].method
+      ((4,), 'dora(pissa)')
+
+    References:
+      Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024.
+    """
+    if norm not in ("detached", "exact"):
+        raise ValueError(f'dora: norm is "detached" or "exact", not {norm!r}.')
+    if not isinstance(method, Method):
+        raise TypeError(f"dora: takes a method such as dora(lora(rank=8)), not {type(method).__name__} {method!r}.")
+
+    def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> Magnitude:
+        direction = method.init(key, array, role, stats)
+        matrix = role.matrix(array).astype(jnp.promote_types(array.dtype, jnp.float32))
+        return Magnitude(
+            direction=direction,
+            magnitude=jnp.linalg.norm(matrix, axis=-2),
+            detach_norm=norm == "detached",
+            role=role,
+            dtype=array.dtype,
+            trainable=("magnitude",),
+        )
+
+    return Method(f"dora({method.name})", make, method.needs)
+
+
+register(
+    Source(
+        name="dora",
+        title="DoRA: Weight-Decomposed Low-Rank Adaptation",
+        authors="Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen",
+        year=2024,
+        public=("dora",),
+        experiment="quickstart",
+        claim="Learning column lengths apart from directions improves on LoRA at nearly the same cost.",
+    )
+)

@@ -1,0 +1,115 @@
+"""Truncated singular value decompositions in float32: exact, or randomised for a small rank.
+
+Randomised range finding: Finding Structure with Randomness: Probabilistic Algorithms for Constructing Approximate
+Matrix Decompositions (Halko, Martinsson, Tropp, 2011).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class SVD(NamedTuple):
+    """A (truncated) singular value decomposition, largest value first.
+
+    Attributes:
+      u: left singular vectors `[*stack, m, r]`.
+      s: singular values `[*stack, r]`.
+      vt: right singular vectors `[*stack, r, n]`.
+    """
+
+    u: jax.Array
+    s: jax.Array
+    vt: jax.Array
+
+
+def wide_dtype(dtype) -> jnp.dtype:
+    """Returns the dtype for decompositions: float32, or float64 for float64 input."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def fix_signs(u: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Flips signs so that the largest entry of each left vector is positive, the same on every backend.
+
+    Args:
+      u: `[*stack, m, r]`.
+      vt: `[*stack, r, n]`.
+
+    Returns:
+      Both, with the product of each pair of vectors unchanged.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> u, vt = fix_signs(jnp.array([[-1.0], [0.0]]), jnp.array([[2.0, 0.0]]))
+      >>> u[0, 0].item(), vt[0, 0].item()
+      (1.0, -2.0)
+    """
+    largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
+    sign = jnp.where(jnp.take_along_axis(u, largest, axis=-2) < 0, -1, 1).astype(u.dtype)
+    return u * sign, vt * jnp.swapaxes(sign, -1, -2)
+
+
+def truncated_svd(matrix: jax.Array, rank: int) -> SVD:
+    """Returns the leading `rank` singular triples by a full decomposition.
+
+    Args:
+      matrix: `[*stack, m, n]`, any floating dtype.
+      rank: at most `min(m, n)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [round(v, 3) for v in truncated_svd(jnp.diag(jnp.array([3.0, 2.0, 1.0])), 2).s.tolist()]
+      [3.0, 2.0]
+    """
+    matrix = matrix.astype(wide_dtype(matrix.dtype))
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, vt = fix_signs(u[..., :rank], vt[..., :rank, :])
+    return SVD(u, s[..., :rank], vt)
+
+
+def randomized_svd(
+    key: jax.Array, matrix: jax.Array, rank: int, *, iterations: int = 4, oversample: int = 8
+) -> SVD:
+    """Returns the leading `rank` singular triples by a randomised range finder.
+
+    A Gaussian test matrix of `rank + oversample` columns, `iterations` power iterations with a QR factorisation
+    after every product, then the decomposition of the small projected matrix.
+
+    Args:
+      key: a random key; it is consumed.
+      matrix: `[*stack, m, n]`, any floating dtype.
+      rank: at most `min(m, n)`.
+      iterations: power iterations; more sharpen the result where singular values decay slowly.
+      oversample: extra columns, dropped at the end.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> m = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
+      >>> [round(v, 3) for v in randomized_svd(jax.random.key(0), m, 2).s.tolist()]
+      [3.0, 2.0]
+    """
+    matrix = matrix.astype(wide_dtype(matrix.dtype))
+    *stack, m, n = matrix.shape
+    columns = min(rank + oversample, m, n)
+    transposed = jnp.swapaxes(matrix, -1, -2)
+
+    def times(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
+
+    def orthonormal(columns: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(columns)[0]
+
+    test = jax.random.normal(key, (*stack, n, columns), matrix.dtype)
+
+    def power(_: int, q: jax.Array) -> jax.Array:
+        return orthonormal(times(matrix, orthonormal(times(transposed, q))))
+
+    q = lax.fori_loop(0, iterations, power, orthonormal(times(matrix, test)))
+    # The projected matrix is wide and short; its decomposition goes through the small side.
+    small, s, vt = jnp.linalg.svd(times(jnp.swapaxes(q, -1, -2), matrix), full_matrices=False)
+    u, vt = fix_signs(times(q, small)[..., :rank], vt[..., :rank, :])
+    return SVD(u, s[..., :rank], vt)
