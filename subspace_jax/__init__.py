@@ -11,6 +11,7 @@ from subspace_jax.core import Method as Method
 from subspace_jax.core import Role as Role
 from subspace_jax.core import Weight as Weight
 from subspace_jax.core import adapt as adapt
+from subspace_jax.core import capture as capture
 from subspace_jax.core import combine as combine
 from subspace_jax.core import full as full
 from subspace_jax.core import is_weight as is_weight
@@ -21,3 +22,28 @@ from subspace_jax.core import roles as roles
 from subspace_jax.core import summary as summary
 from subspace_jax.core import with_adapters as with_adapters
 from subspace_jax.core import with_dropout as with_dropout
+
+__all__ = [
+    "Method",
+    "Role",
+    "Source",
+    "Weight",
+    "adapt",
+    "capture",
+    "catalogue",
+    "combine",
+    "dora",
+    "full",
+    "is_weight",
+    "lora",
+    "merge",
+    "merge_rounding",
+    "partition",
+    "pissa",
+    "qpissa",
+    "roles",
+    "summary",
+    "to_lora",
+    "with_adapters",
+    "with_dropout",
+]

@@ -229,9 +229,7 @@ def _product(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     return scale * jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
 
 
-def _low_rank(
-    base: Any, a: jax.Array, b: jax.Array, scale: float, array: jax.Array, role: Role
-) -> LowRank:
+def _low_rank(base: Any, a: jax.Array, b: jax.Array, scale: float, array: jax.Array, role: Role) -> LowRank:
     return LowRank(
         base=base,
         a=a,

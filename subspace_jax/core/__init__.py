@@ -1,4 +1,4 @@
-"""The mechanism: stand-in weights, the functions that place, run, split and merge them, and what models do with them."""
+"""The mechanism: stand-in weights, and the functions that place, run, split and merge them."""
 
 from subspace_jax.core._adapt import Method as Method
 from subspace_jax.core._adapt import adapt as adapt
@@ -6,6 +6,8 @@ from subspace_jax.core._adapt import full as full
 from subspace_jax.core._adapt import require_matrix as require_matrix
 from subspace_jax.core._adapt import select_paths as select_paths
 from subspace_jax.core._apply import with_adapters as with_adapters
+from subspace_jax.core._capture import Statistics as Statistics
+from subspace_jax.core._capture import capture as capture
 from subspace_jax.core._errors import MaterializeError as MaterializeError
 from subspace_jax.core._errors import NonFiniteError as NonFiniteError
 from subspace_jax.core._errors import NotMergeableError as NotMergeableError
@@ -43,3 +45,51 @@ from subspace_jax.core._use import dense as dense
 from subspace_jax.core._weight import Weight as Weight
 from subspace_jax.core._weight import is_weight as is_weight
 from subspace_jax.core._weight import static as static
+
+__all__ = [
+    "Convolution",
+    "Dot",
+    "Full",
+    "Lookup",
+    "MaterializeError",
+    "Method",
+    "NonFiniteError",
+    "NotMergeableError",
+    "PatternError",
+    "RankError",
+    "Role",
+    "RoleError",
+    "Rounding",
+    "Statistics",
+    "StatisticsError",
+    "StructureError",
+    "SubspaceError",
+    "Summary",
+    "SummaryRow",
+    "Use",
+    "Weight",
+    "adapt",
+    "capture",
+    "combine",
+    "dense",
+    "full",
+    "is_weight",
+    "key_for",
+    "leaves_with_paths",
+    "map_with_paths",
+    "matches",
+    "merge",
+    "merge_rounding",
+    "nearest",
+    "partition",
+    "path_string",
+    "product",
+    "require_matrix",
+    "roles",
+    "select_paths",
+    "static",
+    "summary",
+    "trainable_size",
+    "with_adapters",
+    "with_dropout",
+]

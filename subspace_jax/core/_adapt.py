@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._errors import (
     NonFiniteError,
     PatternError,
@@ -116,7 +117,7 @@ def adapt(
       >>> [type(w).__name__ for w in jax.tree.leaves(adapted, is_leaf=sj.is_weight)]
       ['LowRank', 'Full']
     """
-    ordered = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+    ordered: list[tuple[Any, Method | None]] = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     leaves = leaves_with_paths(params)
     chosen = _choose(ordered, leaves)
     known = {path: _role(path, leaf, roles) for path, leaf in leaves if path in chosen}
@@ -139,9 +140,7 @@ def adapt(
     return map_with_paths(one, params)
 
 
-def _choose(
-    rules: list[tuple[Selector, Method | None]], leaves: list[tuple[str, Any]]
-) -> dict[str, Method]:
+def _choose(rules: list[tuple[Selector, Method | None]], leaves: list[tuple[str, Any]]) -> dict[str, Method]:
     """The method of each leaf that gets one. Every selector must match something."""
     if not rules:
         raise PatternError('No rules were given. Pass, for instance, {"**/kernel": sj.lora(rank=8)}.')
@@ -161,8 +160,10 @@ def _choose(
     paths = [path for path, _ in leaves]
     for (selector, _), count in zip(rules, hits, strict=True):
         if not count:
-            hint = f"nearest paths: {nearest(selector.replace('**/', ''), paths)}" if isinstance(selector, str) else (
-                f"the tree has {len(paths)} leaves, the first is {paths[0] if paths else None!r}"
+            hint = (
+                f"nearest paths: {nearest(selector.replace('**/', ''), paths)}"
+                if isinstance(selector, str)
+                else (f"the tree has {len(paths)} leaves, the first is {paths[0] if paths else None!r}")
             )
             raise PatternError(
                 f"Rule {selector!r} matches no leaf; {hint}. `*` stays within one name, `**` crosses any depth."
@@ -192,7 +193,7 @@ def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None
             f"{path}: holds {dtype or type(leaf).__name__}; only floating-point arrays can be adapted. "
             "Narrow the pattern, or put a rule with None before it."
         )
-    if isinstance(leaf, (jax.Array, np.ndarray)) and not isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, (jax.Array, np.ndarray)) and not is_tracer(leaf):
         finite = bool(jnp.isfinite(leaf).all())
         if not finite:
             raise NonFiniteError(f"{path}: the weight holds NaN or infinity; load a sound checkpoint.")

@@ -71,12 +71,11 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
             outputs["static"] = [None if _is_array(r) else r for r in results]
             return [r for r in results if _is_array(r)]
 
-        weights = [values[i] for i in places]
+        weights: list[Any] = [values[i] for i in places]
         abstract = [jax.ShapeDtypeStruct(w.shape, w.dtype, **_sharding(w)) for w in weights]
         closed = jax.make_jaxpr(traced)(*abstract)
         standins = [
-            Standin.of(w.with_frozen_stopped(), path_string(paths[i][2:]))
-            for i, w in zip(places, weights, strict=True)
+            Standin.of(w.with_frozen_stopped(), path_string(paths[i][2:])) for i, w in zip(places, weights, strict=True)
         ]
         results = Interpreter(on_materialize).run(_compat.program(closed), standins)
         return _assemble(outputs, results, on_materialize)
@@ -88,8 +87,7 @@ def _assemble(outputs: dict[str, Any], results: list[Any], on_materialize: OnMat
     """Puts arrays, handed-through weights and static results back into the tree that `fn` returned."""
     form = Interpreter(on_materialize).form
     whole = (
-        r.weight if isinstance(r, Standin) and r.is_plain else form(r, "the result of the function")
-        for r in results
+        r.weight if isinstance(r, Standin) and r.is_plain else form(r, "the result of the function") for r in results
     )
     leaves = [next(whole) if s is None else s for s in outputs["static"]]
     return jax.tree.unflatten(outputs["tree"], leaves)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jax.core import Tracer
 from jax.extend.core import Literal, Var
 
 Atom = Var | Literal
@@ -56,3 +57,8 @@ def scan_groups(parameters: dict[str, Any], operands: Sequence[Any]) -> tuple[li
 def is_literal(atom: Any) -> bool:
     """Tells whether an operand is a constant written into the program."""
     return isinstance(atom, Literal)
+
+
+def is_tracer(value: Any) -> bool:
+    """Tells whether a value is abstract, so that nothing can be decided by its entries."""
+    return isinstance(value, Tracer)

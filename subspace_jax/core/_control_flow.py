@@ -105,9 +105,7 @@ def _scan(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] 
         out = interpreter.run(body, [*consts, *inside, *layer])
         new_state = [interpreter.form(out[i], "scan carry") for i in kept_carry]
         stacked = [
-            interpreter.form(v, "scan output")
-            for i, v in enumerate(out)
-            if i >= len(carry) and i not in restacked
+            interpreter.form(v, "scan output") for i, v in enumerate(out) if i >= len(carry) and i not in restacked
         ]
         return new_state, stacked
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._errors import NonFiniteError, NotMergeableError
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._weight import is_weight
@@ -56,7 +57,7 @@ def merge(adapted: Any, *, keep_float32: bool = False) -> Any:
             return leaf
         dtype = jnp.float32 if keep_float32 else leaf.dtype
         array = _materialize(leaf, np.dtype(dtype))
-        if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
+        if not is_tracer(array) and not bool(jnp.isfinite(array).all()):
             bad = int((~jnp.isfinite(array)).sum())
             raise NonFiniteError(
                 f"{path}: {bad} of {array.size} entries of the merged {leaf.method or type(leaf).__name__} weight "

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._errors import StructureError
 from subspace_jax.core._paths import map_with_paths, path_string
 from subspace_jax.core._weight import Weight, is_weight
@@ -86,7 +87,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
         if learned is not None:
             return learned
         # Only a tracer can carry a gradient; a concrete array would be copied for nothing.
-        return jax.lax.stop_gradient(fixed) if isinstance(fixed, jax.core.Tracer) else fixed
+        return jax.lax.stop_gradient(fixed) if is_tracer(fixed) else fixed
 
     try:
         return jax.tree_util.tree_map_with_path(join, trainable, frozen, is_leaf=lambda v: v is None)

@@ -88,9 +88,7 @@ class Role:
           RoleError: the axes of the role are not exactly those of the array.
         """
         self.check(array.shape)
-        return jnp.transpose(array, self.order).reshape(
-            *self.stack_shape(array.shape), *self.sizes(array.shape)
-        )
+        return jnp.transpose(array, self.order).reshape(*self.stack_shape(array.shape), *self.sizes(array.shape))
 
     def unmatrix(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Returns the array of `shape` whose `matrix` is the given one; the inverse of `matrix`."""

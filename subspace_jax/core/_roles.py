@@ -65,7 +65,14 @@ class _Observed(Weight):
     @classmethod
     def of(cls, array: Any, notes: _Notes) -> _Observed:
         axes = tuple(range(array.ndim))
-        return cls(value=array, notes=notes, original=axes, role=Role("other"), dtype=array.dtype, trainable=("value",))
+        return cls(
+            value=array,
+            notes=notes,
+            original=axes,
+            role=Role("other"),
+            dtype=array.dtype,
+            trainable=("value",),
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,9 +117,7 @@ class _Observed(Weight):
     def split_stack(self, axis: int) -> tuple[dict[str, Any], Callable[[dict[str, Any]], _Observed]]:
         self.notes.stack(self.original[axis])
         rest = self.original[:axis] + self.original[axis + 1 :]
-        return {"value": jnp.moveaxis(self.value, axis, 0)}, lambda one: dataclasses.replace(
-            self, original=rest, **one
-        )
+        return {"value": jnp.moveaxis(self.value, axis, 0)}, lambda one: dataclasses.replace(self, original=rest, **one)
 
     def reshape(self, shape: tuple[int, ...]) -> None:
         return None
@@ -163,9 +168,7 @@ def roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dic
         return [r for r in jax.tree.leaves(results) if _is_traceable(r)]
 
     jax.eval_shape(run, *(arrays[i] for i in traced))
-    return {
-        path: notes[path].role(leaf.ndim) for path, leaf in leaves_with_paths(params) if path in notes
-    }
+    return {path: notes[path].role(leaf.ndim) for path, leaf in leaves_with_paths(params) if path in notes}
 
 
 def _is_traceable(value: Any) -> bool:

@@ -64,7 +64,11 @@ class Summary:
         cells = [
             (
                 *(row.path, row.role, row.method, "x".join(map(str, row.shape))),
-                *("" if row.rank is None else str(row.rank), f"{row.trainable:,}", self._share(row.trainable)),
+                *(
+                    "" if row.rank is None else str(row.rank),
+                    f"{row.trainable:,}",
+                    self._share(row.trainable),
+                ),
             )
             for row in adapted
         ]
@@ -76,9 +80,7 @@ class Summary:
 
         def line(row: Sequence[str]) -> str:
             pairs = zip(row, widths, strict=True)
-            return "  ".join(
-                c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(pairs)
-            ).rstrip()
+            return "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(pairs)).rstrip()
 
         rule = "  ".join("-" * w for w in widths)
         return "\n".join([line(header), rule, *map(line, cells[:-1]), rule, line(cells[-1])])
@@ -122,9 +124,7 @@ def summary(adapted: Any) -> Summary:
     def row(path: str, leaf: Any) -> SummaryRow:
         if is_weight(leaf):
             method = leaf.method or type(leaf).__name__
-            return SummaryRow(
-                path, leaf.role.kind, method, leaf.shape, leaf.rank, trainable_size(leaf), leaf.size
-            )
+            return SummaryRow(path, leaf.role.kind, method, leaf.shape, leaf.rank, trainable_size(leaf), leaf.size)
         shape = tuple(getattr(leaf, "shape", ()))
         return SummaryRow(path, "", "", shape, None, 0, int(getattr(leaf, "size", 1)))
 

@@ -149,9 +149,7 @@ class Use(abc.ABC):
         """Returns the array of the weight's shape that the factors multiply to."""
         return dense(factors, self.role, self.shape)
 
-    def scale_outputs(
-        self, x: jax.Array, vector: jax.Array, contract: Callable[[jax.Array], jax.Array]
-    ) -> jax.Array:
+    def scale_outputs(self, x: jax.Array, vector: jax.Array, contract: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Returns `contract(x)` as if the weight's output features were scaled by `vector`.
 
         Args:

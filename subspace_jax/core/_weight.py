@@ -213,7 +213,6 @@ class Weight(abc.ABC):
 
         return mapped, rebuild
 
-
     def reshape(self: W, shape: tuple[int, ...]) -> W | None:
         """Returns the weight of the reshaped array, or None where the new axes cut across its matrices.
 
@@ -247,7 +246,6 @@ class Weight(abc.ABC):
 
         return dataclasses.replace(self.map_fields(one), role=role)
 
-
     def partition_specs(self: W, spec: PartitionSpec, *, exact: bool = False) -> W:
         """Returns the weight with the partition spec of each array in its place.
 
@@ -270,7 +268,7 @@ class Weight(abc.ABC):
                 )
             return entries[axes[0]] if axes else None
 
-        words = {"in": (group(self.role.in_axes),), "out": (group(self.role.out_axes),)}
+        words: dict[str, tuple[Any, ...]] = {"in": (group(self.role.in_axes),), "out": (group(self.role.out_axes),)}
         words["stack"] = tuple(entries[i] for i in self.role.stack_axes)
 
         def one(name: str, value: Any) -> Any:

@@ -71,9 +71,7 @@ def truncated_svd(matrix: jax.Array, rank: int) -> SVD:
     return SVD(u, s[..., :rank], vt)
 
 
-def randomized_svd(
-    key: jax.Array, matrix: jax.Array, rank: int, *, iterations: int = 4, oversample: int = 8
-) -> SVD:
+def randomized_svd(key: jax.Array, matrix: jax.Array, rank: int, *, iterations: int = 4, oversample: int = 8) -> SVD:
     """Returns the leading `rank` singular triples by a randomised range finder.
 
     A Gaussian test matrix of `rank + oversample` columns, `iterations` power iterations with a QR factorisation

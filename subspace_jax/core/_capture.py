@@ -1,0 +1,229 @@
+"""Gathers statistics of a model's weights over batches of data, without touching the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.core._adapt import Selector, select_paths
+from subspace_jax.core._apply import with_adapters
+from subspace_jax.core._errors import StatisticsError
+from subspace_jax.core._paths import leaves_with_paths, map_with_paths
+from subspace_jax.core._probe import Probed
+from subspace_jax.core._role import Role
+from subspace_jax.core._roles import roles as find_roles
+from subspace_jax.core._weight import is_weight
+
+Name = Literal["gram", "mean", "gradient", "squared_gradient"]
+INPUT_STATISTICS = ("gram", "mean")
+GRADIENT_STATISTICS = ("gradient", "squared_gradient")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statistics:
+    r"""What was gathered for one weight, in float32.
+
+    Attributes:
+      gram: \(\sum_n x_n x_n^T\) over the rows that the weight was multiplied with, `[*stack, in, in]`.
+      mean: mean of those rows, `[*stack, in]`.
+      count: number of rows, `[*stack]`.
+      gradient: gradient of the loss with respect to the whole weight, averaged over batches; the weight's shape.
+      squared_gradient: its elementwise square, averaged over batches; the weight's shape.
+      batches: number of batches.
+    """
+
+    gram: jax.Array | None = None
+    mean: jax.Array | None = None
+    count: jax.Array | None = None
+    gradient: jax.Array | None = None
+    squared_gradient: jax.Array | None = None
+    batches: jax.Array | None = None
+
+    @property
+    def second_moment(self) -> jax.Array:
+        """The Gram matrix divided by the number of rows."""
+        if self.gram is None or self.count is None:
+            raise StatisticsError('The Gram matrix was not captured; ask capture for statistics=("gram",).')
+        return self.gram / self.count[..., None, None]
+
+
+def capture(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    statistics: Iterable[Name] = ("gram",),
+    select: Selector | Iterable[str] | None = None,
+    roles: Mapping[str, Role] | None = None,
+) -> dict[str, Statistics]:
+    r"""Streams statistics of weights over batches: input Grams and means, gradients and their squares.
+
+    Every batch is one compiled call; only that batch and the running float32 sums are in memory. Grams come from
+    differentiating with respect to zeros whose custom derivative rule returns \(x^T x\), so they pass through scan,
+    remat and jit, and the model's own backward pass is dead code that the compiler removes.
+
+    Args:
+      fn: `fn(params, batch)`. For gradients it returns the scalar loss; for input statistics any floating
+        output that depends on the weights will do.
+      params: a tree of arrays.
+      batches: batches of equal shapes; another shape compiles again.
+      statistics: which of "gram", "mean", "gradient" and "squared_gradient" (of batch gradients) to gather.
+      select: globs or a predicate of path and array that choose leaves; by default every kernel for input
+        statistics, every floating leaf for gradients.
+      roles: what `sj.roles` found; found from the first batch if None.
+
+    Returns:
+      A dict from path to `Statistics`.
+
+    Raises:
+      StatisticsError: there are no batches, a selected leaf is no kernel that multiplies inputs, a kernel's output
+        does not reach the function's result, or the loss is not a scalar.
+      PatternError: a glob matches nothing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> found = capture(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 5))}, [x], statistics=("gram", "mean"))
+      >>> found["w"].gram.tolist(), found["w"].mean.tolist()
+      ([[10.0, 14.0], [14.0, 20.0]], [2.0, 3.0])
+    """
+    wanted = tuple(statistics)
+    unknown = [n for n in wanted if n not in INPUT_STATISTICS + GRADIENT_STATISTICS]
+    if unknown or not wanted:
+        raise StatisticsError(f"statistics={wanted}: choose from {INPUT_STATISTICS + GRADIENT_STATISTICS}.")
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise StatisticsError("There are no batches to gather statistics from.")
+    if roles is None:
+        roles = find_roles(fn, params, first)
+    chosen = _selected(params, select, roles, wanted)
+    step = jax.jit(functools.partial(_step, fn, chosen, wanted), donate_argnums=0)
+    sums = step(_zeros(params, chosen, wanted), params, first)
+    for batch in iterator:
+        sums = step(sums, params, batch)
+    return _finish(sums, wanted)
+
+
+def _selected(
+    params: Any, select: Selector | Iterable[str] | None, roles: Mapping[str, Role], wanted: tuple[str, ...]
+) -> dict[str, Role]:
+    """Role of each leaf whose statistics are gathered."""
+    leaves = [(p, v) for p, v in leaves_with_paths(params) if not is_weight(v)]
+    paths = [p for p, _ in leaves] if select is None else select_paths(params, select)
+    inputs = any(name in INPUT_STATISTICS for name in wanted)
+    chosen: dict[str, Role] = {}
+    for path, leaf in leaves:
+        role = roles.get(path, Role("unused"))
+        multiplies = role.kind == "dense" or (role.kind == "conv" and role.groups == 1)
+        if path not in paths or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        if inputs and not multiplies:
+            if select is None:
+                continue
+            raise StatisticsError(
+                f"{path}: input statistics need a dense or ungrouped convolution kernel, but the model uses this "
+                f"leaf of shape {leaf.shape} as {role.kind!r} (groups={role.groups}). Narrow select."
+            )
+        chosen[path] = role
+    if not chosen:
+        raise StatisticsError(f"No leaf is selected for {wanted}; the model's leaves are used as {dict(roles)}.")
+    return chosen
+
+
+def _zeros(params: Any, chosen: Mapping[str, Role], wanted: tuple[str, ...]) -> dict[str, dict[str, jax.Array]]:
+    """The sums before the first batch."""
+    sums = {}
+    for path, leaf in leaves_with_paths(params):
+        if path not in chosen:
+            continue
+        role, shapes = chosen[path], {}
+        if any(n in INPUT_STATISTICS for n in wanted):
+            stack, (size, _) = role.stack_shape(leaf.shape), role.sizes(leaf.shape)
+            shapes |= {"count": stack, "gram": (*stack, size, size), "mean": (*stack, size)}
+        shapes |= {"gradient": leaf.shape, "squared_gradient": leaf.shape, "batches": ()}
+        kept = {n: s for n, s in shapes.items() if n in (*wanted, "count", "batches")}
+        sums[path] = {n: jnp.zeros(s, jnp.float32) for n, s in kept.items()}
+    return sums
+
+
+def _step(
+    fn: Callable[..., Any],
+    chosen: Mapping[str, Role],
+    wanted: tuple[str, ...],
+    sums: dict[str, dict[str, jax.Array]],
+    params: Any,
+    batch: Any,
+) -> dict[str, dict[str, jax.Array]]:
+    """Adds the statistics of one batch."""
+    values = {path: leaf for path, leaf in leaves_with_paths(params) if path in chosen}
+    probes = {path: _probe(kept) for path, kept in sums.items() if "count" in kept}
+    gradients = any(name in GRADIENT_STATISTICS for name in wanted)
+
+    def loss(probes: dict[str, dict[str, jax.Array]], values: dict[str, jax.Array]) -> jax.Array:
+        def place(path: str, leaf: Any) -> Any:
+            if path not in chosen:
+                return leaf
+            if path not in probes:
+                return values[path]
+            fields: dict[str, Any] = {n: probes[path].get(n) for n in ("count", "gram", "total")}
+            return Probed(
+                value=values[path],
+                role=chosen[path],
+                dtype=leaf.dtype,
+                trainable=("value", *fields),
+                **fields,
+            )
+
+        out = with_adapters(fn)(map_with_paths(place, params), batch)
+        if not gradients:
+            floating = [v for v in jax.tree.leaves(out) if jnp.issubdtype(v.dtype, jnp.floating)]
+            return sum((jnp.sum(v.astype(jnp.float32)) for v in floating), jnp.zeros(()))
+        if getattr(out, "shape", None) != ():
+            found = jax.tree.map(jnp.shape, out)
+            raise StatisticsError(f"Gradients need fn(params, batch) to return a scalar loss; it returns {found}.")
+        return out
+
+    wrt = (0, 1) if gradients else 0
+    found = jax.grad(loss, argnums=wrt)(probes, values)
+    from_probes, from_values = found if gradients else (found, {})
+    out = {}
+    for path, kept in sums.items():
+        new = dict(from_probes.get(path, {}))
+        if "total" in new:
+            new["mean"] = new.pop("total")
+        if path in from_values:
+            gradient = from_values[path].astype(jnp.float32)
+            new |= {"gradient": gradient, "squared_gradient": gradient * gradient}
+        new["batches"] = jnp.ones(())
+        out[path] = {name: value + new[name] for name, value in kept.items()}
+    return out
+
+
+def _probe(kept: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Zeros of the shapes of the input statistics; the mean is gathered as a sum."""
+    names = {"count": "count", "gram": "gram", "mean": "total"}
+    return {new: jnp.zeros_like(kept[old]) for old, new in names.items() if old in kept}
+
+
+def _finish(sums: dict[str, dict[str, jax.Array]], wanted: tuple[str, ...]) -> dict[str, Statistics]:
+    """Turns sums into means, and refuses weights that no data reached."""
+    found = {}
+    for path, kept in sums.items():
+        count, batches = kept.get("count"), kept["batches"]
+        if count is not None and not bool(jnp.all(count > 0)):
+            raise StatisticsError(
+                f"{path}: no input met this weight, or its output does not reach the function's result (is there a "
+                "stop_gradient in between?). Narrow select, or return the layer's output from fn."
+            )
+        averaged = {n: kept[n] / batches for n in GRADIENT_STATISTICS if n in kept}
+        if count is not None and "mean" in kept:
+            averaged["mean"] = kept["mean"] / count[..., None]
+        found[path] = Statistics(count=count, gram=kept.get("gram"), batches=batches, **averaged)
+    return found
