@@ -1,0 +1,33 @@
+"""Real data from ordinary packages, and any prepared tfds dataset, as arrays in memory."""
+
+from ._image_task import ImageSplit as ImageSplit
+from ._image_task import ImageTask as ImageTask
+from ._image_task import load_image_task as load_image_task
+from ._operator_task import OperatorSplit as OperatorSplit
+from ._operator_task import OperatorTask as OperatorTask
+from ._operator_task import load_operator_task as load_operator_task
+from ._prepare import prepare as prepare
+from ._sources import image_tasks as image_tasks
+from ._sources import operator_tasks as operator_tasks
+from ._sources import text_tasks as text_tasks
+from ._text_task import TextSplit as TextSplit
+from ._text_task import TextTask as TextTask
+from ._text_task import load_text_task as load_text_task
+from ._text_task import tokenize as tokenize
+
+__all__ = [
+    "ImageSplit",
+    "ImageTask",
+    "OperatorSplit",
+    "OperatorTask",
+    "TextSplit",
+    "TextTask",
+    "image_tasks",
+    "load_image_task",
+    "load_operator_task",
+    "load_text_task",
+    "operator_tasks",
+    "prepare",
+    "text_tasks",
+    "tokenize",
+]

@@ -1,0 +1,67 @@
+"""Language identification from the interface messages of `Django`."""
+
+import gettext
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from subspace_jax.assets import find_files
+from subspace_jax.data._records import TextRecord
+
+LATIN_LANGUAGES = ("cs", "da", "de", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "sv")
+"""Twelve large European languages in Latin script, by locale code."""
+
+_PLACEHOLDERS = re.compile(r"%\(?\w*\)?[sd]|\{[^}]*\}|<[^>]+>|&\w+;")
+_LOCALE = re.compile(r"/locale/([^/]+)/LC_MESSAGES/django\.mo$")
+_SHORTEST = 25
+
+
+def _messages(catalogue: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """Yields the English original and the translation, cleaned of placeholders and markup."""
+    with open(catalogue, "rb") as file:
+        # The standard library has no public way to list a catalogue's messages.
+        entries: dict = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
+    for key, translation in entries.items():
+        original = key[0] if isinstance(key, tuple) else key
+        text = " ".join(_PLACEHOLDERS.sub(" ", translation).split())
+        if original and len(text) >= _SHORTEST:
+            yield original, text
+
+
+def languages(codes: tuple[str, ...] | None = None) -> Iterator[TextRecord]:
+    """Yields messages labelled by locale, grouped by their English original.
+
+    All translations of one message are in the same split, so that names and technical terms in a training
+    text do not give a test text away. A text occurs once, and not at all if several of the locales share
+    it.
+
+    Args:
+        codes: locales to read; all of the package if None.
+
+    Yields:
+        Records whose label is a locale code.
+
+    Raises:
+        AssetMissingError: the package is not here.
+        ValueError: a locale has no messages.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for path in find_files("django", "/LC_MESSAGES/django.mo"):
+        match = _LOCALE.search(path.as_posix())
+        if match and (codes is None or match[1] in codes):
+            for original, text in _messages(path):
+                found.setdefault(match[1], {}).setdefault(text, original)
+    absent = set(codes or ()) - set(found)
+    if absent:
+        raise ValueError(f"no messages in the locales {', '.join(sorted(absent))}")
+    locales_of = Counter(text for texts in found.values() for text in texts)
+    for code in sorted(found):
+        for text, original in found[code].items():
+            if locales_of[text] == 1:
+                yield TextRecord(text, code, group=original)
+
+
+def languages_latin12() -> Iterator[TextRecord]:
+    """Yields messages in the twelve `LATIN_LANGUAGES`."""
+    return languages(LATIN_LANGUAGES)

@@ -1,0 +1,93 @@
+"""The key-value cache of a causal model, and what its layers are told about the sequence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._rotary import rotary_tables
+
+if TYPE_CHECKING:
+    from ._llama import LlamaConfig
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen so far.
+
+    Attributes:
+        keys: `[layers, batch, capacity, kv_heads, head_dim]`, already rotated.
+        values: `[layers, batch, capacity, kv_heads, head_dim]`.
+        valid: `[batch, capacity]` bool, true at real tokens.
+        length: int32 scalar, slots in use.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    valid: jax.Array
+    length: jax.Array
+
+
+def init_cache(config: LlamaConfig, batch: int, capacity: int) -> KVCache:
+    """An empty cache.
+
+    Args:
+        config: of the model.
+        batch: number of sequences.
+        capacity: most tokens that will be held; writing past it is the caller's error and not noticed.
+
+    Returns:
+        The cache, arrays in `config.dtype`.
+
+    Example:
+        >>> from subspace_jax.models import init_cache, small_llama
+        >>> init_cache(small_llama(), 3, 16).keys.shape
+        (2, 3, 16, 2, 8)
+    """
+    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+    empty = jnp.zeros(shape, config.dtype)
+    return KVCache(empty, empty, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+
+
+class LayerView(NamedTuple):
+    """What every layer is told about the sequence: rotary tables, mask, and where new keys are written."""
+
+    sin: jax.Array
+    cos: jax.Array
+    mask: jax.Array
+    offset: jax.Array
+
+
+def view_sequence(
+    config: LlamaConfig, real: jax.Array, cache: KVCache | None
+) -> tuple[LayerView, KVCache | None]:
+    """Tables and mask for new tokens, and the cache with their slots marked as used.
+
+    Args:
+        config: of the model.
+        real: `[batch, length]` bool, true at real tokens.
+        cache: tokens before these, or None.
+
+    Returns:
+        The view, and the cache whose keys and values are still those from before.
+
+    Raises:
+        ValueError: more tokens than the cache could ever hold.
+    """
+    length = real.shape[1]
+    positions = jnp.cumsum(real, axis=1) - 1
+    if cache is None:
+        offset, valid = jnp.zeros((), jnp.int32), real
+        ahead = jnp.arange(length)[None, :] <= jnp.arange(length)[:, None]
+    else:
+        capacity = cache.valid.shape[1]
+        if length > capacity:
+            raise ValueError(f"Llama: {length} tokens for a cache of {capacity=}; make a larger cache")
+        offset = cache.length
+        positions = positions + cache.valid.sum(axis=1, keepdims=True)
+        valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, offset))
+        ahead = jnp.arange(capacity)[None, :] <= offset + jnp.arange(length)[:, None]
+        cache = cache._replace(valid=valid, length=offset + length)
+    sin, cos = rotary_tables(jnp.maximum(positions, 0), config.head_dim, config.rope_base)
+    return LayerView(sin, cos, ahead[None, None] & valid[:, None, None, :], offset), cache

@@ -1,0 +1,272 @@
+"""Llama: a causal language model (Touvron and others, 2023)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, overload
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ._cache import KVCache, LayerView, view_sequence
+from ._config import require_divisible, require_positive
+from ._layers import run_layers
+from ._rotary import apply_rotary
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and options of a `Llama`.
+
+    Attributes:
+        vocab_size: number of token ids.
+        width: size of a hidden state.
+        num_layers: number of layers.
+        num_heads: query heads; divides `width`, and the head size is even.
+        num_kv_heads: key and value heads; divides `num_heads`.
+        mlp_width: size inside the gated feed-forward part.
+        max_positions: longest sequence that `greedy_decode` accepts.
+        epsilon: of every RMS norm.
+        rope_base: of the rotary frequencies.
+        tie_embeddings: logits by the transposed embedding table; otherwise by a `head` of its own.
+        scan_layers: keep the layers' parameters stacked and loop with `nn.scan`.
+        remat: recompute each layer in the backward pass.
+        dtype: of the computation.
+        param_dtype: of the parameters.
+    """
+
+    vocab_size: int = 49152
+    width: int = 576
+    num_layers: int = 30
+    num_heads: int = 9
+    num_kv_heads: int = 3
+    mlp_width: int = 1536
+    max_positions: int = 8192
+    epsilon: float = 1e-5
+    rope_base: float = 100000.0
+    tie_embeddings: bool = True
+    scan_layers: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        require_positive(
+            self,
+            "vocab_size",
+            "width",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "mlp_width",
+            "max_positions",
+        )
+        require_divisible(self, "width", "num_heads")
+        require_divisible(self, "num_heads", "num_kv_heads")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"LlamaConfig: {self.head_dim=} (width / num_heads); rotary embedding needs it even"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.width // self.num_heads
+
+
+def small_llama(**overrides: Any) -> LlamaConfig:
+    """A tiny `LlamaConfig` for tests and examples: width 32, 2 layers, 4 query and 2 key heads, 101 ids.
+
+    Args:
+        **overrides: fields of `LlamaConfig` to set otherwise.
+
+    Returns:
+        The configuration.
+
+    Example:
+        >>> small_llama().head_dim
+        8
+    """
+    sizes = {
+        "vocab_size": 101,
+        "width": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mlp_width": 64,
+        "max_positions": 64,
+        "rope_base": 10000.0,
+    }
+    return LlamaConfig(**{**sizes, **overrides})
+
+
+def _norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
+    return nn.RMSNorm(epsilon=config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with bias-free `nn.DenseGeneral` projections."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, view: LayerView, cache: tuple | None) -> tuple[jax.Array, tuple | None]:
+        """Attend from `x` `[batch, length, width]` to itself or, with a cache, to that and itself."""
+        config = self.config
+        options = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.param_dtype}
+
+        def heads(count, name):
+            return nn.DenseGeneral((count, config.head_dim), name=name, **options)(x)
+
+        query = apply_rotary(heads(config.num_heads, "query"), view.sin, view.cos)
+        key = apply_rotary(heads(config.num_kv_heads, "key"), view.sin, view.cos)
+        value = heads(config.num_kv_heads, "value")
+        if cache is not None:
+            start = (0, view.offset, 0, 0)
+            key = jax.lax.dynamic_update_slice(cache[0], key, start)
+            value = jax.lax.dynamic_update_slice(cache[1], value, start)
+            cache = (key, value)
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=view.mask)
+        return nn.DenseGeneral(config.width, axis=(-2, -1), name="output", **options)(mixed), cache
+
+
+class LlamaMlp(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[..., width]` to `[..., width]`."""
+        config = self.config
+        options = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.param_dtype}
+        gate = nn.Dense(config.mlp_width, name="gate", **options)(x)
+        up = nn.Dense(config.mlp_width, name="up", **options)(x)
+        return nn.Dense(config.width, name="down", **options)(nn.silu(gate) * up)
+
+
+class LlamaLayer(nn.Module):
+    """Pre-norm attention and feed-forward with residual sums."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, view: LayerView, cache: tuple | None = None
+    ) -> tuple[jax.Array, tuple | None]:
+        """One layer; also the layer's updated cache."""
+        config = self.config
+        attended, cache = LlamaAttention(config, name="attention")(
+            _norm(config, "attention_norm")(x), view, cache
+        )
+        x = x + attended
+        return x + LlamaMlp(config, name="mlp")(_norm(config, "mlp_norm")(x)), cache
+
+
+class LlamaDecoder(nn.Module):
+    """The tower of layers."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, view: LayerView, cache: tuple | None) -> tuple[jax.Array, tuple | None]:
+        """Map `[batch, length, width]` to the same shape; also the updated stacked cache."""
+        config = self.config
+        return run_layers(
+            LlamaLayer,
+            {"config": config},
+            x,
+            view,
+            num_layers=config.num_layers,
+            scan_layers=config.scan_layers,
+            remat=config.remat,
+            per_layer=() if cache is None else (cache,),
+        )
+
+
+class Llama(nn.Module):
+    """Causal language model: token ids to logits.
+
+    Parameters (`L` is each layer, or one `layers` with a leading axis under `scan_layers`):
+
+        embedding/embedding                             (vocab_size, width)
+        decoder/layer_L/attention_norm/scale            (width,)
+        decoder/layer_L/attention/query/kernel          (width, num_heads, head_dim)
+        decoder/layer_L/attention/{key,value}/kernel    (width, num_kv_heads, head_dim)
+        decoder/layer_L/attention/output/kernel         (num_heads, head_dim, width)
+        decoder/layer_L/mlp_norm/scale                  (width,)
+        decoder/layer_L/mlp/{gate,up}/kernel            (width, mlp_width)
+        decoder/layer_L/mlp/down/kernel                 (mlp_width, width)
+        norm/scale                                      (width,)
+        head/kernel                                     (width, vocab_size), without `tie_embeddings`
+
+    Source: Hugo Touvron and others, "LLaMA: Open and Efficient Foundation Language Models", 2023.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> model = Llama(small_llama())
+        >>> tokens = jnp.ones((2, 5), jnp.int32)
+        >>> params = model.init(jax.random.key(0), tokens)["params"]
+        >>> model.apply({"params": params}, tokens).shape
+        (2, 5, 101)
+    """
+
+    config: LlamaConfig
+
+    @overload
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None, cache: None = None) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]: ...
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array | None = None, cache: KVCache | None = None
+    ) -> jax.Array | tuple[jax.Array, KVCache]:
+        """Logits of the next token at every place.
+
+        Args:
+            tokens: `[batch, length]` integer ids below `vocab_size`.
+            mask: `[batch, length]`, true or non-zero at real tokens; all real by default. Padding may stand
+              anywhere: it is not attended to and takes no position.
+            cache: tokens before these; they are attended to, and these are added.
+
+        Returns:
+            `[batch, length, vocab_size]` float32 logits; with a cache, the pair of these and the new cache.
+
+        Raises:
+            ValueError: `tokens` has not two axes, or more tokens than the cache could ever hold.
+        """
+        config = self.config
+        if tokens.ndim != 2:
+            raise ValueError(f"Llama: {tokens.shape=}; expected (batch, length)")
+        real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        view, cache = view_sequence(config, real, cache)
+        embedding = nn.Embed(
+            config.vocab_size,
+            config.width,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
+            name="embedding",
+        )
+        layer_cache = None if cache is None else (cache.keys, cache.values)
+        x, layer_cache = LlamaDecoder(config, name="decoder")(embedding(tokens), view, layer_cache)
+        x = _norm(config, "norm")(x)
+        if config.tie_embeddings:
+            logits = embedding.attend(x)
+        else:
+            logits = nn.Dense(
+                config.vocab_size,
+                use_bias=False,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+                name="head",
+            )(x)
+        logits = logits.astype(jnp.float32)
+        if cache is None or layer_cache is None:
+            return logits
+        return logits, cache._replace(keys=layer_cache[0], values=layer_cache[1])

@@ -1,0 +1,204 @@
+"""What a loader of pretrained weights returns; strict assembly of a parameter tree from named tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._bert import Bert
+from ._classifiers import BertClassifier, VitClassifier
+from ._layers import stack_layers
+from ._vit import Vit
+
+
+class WeightFileError(ValueError):
+    """A weight file lacks a tensor, has one too many, or one of another shape or type."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedModel:
+    """A module with its pretrained parameters.
+
+    Attributes:
+        module: the Linen module.
+        params: its parameters, as `module.apply({"params": params}, ...)` takes them.
+        config: the module's configuration.
+        load_tokenizer: makes the tokenizer; None for models without one.
+    """
+
+    module: nn.Module
+    params: dict[str, Any]
+    config: Any
+    load_tokenizer: Callable[[], Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRule:
+    """Where a file's tensor goes.
+
+    Attributes:
+        shape: that the file must have.
+        path: of the leaf in the unrolled parameter tree, `/` between names; None to check and drop.
+        convert: from the file's array to the leaf's.
+    """
+
+    shape: tuple[int, ...]
+    path: str | None
+    convert: Callable[[np.ndarray], np.ndarray] = lambda array: array
+
+
+def assemble_params(
+    tensors: Mapping[str, Any],
+    rules: Mapping[str, TensorRule],
+    source: str,
+    *,
+    ignorable: Callable[[str], bool] = lambda name: False,
+    read: Callable[[Any], np.ndarray] = np.asarray,
+) -> dict[str, Any]:
+    """Build a nested parameter dict, refusing anything missing, left over or misshapen.
+
+    Args:
+        tensors: what the file holds, by name; anything with a `shape`.
+        rules: what is expected, by name.
+        source: what error messages call the file.
+        ignorable: tells of an unexpected name whether it may be dropped.
+        read: from the file's object to a floating-point array.
+
+    Returns:
+        Nested dict of numpy arrays.
+
+    Raises:
+        WeightFileError: names the tensors and what was expected.
+    """
+    missing = sorted(set(rules) - set(tensors))
+    extra = sorted(name for name in set(tensors) - set(rules) if not ignorable(name))
+    if missing or extra:
+        raise WeightFileError(
+            f"{source}: missing tensors {_shown(missing)}, unexpected tensors {_shown(extra)}; expected "
+            f"exactly the {len(rules)} tensors of this model: is it the right file, and the right "
+            "configuration?"
+        )
+    params: dict[str, Any] = {}
+    for name, rule in rules.items():
+        shape = tuple(tensors[name].shape)
+        if shape != rule.shape:
+            raise WeightFileError(f"{source}: tensor {name!r} has shape {shape}; expected {rule.shape}")
+        if rule.path is None:
+            continue
+        array = read(tensors[name])
+        if not np.issubdtype(array.dtype, np.floating):
+            raise WeightFileError(
+                f"{source}: tensor {name!r} has dtype {array.dtype}; expected floating point"
+            )
+        if not np.isfinite(array).all():
+            raise WeightFileError(f"{source}: tensor {name!r} holds NaN or infinity; the file is damaged")
+        *parents, leaf = rule.path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = rule.convert(array)
+    return params
+
+
+def _shown(names: list[str], limit: int = 5) -> str:
+    if not names:
+        return "none"
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + rest
+
+
+def finish_params(params: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Cast to `config.param_dtype`, stack the layers if `config.scan_layers`, put on the default device."""
+    arrays = jax.tree.map(lambda leaf: jnp.asarray(leaf, config.param_dtype), params)
+    return stack_layers(arrays) if config.scan_layers else arrays
+
+
+def override_config(config: Any, overrides: Mapping[str, Any], free: tuple[str, ...]) -> Any:
+    """Replace those fields of a pretrained configuration that its weights leave open.
+
+    Args:
+        config: what the weights were made for.
+        overrides: fields to set.
+        free: names of the fields that may be set.
+
+    Returns:
+        The new configuration.
+
+    Raises:
+        ValueError: a field that the weights decide, or that does not exist.
+    """
+    fixed = sorted(set(overrides) - set(free))
+    if fixed:
+        raise ValueError(
+            f"{type(config).__name__}: cannot set {fixed} on pretrained weights; free are {sorted(free)}"
+        )
+    return dataclasses.replace(config, **overrides)
+
+
+def checked_depth(wanted: int | None, available: int, what: str) -> int:
+    """The number of layers to keep: `wanted`, or all."""
+    if wanted is None:
+        return available
+    if not 1 <= wanted <= available:
+        raise ValueError(f"{what}={wanted}; the weights have {available} layers, expected 1 to {available}")
+    return wanted
+
+
+def add_classifier(
+    pretrained: PretrainedModel, num_classes: int, key: jax.Array, *, pooling: str | None = None
+) -> PretrainedModel:
+    """Put a fresh linear head on a pretrained encoder.
+
+    Args:
+        pretrained: a `Bert` or a `Vit`.
+        num_classes: number of logits.
+        key: random key of the head's kernel; the key is consumed.
+        pooling: see the classifier; its own default if None.
+
+    Returns:
+        A `BertClassifier` or `VitClassifier` with the given parameters under `backbone`.
+
+    Raises:
+        TypeError: another module.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from subspace_jax.models import PretrainedModel, Vit, add_classifier, small_vit
+        >>> config = small_vit()
+        >>> images = jnp.zeros((1, 12, 12, 3))
+        >>> params = Vit(config).init(jax.random.key(0), images)["params"]
+        >>> model = add_classifier(PretrainedModel(Vit(config), params, config), 5, jax.random.key(1))
+        >>> model.module.apply({"params": model.params}, images).shape
+        (1, 5)
+    """
+    options: dict[str, Any] = {} if pooling is None else {"pooling": pooling}
+    config = pretrained.config
+    if isinstance(pretrained.module, Bert):
+        module = BertClassifier(config, num_classes, **options)
+        inputs = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    elif isinstance(pretrained.module, Vit):
+        module = VitClassifier(config, num_classes, **options)
+        inputs = jax.ShapeDtypeStruct((1, config.patch_size, config.patch_size, 3), jnp.float32)
+    else:
+        raise TypeError(f"add_classifier: {type(pretrained.module).__name__}; expected a Bert or a Vit")
+    head = jax.eval_shape(module.init, key, inputs)["params"]["classifier"]
+    kernel = nn.initializers.normal(0.02)(key, head["kernel"].shape, head["kernel"].dtype)
+    classifier = {"kernel": kernel, "bias": jnp.zeros(head["bias"].shape, head["bias"].dtype)}
+    params = {"backbone": pretrained.params, "classifier": classifier}
+    return dataclasses.replace(pretrained, module=module, params=params)
+
+
+def locate(path: str | Path | None, asset: str, suffix: str) -> Path:
+    """The given path, or the file of a carried asset."""
+    if path is not None:
+        return Path(path)
+    from subspace_jax.assets import find_file
+
+    return find_file(asset, suffix)

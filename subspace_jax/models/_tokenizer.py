@@ -1,0 +1,140 @@
+"""Tokenizers of the pretrained models, by the `tokenizers` library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_CONTROL = 3
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            "text models need the 'tokenizers' package; install it with: pip install 'subspace-jax[text]'"
+        ) from error
+    return tokenizers
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a `tokenizer.json`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tokenizer, without padding or truncation of its own; see `encode_texts`.
+
+    Raises:
+        ImportError: `tokenizers` is not installed.
+        ValueError: the file is no tokenizer.
+    """
+    library = _tokenizers()
+    text = Path(path).read_text(encoding="utf8")
+    try:
+        tokenizer = library.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{path}: no readable tokenizer.json: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
+    """Build the byte-level BPE tokenizer that a GGUF file describes.
+
+    Args:
+        metadata: of the file.
+        source: what error messages call the file.
+
+    Returns:
+        The tokenizer: single digits, byte-level BPE, control tokens as special ones.
+
+    Raises:
+        ImportError: `tokenizers` is not installed.
+        ValueError: the metadata describes another kind of tokenizer, or an inconsistent one.
+    """
+    library = _tokenizers()
+    kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    if kind != ("gpt2", "smollm"):
+        raise ValueError(f"{source}: tokenizer {kind}; only the byte-level BPE ('gpt2', 'smollm') is read")
+    tokens, merges, types = (
+        metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type")
+    )
+    if not isinstance(tokens, list) or not isinstance(merges, list) or types is None:
+        raise ValueError(f"{source}: tokenizer metadata lacks tokens, merges or token_type")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    if len(vocabulary) != len(tokens) or len(types) != len(tokens) or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"{source}: tokenizer metadata has repeated tokens, missing types or malformed merges"
+        )
+    try:
+        tokenizer = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=pairs))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{source}: tokenizer metadata is inconsistent: {error}") from error
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
+        [
+            library.pre_tokenizers.Digits(individual_digits=True),
+            library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = library.decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
+    tokenizer.add_special_tokens(
+        [library.AddedToken(token, special=True, normalized=False) for token in special]
+    )
+    return tokenizer
+
+
+def encode_texts(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    length: int,
+    *,
+    pad_token: int = 0,
+    pad_left: bool = False,
+    special_tokens: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a batch, all of one length so that a compiled step meets one shape only.
+
+    Args:
+        tokenizer: from a loader.
+        texts: the batch.
+        length: texts are cut or padded to this many tokens.
+        pad_token: id at padded places.
+        pad_left: pad in front, as decoding needs it.
+        special_tokens: add those that the tokenizer adds by itself, such as `[CLS]` and `[SEP]`.
+
+    Returns:
+        `(tokens, mask)`: int32 `[batch, length]`, bool `[batch, length]` true at real tokens. A cut
+        text keeps its last special token.
+
+    Raises:
+        ValueError: a single string in place of a batch, or a length below one.
+    """
+    if isinstance(texts, str) or length < 1:
+        raise ValueError(
+            f"encode_texts: texts={type(texts).__name__}, {length=}; expected a list of texts, length >= 1"
+        )
+    # Work on a copy: truncation is a setting of the tokenizer, and the caller's must not change.
+    tokenizer = _tokenizers().Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.enable_truncation(length)
+    tokenizer.no_padding()
+    tokens = np.full((len(texts), length), pad_token, np.int32)
+    mask = np.zeros((len(texts), length), bool)
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=special_tokens)
+    for row, encoding in enumerate(encodings):
+        count = len(encoding.ids)
+        place = slice(length - count, length) if pad_left else slice(0, count)
+        tokens[row, place] = encoding.ids
+        mask[row, place] = True
+    return tokens, mask
