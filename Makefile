@@ -1,0 +1,34 @@
+# Two commands do all the set-up from a fresh clone:
+#   make quickstart   the main job: fine-tune a pretrained MiniLM on real text, five ways
+#   make test         the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+EXTRAS ?= experiments,test
+TESTS ?= tests subspace_jax experiments
+
+.PHONY: quickstart test lint tables clean
+
+$(VENV)/.installed-$(EXTRAS): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]"
+	touch "$@"
+
+quickstart: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/python -m experiments quickstart
+
+test: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Writes the generated parts of README.md and docs/.
+tables: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/python -m docs.generate
+
+clean:
+	rm -rf $(VENV) build dist

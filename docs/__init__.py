@@ -1,0 +1,1 @@
+"""Documentation, and the module that writes its generated parts."""

@@ -1,0 +1,81 @@
+"""What an experiment is: a configuration, a function from it to results, and what to show of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where an experiment runs and whom it tells.
+
+    Attributes:
+      folder: for its files; exists.
+      resume: keep finished parts that are in the folder.
+      console: for words.
+    """
+
+    folder: Path
+    resume: bool
+    console: Console
+
+    def progress(self) -> Progress:
+        """Returns a progress display with what is measured, elapsed and remaining time; a context manager."""
+        return Progress(
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+            refresh_per_second=4,
+        )
+
+    def track(self, items: Iterable[T], description: str) -> Iterator[T]:
+        """Yields items while a bar shows how many are done."""
+        items = list(items)
+        with self.progress() as progress:
+            task = progress.add_task(description, total=len(items), note="")
+            for item in items:
+                yield item
+                progress.advance(task)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One entry of `python -m experiments list`.
+
+    Attributes:
+      name: what it is called on the command line.
+      claim: what it shows, in one sentence.
+      config: frozen dataclass of its settings, all with defaults.
+      run: makes JSON-able results of a configuration.
+      rows: the table of a result, header first.
+      plot: draws a result into a file, where a picture says more.
+      assets: packages of real data and weights that it needs.
+    """
+
+    name: str
+    claim: str
+    config: type
+    run: Callable[[Any, Context], dict[str, Any]]
+    rows: Callable[[Mapping[str, Any]], Sequence[Sequence[str]]]
+    plot: Callable[[Mapping[str, Any], Path], None] | None = None
+    assets: tuple[str, ...] = ()

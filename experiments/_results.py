@@ -1,0 +1,107 @@
+"""Results with their circumstances: JSON files, tables for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+PACKAGES = ("subspace-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Returns versions and hardware, without anything that names a machine."""
+    import jax
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "finished": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _processor() -> str:
+    """The processor's model where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a file that is either the old one or the new one, whole."""
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote."""
+    return json.loads(path.read_text())
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Returns mean and sample standard deviation; the latter is 0 for one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def with_spread(values: Sequence[float], digits: int = 1, factor: float = 100.0) -> str:
+    """Returns values as `mean ± standard deviation`, in percent by default."""
+    mean, spread = mean_and_spread(values)
+    return f"{factor * mean:.{digits}f} ± {factor * spread:.{digits}f}"
+
+
+def human_bytes(count: float) -> str:
+    """Returns a number of bytes with a unit.
+
+    >>> human_bytes(1536)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def terminal_table(rows: Sequence[Sequence[str]], title: str) -> Table:
+    """Returns rows, header first, as a table for the terminal."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows, header first, as a Markdown table.
+
+    >>> print(markdown_table([["a", "b"], ["1", "2"]]))
+    | a | b |
+    | --- | --- |
+    | 1 | 2 |
+    """
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
