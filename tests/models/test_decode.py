@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from model_helpers import random_params, run, tiny
+from tests.models.model_helpers import random_params, run, tiny
 
 from subspace_jax.models import greedy_decode
 from subspace_jax.models._decode import _decode

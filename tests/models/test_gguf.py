@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_helpers import gguf_bytes, gguf_string
+from tests.models.model_helpers import gguf_bytes, gguf_string
 
 from subspace_jax.models import read_gguf
 from subspace_jax.models._gguf import parse_gguf

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import random_params, run, tiny
+from tests.models.model_helpers import random_params, run, tiny
 
 from subspace_jax.models import stack_layers, unstack_layers
 

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import random_params, run, tiny
+from tests.models.model_helpers import random_params, run, tiny
 from safetensors.numpy import save_file
 
 from subspace_jax.models import WeightFileError, encode_texts, load_minilm, mean_pool

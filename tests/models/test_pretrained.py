@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import random_params, tiny
+from tests.models.model_helpers import random_params, tiny
 
 from subspace_jax.models import PretrainedModel, WeightFileError, add_classifier
 from subspace_jax.models._pretrained import (

@@ -4,7 +4,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from model_helpers import onnx_bytes, onnx_tensor
+from tests.models.model_helpers import onnx_bytes, onnx_tensor
 
 from subspace_jax.models import WeightFileError, load_vit_small
 from subspace_jax.models._onnx import parse_onnx
