@@ -1,0 +1,78 @@
+"""Base arrays that a file leaves out, because the caller has them: told by their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from subspace_jax.core import is_weight, leaves_with_paths
+from subspace_jax.io._array import ArraySpec, array_spec, on_host, to_stored
+from subspace_jax.io._errors import ManifestError
+
+
+class BaseArrays:
+    """The arrays of the original parameters by path, with the hash of each, computed once when first asked for.
+
+    Made of None it holds nothing, so that nothing is left out.
+    """
+
+    def __init__(self, params: Any) -> None:
+        self.leaves: dict[str, Any] = dict(leaves_with_paths(params))
+        self._digests: dict[str, str] = {}
+        for path, leaf in self.leaves.items():
+            if is_weight(leaf):
+                raise ManifestError(
+                    f"{path}: the base tree holds a {type(leaf).__name__}; base= takes the original parameters, as "
+                    "they were before adapt()."
+                )
+            if not hasattr(leaf, "dtype"):
+                raise ManifestError(f"{path}: the base tree holds a {type(leaf).__name__}, expected an array.")
+
+    def holds(self, path: str, value: Any) -> bool:
+        """Tells whether the leaf at `path` has the shape, dtype and bytes of `value`."""
+        leaf = self.leaves.get(path)
+        if leaf is None or leaf.shape != value.shape or leaf.dtype != value.dtype:
+            return False
+        return leaf is value or np.array_equal(_bytes(leaf, path), _bytes(value, path))
+
+    def digest(self, path: str) -> str:
+        """Returns the SHA-256 of the bytes of one leaf."""
+        if path not in self._digests:
+            self._digests[path] = digest(self.leaves[path], path)
+        return self._digests[path]
+
+    def check(self, references: Iterable[tuple[str, ArraySpec, str]], *, verify: bool = True) -> list[str]:
+        """Compares leaves with what was recorded of them.
+
+        Args:
+          references: path, spec and hash of each leaf that a file refers to.
+          verify: compare hashes too, which reads every array once.
+
+        Returns:
+          One line for each leaf that is missing or differs.
+        """
+        wrong = []
+        for path, spec, recorded in references:
+            leaf = self.leaves.get(path)
+            if leaf is None:
+                wrong.append(f"{path!r} is missing from the base tree, expected {spec}")
+                continue
+            found = array_spec(leaf, path)
+            if (found.shape, found.dtype, found.key) != (spec.shape, spec.dtype, spec.key):
+                wrong.append(f"{path!r} is {found} in the base tree, expected {spec}")
+            elif verify and self.digest(path) != recorded:
+                wrong.append(f"{path!r} has other numbers in the base tree than when this was saved")
+        return wrong
+
+
+def digest(value: Any, where: str) -> str:
+    """Returns the SHA-256 of an array's bytes as hexadecimal digits."""
+    return hashlib.sha256(_bytes(value, where).data).hexdigest()
+
+
+def _bytes(value: Any, where: str) -> np.ndarray:
+    spec = array_spec(value, where)
+    return on_host(to_stored(value, spec), where).reshape(-1).view(np.uint8)

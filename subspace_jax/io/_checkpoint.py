@@ -1,0 +1,94 @@
+"""Checkpoints by single calls."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from subspace_jax.io._checkpointer import Checkpointer
+from subspace_jax.io._state import Checkpoint
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    step: int,
+    adapted: Any,
+    *,
+    opt_state: Any = None,
+    extra: Any = None,
+    base: Any = None,
+    max_to_keep: int | None = None,
+) -> None:
+    """Saves one checkpoint, atomically; a loop that saves often keeps a `Checkpointer` open instead.
+
+    Args:
+      directory: the run's folder; made if missing.
+      step: a non-negative integer above every step saved there before.
+      adapted: the tree with its stand-in weights.
+      opt_state: the optimiser's state.
+      extra: random keys, the position in the data, Python values.
+      base: the parameters that `adapt` was given, to leave out what equals them bit for bit.
+      max_to_keep: how many of the latest checkpoints to keep; all if None.
+
+    Raises:
+      CheckpointError: the step is not new, or something cannot be saved; nothing is written then.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, optax, subspace_jax as sj
+      >>> adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(rank=2)}, key=jax.random.key(0))
+      >>> optimizer = optax.adam(1e-3)
+      >>> state = optimizer.init(sj.partition(adapted)[0])
+      >>> folder = tempfile.mkdtemp()
+      >>> save_checkpoint(folder, 7, adapted, opt_state=state, extra={"key": jax.random.key(1)})
+      >>> restored = restore_checkpoint(folder, like=state)
+      >>> restored.step, restored.adapted["w"].method, latest_step(folder)
+      (7, 'lora', 7)
+    """
+    with Checkpointer(directory, max_to_keep=max_to_keep, base=base) as checkpointer:
+        checkpointer.save(step, adapted, opt_state=opt_state, extra=extra)
+
+
+def restore_checkpoint(
+    directory: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    like: Any = None,
+    shardings: Any = None,
+    base: Any = None,
+) -> Checkpoint:
+    """Returns one checkpoint; see `Checkpointer.restore`.
+
+    Args:
+      directory: the run's folder.
+      step: which one; the latest if None.
+      like: `optimizer.init(trainable)`, concrete or abstract; None leaves the optimiser's state out.
+      shardings: where the arrays of the adapted tree go.
+      base: the parameters that the checkpoint was saved with, if it was.
+
+    Raises:
+      CheckpointError: there is none, it is damaged, or the arguments do not fit it.
+    """
+    with Checkpointer(directory, base=base, read_only=True) as checkpointer:
+        return checkpointer.restore(step, like=like, shardings=shardings)
+
+
+def abstract_checkpoint(directory: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
+    """Returns one checkpoint with `jax.ShapeDtypeStruct` for arrays: what shardings are computed from.
+
+    Args:
+      directory: the run's folder.
+      step: which one; the latest if None.
+
+    Raises:
+      CheckpointError: there is none, or its manifest is damaged.
+    """
+    with Checkpointer(directory, read_only=True) as checkpointer:
+        return checkpointer.abstract(step)
+
+
+def latest_step(directory: str | os.PathLike[str]) -> int | None:
+    """Returns the highest step saved in a run's folder; None if there is none or no folder."""
+    if "://" not in os.fspath(directory) and not os.path.isdir(directory):
+        return None
+    with Checkpointer(directory, read_only=True) as checkpointer:
+        return checkpointer.latest_step()

@@ -1,0 +1,165 @@
+"""The tree of a description, made without the code that made the first one."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import subspace_jax.weights  # noqa: F401  (enters every stand-in weight of the library into Weight.classes)
+from subspace_jax.core import Weight, nearest
+from subspace_jax.io._array import ArraySpec, array_spec, from_stored
+from subspace_jax.io._base import BaseArrays
+from subspace_jax.io._errors import ManifestError, listing
+from subspace_jax.io._manifest import MakeLeaf, check_header, differences, join, static_names
+from subspace_jax.io._static import decode, decode_fields
+
+
+def rebuild(manifest: Any, arrays: Mapping[str, Any], base: Any = None) -> Any:
+    """Returns the tree of a description; the inverse of `describe`.
+
+    Only the classes of the stand-in weights are needed, never the methods or models that made them. A named tuple
+    whose module is not loaded comes back as a plain one of the same name and fields.
+
+    Args:
+      manifest: what `describe` returned.
+      arrays: arrays by path; missing, extra or wrongly shaped ones are errors.
+      base: the parameters that arrays were left out for.
+
+    Raises:
+      ManifestError: the description is damaged or of a newer version, or does not fit the arrays.
+    """
+    check_header(manifest, "subspace_jax.tree")
+    node = manifest.get("tree")
+    stored, references = array_nodes(node)
+    found = {name: array_spec(value, name) for name, value in arrays.items()}
+    wrong = differences(stored, found)
+    leaves = BaseArrays(base)
+    wrong += leaves.check((path, spec, sha) for spec, (path, sha) in references.values())
+    if wrong:
+        raise ManifestError(f"The arrays are not those of the manifest:{listing(wrong)}")
+
+    def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | None) -> Any:
+        return arrays[name] if reference is None else leaves.leaves[reference[0]]
+
+    return rebuild_node(node, "", leaf)
+
+
+def array_nodes(node: Any, path: str = "") -> tuple[dict[str, ArraySpec], dict[str, tuple[ArraySpec, tuple[str, str]]]]:
+    """Returns the specs of the stored arrays by path, and spec and reference of those left out.
+
+    Raises:
+      ManifestError: the description is damaged.
+    """
+    stored: dict[str, ArraySpec] = {}
+    references: dict[str, tuple[ArraySpec, tuple[str, str]]] = {}
+
+    def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | None) -> Any:
+        if name in stored or name in references:
+            raise ManifestError(f"{name!r} is described twice.")
+        if reference is None:
+            stored[name] = spec
+        else:
+            references[name] = spec, reference
+        return spec.abstract(name)
+
+    rebuild_node(node, path, leaf)
+    return stored, references
+
+
+def rebuild_node(node: Any, path: str, leaf: MakeLeaf) -> Any:
+    """Returns the tree of a node, with what `leaf(path, spec, reference)` gives in place of each array."""
+    try:
+        return _rebuild(node, path, leaf)
+    except RecursionError:
+        raise ManifestError(f"{path or 'the tree'}: the manifest is nested too deeply.") from None
+
+
+def _rebuild(node: Any, path: str, leaf: MakeLeaf) -> Any:
+    match node:
+        case {"node": "none"}:
+            return None
+        case {"node": "value", "value": value}:
+            return decode(value, Any, path)
+        case {"node": "array", "base": str() as base, "sha256": str() as sha256, **rest}:
+            return leaf(path, ArraySpec.from_json(rest, path), (base, sha256))
+        case {"node": "array", **rest}:
+            return leaf(path, ArraySpec.from_json(rest, path), None)
+        case {"node": "dict", "items": list() as items}:
+            return _rebuild_dict(items, path, leaf)
+        case {"node": "list" | "tuple" as kind, "items": list() as items}:
+            children = [_rebuild(item, join(path, i), leaf) for i, item in enumerate(items)]
+            return children if kind == "list" else tuple(children)
+        case {
+            "node": "namedtuple",
+            "class": str() as name,
+            "fields": list() as fields,
+            "items": list() as items,
+        }:
+            cls = _named_tuple(name, tuple(map(str, fields)), path)
+            if len(fields) == len(items):
+                return cls(*(_rebuild(item, join(path, n), leaf) for n, item in zip(cls._fields, items, strict=True)))
+        case {"node": "weight", "class": str() as name, "static": dict() as static, "data": dict() as data}:
+            return _rebuild_weight(name, static, data, path, leaf)
+    raise ManifestError(f"{path or 'the tree'}: {str(node)[:80]!r} is no node of a manifest that this version knows.")
+
+
+def _rebuild_dict(items: list[Any], path: str, leaf: MakeLeaf) -> dict[Any, Any]:
+    out: dict[Any, Any] = {}
+    for item in items:
+        if not (isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int)) or item[0] in out:
+            raise ManifestError(f"{path or 'the tree'}: {str(item)[:80]!r} is no entry of a dict, or a second one.")
+        out[item[0]] = _rebuild(item[1], join(path, item[0]), leaf)
+    return out
+
+
+def _rebuild_weight(name: str, static: dict[str, Any], data: dict[str, Any], path: str, leaf: MakeLeaf) -> Weight:
+    cls = Weight.classes.get(name)
+    if cls is None:
+        raise ManifestError(
+            f"{path}: the stand-in weight {name[:40]!r} is not known here; nearest are "
+            f"{nearest(name[:40], Weight.classes)}. Import the module that defines it before loading."
+        )
+    fields: dict[str, Any] = decode_fields(cls, static_names(cls), static, path)
+    if unknown := sorted(set(data) - set(cls.data_names())):
+        raise ManifestError(f"{path}: {name} has no field {', '.join(map(repr, unknown))}, only {cls.data_names()}.")
+    if foreign := sorted(set(fields["trainable"]) - set(cls.data_names())):
+        raise ManifestError(f"{path}: {name} cannot train {', '.join(map(repr, foreign))}, only {cls.data_names()}.")
+    parts = {n: _rebuild(item, join(path, n), leaf) for n, item in data.items()}
+    arguments: dict[str, Any] = dict.fromkeys(cls.data_names()) | parts | fields
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ManifestError(f"{path}: {name} refuses what the manifest gives it: {error}") from error
+
+
+def _named_tuple(name: str, fields: tuple[str, ...], path: str) -> Any:
+    """The class of this name if its module is loaded; nothing is ever imported because a file says so."""
+    module, _, qualified = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in qualified.split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, type) and issubclass(found, tuple) and getattr(found, "_fields", None) == fields:
+        return found
+    try:
+        return _plain_named_tuple(qualified.rpartition(".")[2], fields)
+    except ValueError as error:
+        raise ManifestError(f"{path or 'the tree'}: {name[:80]!r} is no named tuple: {error}") from error
+
+
+@functools.cache
+def _plain_named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    return collections.namedtuple(name, fields)
+
+
+def concrete_leaf(arrays: Mapping[str, Any], base: BaseArrays) -> MakeLeaf:
+    """Returns a function that turns stored data into arrays, for `rebuild_node`."""
+
+    def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | None) -> Any:
+        if reference is None:
+            return from_stored(arrays[name], spec, name)
+        return base.leaves[reference[0]]
+
+    return leaf

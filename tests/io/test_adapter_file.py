@@ -1,0 +1,228 @@
+import json
+import os
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.core import freeze
+from hypothesis import HealthCheck, given, settings
+
+import subspace_jax as sj
+from subspace_jax.io import AdapterFileError, load_adapter, read_safetensors, save_adapter
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "adapter.safetensors"
+
+
+def test_round_trip(path, params, adapted, assert_same_bits):
+    assert save_adapter(path, adapted, base=params) == path
+    assert_same_bits(load_adapter(path, params), adapted)
+    tensors, _ = read_safetensors(path)
+    assert sorted(tensors) == [
+        *("blocks/0/kernel/a", "blocks/0/kernel/b", "blocks/1/kernel/a", "blocks/1/kernel/b"),
+        *("embed/value", "stacked/kernel/a", "stacked/kernel/b"),
+    ]
+    np.testing.assert_array_equal(tensors["stacked/kernel/a"], adapted["stacked"]["kernel"].a)
+
+
+def test_round_trip_without_base_stores_the_bases(path, params, adapted, assert_same_bits):
+    save_adapter(path, adapted)
+    assert_same_bits(load_adapter(path, params), adapted)
+    assert "stacked/kernel/base" in read_safetensors(path)[0]
+    assert "norm/0" not in read_safetensors(path)[0]
+
+
+def test_pissa_keeps_its_residual(path, assert_same_bits):
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 48)), "b": jnp.zeros(48)}
+    sizes = {}
+    for name, method in {"lora": sj.lora(rank=2), "pissa": sj.pissa(rank=2), "dora": sj.dora(sj.lora(rank=2))}.items():
+        tree = sj.adapt(params, {"w": method}, key=jax.random.key(1))
+        save_adapter(path, tree, base=params)
+        sizes[name] = path.stat().st_size
+        assert_same_bits(load_adapter(path, params), tree)
+    assert sizes["lora"] < 64 * 48 * 4 < sizes["pissa"]
+    assert sizes["dora"] < 64 * 48 * 4
+
+
+def test_moved_plain_arrays_are_stored(path, params, adapted, assert_same_bits):
+    moved = {**adapted, "norm": (adapted["norm"][0] + 1, adapted["norm"][1])}
+    save_adapter(path, moved, base=params)
+    assert "norm/0" in read_safetensors(path)[0]
+    assert_same_bits(load_adapter(path, params), moved)
+
+
+def test_other_containers(path, params, adapted, assert_same_bits):
+    frozen = freeze({"params": {"w": params["embed"]}})
+    tree = sj.adapt(frozen, {"**/w": sj.lora(rank=2)}, key=jax.random.key(0))
+    save_adapter(path, tree, base=frozen)
+    assert_same_bits(load_adapter(path, frozen), tree)
+
+
+def test_small_dtypes(path, assert_same_bits):
+    params = {"w": jnp.arange(6.0).reshape(2, 3)}
+    for name in ("int4", "uint4", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float4_e2m1fn"):
+        tree = sj.adapt(params, {"w": sj.lora(rank=1)}, key=jax.random.key(0))
+        tree = {"w": type(tree["w"])(**{**vars(tree["w"]), "base": params["w"].astype(jnp.dtype(name))})}
+        save_adapter(path, tree, base=params)
+        assert_same_bits(load_adapter(path, params), tree)
+
+
+def test_loads_with_the_base_s_own_arrays(path, params, adapted):
+    save_adapter(path, adapted, base=params)
+    assert load_adapter(path, params)["stacked"]["kernel"].base is params["stacked"]["kernel"]
+
+
+def test_wrong_parameters(path, params, adapted):
+    save_adapter(path, adapted, base=params)
+    others = {
+        "'blocks/0/bias' is in the file, not in the parameters": lambda p: p["blocks"][0].pop("bias"),
+        "'head' is in the parameters, not in the file": lambda p: p.update(head=jnp.ones(2)),
+        r"'embed' is float32\[7, 5\] in the parameters, and the Full stands for float32\[7, 4\]": lambda p: p.update(
+            embed=jnp.ones((7, 5))
+        ),
+        r"'stacked/kernel' is bfloat16\[3, 4, 5\] in the base tree, expected float32": lambda p: p["stacked"].update(
+            kernel=p["stacked"]["kernel"].astype(jnp.bfloat16)
+        ),
+        "'stacked/kernel' has other numbers": lambda p: p["stacked"].update(kernel=p["stacked"]["kernel"] + 1),
+    }
+    for words, change in others.items():
+        copy = jax.tree.map(lambda x: x, params)
+        change(copy)
+        with pytest.raises(AdapterFileError, match=words) as caught:
+            load_adapter(path, copy)
+        assert str(path) in str(caught.value)
+
+
+def test_other_numbers_on_purpose(path, params, adapted):
+    save_adapter(path, adapted, base=params)
+    other = {**params, "stacked": {"kernel": params["stacked"]["kernel"] + 1}}
+    loaded = load_adapter(path, other, verify=False)
+    np.testing.assert_array_equal(loaded["stacked"]["kernel"].base, other["stacked"]["kernel"])
+
+
+def rewrite(path, change):
+    """Writes the file again with the format's own library, after changing tensors and manifest."""
+    tensors, metadata = read_safetensors(path)
+    manifest = json.loads(metadata["subspace_jax"])
+    change(tensors, manifest)
+    safetensors.numpy.save_file(tensors, path, {"subspace_jax": json.dumps(manifest)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, m: t.pop("stacked/kernel/a"), r"'stacked/kernel/a' is missing, expected float32\[3, 4, 2\]"),
+        (lambda t, m: t.update(more=np.ones(2)), "'more' is not expected"),
+        (
+            lambda t, m: t.update({"stacked/kernel/a": np.ones((3, 2, 4), np.float32)}),
+            r"'stacked/kernel/a' holds float32\[3, 2, 4\], expected float32\[3, 4, 2\]",
+        ),
+        (
+            lambda t, m: t.update({"stacked/kernel/a": t["stacked/kernel/a"].astype(ml_dtypes.bfloat16)}),
+            "'stacked/kernel/a' holds bfloat16",
+        ),
+        (lambda t, m: m.update(format_version=99), "format_version 99"),
+        (lambda t, m: m.update(format="subspace_jax.tree"), "format 'subspace_jax.tree'"),
+        (lambda t, m: m["leaves"].pop("norm/0"), "'norm/0' is in the parameters, not in the file"),
+        (lambda t, m: m.update(leaves=[]), "no leaves"),
+        (
+            lambda t, m: m["leaves"]["stacked/kernel"]["static"].update(dtype={"dtype": "float16"}),
+            "the LowRank stands for float16",
+        ),
+        (
+            lambda t, m: m["leaves"]["stacked/kernel"]["data"].update(base={"node": "none"}),
+            "stacked/kernel: parts of the LowRank are missing",
+        ),
+    ],
+)
+def test_changed_files(path, params, adapted, change, words):
+    save_adapter(path, adapted, base=params)
+    rewrite(path, change)
+    with pytest.raises(AdapterFileError, match=words):
+        load_adapter(path, params)
+
+
+def test_foreign_files(path, params):
+    safetensors.numpy.save_file({"a": np.ones(2)}, path)
+    with pytest.raises(AdapterFileError, match="not written by save_adapter"):
+        load_adapter(path, params)
+    safetensors.numpy.save_file({"a": np.ones(2)}, path, {"subspace_jax": "[" * 100_000})
+    with pytest.raises(AdapterFileError, match="no JSON"):
+        load_adapter(path, params)
+
+
+@pytest.mark.parametrize(
+    ("tree", "base", "words"),
+    [
+        (lambda p, a: p, None, "no stand-in weight"),
+        (lambda p, a: sj.partition(a)[0], None, "combine"),
+        (lambda p, a: a, lambda p, a: a, "base tree holds a LowRank"),
+        (lambda p, a: a, lambda p, a: {"embed": p["embed"]}, "'norm/0' is in the adapted tree, not in base"),
+        (lambda p, a: a, lambda p, a: {**p, "embed": p["embed"].T}, "'embed' is float32.4, 7. in the parameters"),
+        (lambda p, a: {**a, "x": 3}, None, "x: holds a int"),
+    ],
+)
+def test_refused_saves_write_nothing(tmp_path, params, adapted, tree, base, words):
+    given = None if base is None else base(params, adapted)
+    with pytest.raises(AdapterFileError, match=words):
+        save_adapter(tmp_path / "x.safetensors", tree(params, adapted), base=given)
+    assert os.listdir(tmp_path) == []
+
+
+def test_failed_write_keeps_the_old_file(path, params, adapted, monkeypatch):
+    save_adapter(path, adapted, base=params)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(AdapterFileError, match="disk full"):
+        save_adapter(path, adapted)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_manifests_are_loaded_or_refused(path, data):
+    params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+    save_adapter(path, sj.adapt(params, {"w": sj.lora(rank=2)}, key=jax.random.key(0)), base=params)
+
+    def change(tensors, manifest):
+        place = manifest
+        while data.draw(st.integers(0, 4)) and any(isinstance(v, (dict, list)) for v in _values(place)):
+            place = data.draw(st.sampled_from([v for v in _values(place) if isinstance(v, (dict, list))]))
+        if isinstance(place, dict):
+            name = data.draw(st.sampled_from(sorted(place)) | st.text(max_size=6)) if place else "x"
+            place[name] = data.draw(json_values)
+        elif place:
+            place[data.draw(st.integers(0, len(place) - 1))] = data.draw(json_values)
+
+    rewrite(path, change)
+    before = path.read_bytes()
+    message = str(path)
+    try:
+        load_adapter(path, params)
+    except AdapterFileError as error:
+        message = str(error)
+    assert str(path) in message
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def _values(place):
+    return list(place.values()) if isinstance(place, dict) else place
