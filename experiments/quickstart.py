@@ -180,7 +180,8 @@ def _cell(job: _Job, method: str, seed: int, context: Context) -> dict[str, Any]
         progress.update(bar, note=f"loss {trained.losses[-1]:.3f}  test accuracy {100 * accuracy:.1f}%")
     saved = context.folder / "adapters" / f"{job.name}-{method}-{seed}.safetensors"
     saved.parent.mkdir(exist_ok=True)
-    sj.save_adapter(saved, trained.adapted, base=params)
+    # A residual base is as large as the model; as the equivalent LoRA only factors are stored.
+    sj.save_adapter(saved, sj.to_lora(trained.adapted, params), base=params)
     merged = sj.merge(sj.load_adapter(saved, params))
     merged_accuracy, merged_logits = evaluate(job.logits, merged, job.held_out("test"))
     difference = float(np.abs(merged_logits - logits).max())

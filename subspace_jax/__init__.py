@@ -22,8 +22,15 @@ from subspace_jax.core import roles as roles
 from subspace_jax.core import summary as summary
 from subspace_jax.core import with_adapters as with_adapters
 from subspace_jax.core import with_dropout as with_dropout
+from subspace_jax.io import Checkpointer as Checkpointer
+from subspace_jax.io import latest_step as latest_step
+from subspace_jax.io import load_adapter as load_adapter
+from subspace_jax.io import restore_checkpoint as restore_checkpoint
+from subspace_jax.io import save_adapter as save_adapter
+from subspace_jax.io import save_checkpoint as save_checkpoint
 
 __all__ = [
+    "Checkpointer",
     "Method",
     "Role",
     "Source",
@@ -35,13 +42,18 @@ __all__ = [
     "dora",
     "full",
     "is_weight",
+    "latest_step",
+    "load_adapter",
     "lora",
     "merge",
     "merge_rounding",
     "partition",
     "pissa",
     "qpissa",
+    "restore_checkpoint",
     "roles",
+    "save_adapter",
+    "save_checkpoint",
     "summary",
     "to_lora",
     "with_adapters",
