@@ -6,6 +6,7 @@ Meng, Wang, Zhang, 2024.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -77,15 +78,16 @@ def pissa(
       2024.
     """
     check_rank(rank)
+    _check_svd(svd)
     scale = scaling(rank, alpha)
-    principal = _principal(rank, scale, svd, iterations, oversample, dtype)
+    options = {"rank": rank, "svd": svd, "iterations": iterations, "oversample": oversample, "dtype": dtype}
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRank:
         del stats
         require_matrix(array, role)
         check_rank(rank, min(role.sizes(array.shape)))
         matrix = role.matrix(array).astype(wide_dtype(array.dtype))
-        a, b = principal(key, matrix)
+        a, b = _principal(key, matrix, scale=scale, **options)
         residual = role.unmatrix(matrix - _product(a, b, scale), array.shape)
         return _low_rank(residual.astype(residual_dtype or array.dtype), a, b, scale, array, role)
 
@@ -133,7 +135,8 @@ def qpissa(
     check_rank(rank)
     if steps < 1:
         raise ValueError(f"qpissa: steps={steps}; at least one step makes the factors and the base.")
-    principal = _principal(rank, 1.0, svd, iterations, oversample, dtype)
+    _check_svd(svd)
+    options = {"rank": rank, "svd": svd, "iterations": iterations, "oversample": oversample, "dtype": dtype}
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRank:
         del stats
@@ -147,7 +150,7 @@ def qpissa(
 
         left = matrix
         for step_key in jax.random.split(key, steps):
-            a, b = principal(step_key, left)
+            a, b = _principal(step_key, left, scale=1.0, **options)
             base = quantized(a, b)
             left = matrix - role.matrix(base.materialize(matrix.dtype))
         return dataclasses.replace(_low_rank(base, a, b, 1.0, array, role), start_a=None, start_b=None)
@@ -206,21 +209,23 @@ def to_lora(adapted: Any, params: Any) -> Any:
     return map_with_paths(convert, adapted)
 
 
-def _principal(rank: int, scale: float, svd: SVDMode, iterations: int, oversample: int, dtype: Any):
-    """A function from a key and `[*stack, in, out]` to the factors whose scaled product is the best of this rank."""
+# One compiled program per shape and setting, whichever call of `pissa` it comes from.
+@functools.partial(jax.jit, static_argnames=("rank", "scale", "svd", "iterations", "oversample", "dtype"))
+def _principal(
+    key: jax.Array, matrix: jax.Array, *, rank: int, scale: float, svd: SVDMode, iterations: int, oversample: int, dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Factors of `[*stack, in, out]` whose scaled product is the best of this rank."""
+    if svd == "exact":
+        u, s, vt = truncated_svd(matrix, rank)
+    else:
+        u, s, vt = randomized_svd(key, matrix, rank, iterations=iterations, oversample=oversample)
+    root = jnp.sqrt(s / scale)
+    return (u * root[..., None, :]).astype(dtype), (root[..., :, None] * vt).astype(dtype)
+
+
+def _check_svd(svd: str) -> None:
     if svd not in ("randomized", "exact"):
         raise ValueError(f'svd is "randomized" or "exact", not {svd!r}.')
-
-    @jax.jit
-    def principal(key: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if svd == "exact":
-            u, s, vt = truncated_svd(matrix, rank)
-        else:
-            u, s, vt = randomized_svd(key, matrix, rank, iterations=iterations, oversample=oversample)
-        root = jnp.sqrt(s / scale)
-        return (u * root[..., None, :]).astype(dtype), (root[..., :, None] * vt).astype(dtype)
-
-    return principal
 
 
 def _product(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:

@@ -100,9 +100,7 @@ def _check_hash(asset: Asset, archive: pathlib.Path) -> None:
         )
 
 
-def _move_into_place(
-    fresh: pathlib.Path, asset: Asset, cache: pathlib.Path, old: pathlib.Path
-) -> pathlib.Path:
+def _move_into_place(fresh: pathlib.Path, asset: Asset, cache: pathlib.Path, old: pathlib.Path) -> pathlib.Path:
     target = unpacked_folder(asset, cache)
     try:
         fresh.rename(target)
@@ -123,9 +121,7 @@ def _download(asset: Asset, folder: pathlib.Path) -> pathlib.Path:
         command, hint = _npm_command(asset)
     else:
         command, hint = _pip_command(asset, folder)
-    finished = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, errors="replace", check=False
-    )
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
     archives = sorted(folder.glob("*" + _archive_ending(asset)))
     if finished.returncode or len(archives) != 1:
         tail = "\n".join((finished.stdout + finished.stderr).strip().splitlines()[-8:])

@@ -73,9 +73,7 @@ def is_fetched(asset: Asset, cache: str | os.PathLike[str] | None = None) -> boo
     return isinstance(manifest, dict) and manifest.get("sha256") == asset.sha256
 
 
-def _distribution(
-    asset: Asset, cache: str | os.PathLike[str] | None
-) -> importlib.metadata.Distribution | None:
+def _distribution(asset: Asset, cache: str | os.PathLike[str] | None) -> importlib.metadata.Distribution | None:
     if asset.registry != "pypi-wheel":
         return None  # an installed sdist has lost its data files
     path = [str(cache_folder(cache)), *sys.path]
@@ -86,8 +84,7 @@ def _distribution(
 
 def _missing(asset: Asset, why: str) -> AssetMissingError:
     return AssetMissingError(
-        f"{why}. Fetch it ({asset.size / 1e6:.1f} MB, {asset.purpose}) with: "
-        f"python -m experiments fetch {asset.name}"
+        f"{why}. Fetch it ({asset.size / 1e6:.1f} MB, {asset.purpose}) with: python -m experiments fetch {asset.name}"
     )
 
 

@@ -194,8 +194,8 @@ def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None
             "Narrow the pattern, or put a rule with None before it."
         )
     if isinstance(leaf, (jax.Array, np.ndarray)) and not is_tracer(leaf):
-        finite = bool(jnp.isfinite(leaf).all())
-        if not finite:
+        finite = jnp.isfinite(leaf).all()  # inside a trace this is not known either
+        if not is_tracer(finite) and not bool(finite):
             raise NonFiniteError(f"{path}: the weight holds NaN or infinity; load a sound checkpoint.")
     found = (stats or {}).get(path)
     missing = [need for need in method.needs if getattr(found, need, None) is None]

@@ -53,7 +53,8 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_weight)
+        # What holds no weight is one leaf: a module that the function changes in place must not be a copy.
+        leaves, treedef = jax.tree_util.tree_flatten_with_path((list(args), kwargs), is_leaf=_holds_no_weight)
         paths = [path for path, _ in leaves]
         values = [v.materialize() if isinstance(v, Full) else v for _, v in leaves]
         places = [i for i, v in enumerate(values) if isinstance(v, Weight)]
@@ -91,6 +92,10 @@ def _assemble(outputs: dict[str, Any], results: list[Any], on_materialize: OnMat
     )
     leaves = [next(whole) if s is None else s for s in outputs["static"]]
     return jax.tree.unflatten(outputs["tree"], leaves)
+
+
+def _holds_no_weight(value: Any) -> bool:
+    return is_weight(value) or not any(is_weight(v) for v in jax.tree.leaves(value, is_leaf=is_weight))
 
 
 def _is_array(value: Any) -> bool:

@@ -58,7 +58,7 @@ def capture(
     params: Any,
     batches: Iterable[Any],
     *,
-    statistics: Iterable[Name] = ("gram",),
+    statistics: Name | Iterable[Name] = ("gram",),
     select: Selector | Iterable[str] | None = None,
     roles: Mapping[str, Role] | None = None,
 ) -> dict[str, Statistics]:
@@ -93,21 +93,23 @@ def capture(
       >>> found["w"].gram.tolist(), found["w"].mean.tolist()
       ([[10.0, 14.0], [14.0, 20.0]], [2.0, 3.0])
     """
-    wanted = tuple(statistics)
+    wanted = (statistics,) if isinstance(statistics, str) else tuple(statistics)
     unknown = [n for n in wanted if n not in INPUT_STATISTICS + GRADIENT_STATISTICS]
     if unknown or not wanted:
         raise StatisticsError(f"statistics={wanted}: choose from {INPUT_STATISTICS + GRADIENT_STATISTICS}.")
     iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
+    batch = next(iterator, None)
+    if batch is None:
         raise StatisticsError("There are no batches to gather statistics from.")
     if roles is None:
-        roles = find_roles(fn, params, first)
+        roles = find_roles(fn, params, batch)
     chosen = _selected(params, select, roles, wanted)
     step = jax.jit(functools.partial(_step, fn, chosen, wanted), donate_argnums=0)
-    sums = step(_zeros(params, chosen, wanted), params, first)
-    for batch in iterator:
-        sums = step(sums, params, batch)
+    sums = _zeros(params, chosen, wanted)
+    while batch is not None:
+        sums = jax.block_until_ready(step(sums, params, batch))
+        batch = None  # free before the next one is made
+        batch = next(iterator, None)
     return _finish(sums, wanted)
 
 

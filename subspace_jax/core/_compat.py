@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import jax
 from jax.core import Tracer
 from jax.extend.core import Literal, Var
 
@@ -32,15 +34,21 @@ def program(jaxpr: Any, consts: Sequence[Any] | None = None) -> Program:
     return Program(opened.eqns, constvars, consts, tuple(opened.invars), tuple(opened.outvars))
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Runs one equation on ordinary values, with its own custom rules kept."""
-    parameters = eqn.primitive.get_bind_params(eqn.params)
+def bind(eqn: Any, values: Sequence[Any], **changes: Any) -> list[Any]:
+    """Runs one equation on ordinary values, with its own custom rules kept and some parameters changed."""
+    parameters = eqn.primitive.get_bind_params(eqn.params | changes)
     functions: Sequence[Any] = ()
     if isinstance(parameters, tuple):  # before 0.10 functions came apart from the parameters
         functions, parameters = parameters
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*functions, *values, **parameters)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def scope(eqn: Any) -> AbstractContextManager[Any]:
+    """Returns the context of an equation's own names, so that profiles still show the model's modules."""
+    name = str(eqn.source_info.name_stack)
+    return jax.named_scope(name) if name else nullcontext()
 
 
 def scan_groups(parameters: dict[str, Any], operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:

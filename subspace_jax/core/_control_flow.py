@@ -164,9 +164,14 @@ def _shard_map(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[
     p = eqn.params
     body = _compat.program(p["jaxpr"])
     in_specs = tuple(
-        _part_specs(v, spec) if isinstance(v, Standin) else spec
+        v.partition_specs(spec, exact=True) if isinstance(v, Standin) else spec
         for v, spec in zip(operands, p["in_specs"], strict=True)
     )
+    if p["mesh"].explicit_axes:  # parts that lie otherwise than the whole
+        operands = [
+            jax.tree.map(jax.sharding.reshard, v, specs) if isinstance(v, Standin) else v
+            for v, specs in zip(operands, in_specs, strict=True)
+        ]
 
     def run(*values: Any) -> list[Any]:
         return [interpreter.form(v, "shard_map output") for v in interpreter.run(body, values)]
@@ -180,16 +185,3 @@ def _shard_map(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[
         check_vma=p["check_vma"],
     )
     return mapped(*operands)
-
-
-def _part_specs(value: Standin, spec: Any) -> Any:
-    """A tree of the stand-in's structure with the partition spec of each of its arrays."""
-    entries = [None] * value.weight.ndim
-    for axis, names in enumerate(spec):
-        entries[value.permutation[axis]] = names
-    specs = value.weight.partition_specs(jax.sharding.PartitionSpec(*entries), exact=True)
-    return jax.tree.unflatten(jax.tree.structure(value), jax.tree.leaves(specs, is_leaf=_is_spec))
-
-
-def _is_spec(value: Any) -> bool:
-    return isinstance(value, jax.sharding.PartitionSpec)

@@ -65,17 +65,19 @@ class Interpreter:
 
         for index, eqn in enumerate(program.eqns):
             operands = [read(a) for a in eqn.invars]
-            if any(isinstance(v, Standin) for v in operands):
-                results = self.at(index).equation(eqn, operands)
-            else:
-                results = _compat.bind(eqn, operands)
+            with _compat.scope(eqn):
+                if any(isinstance(v, Standin) for v in operands):
+                    results = self.at(index).equation(eqn, operands)
+                else:
+                    results = _compat.bind(eqn, operands)
             environment.update(zip(eqn.outvars, results, strict=True))
         return [read(a) for a in program.outvars]
 
     def equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
         """Evaluates one equation that a stand-in enters."""
         found = RULES.get(eqn.primitive.name)
-        results = found(self, eqn, operands) if found is not None else None
+        with eqn.ctx.manager:
+            results = found(self, eqn, operands) if found is not None else None
         if results is None:
             results = _compat.bind(eqn, [self.form(v, eqn.primitive.name) for v in operands])
         return results

@@ -66,6 +66,14 @@ def product(
     return out if made == out_labels else jnp.transpose(out, [made.index(n) for n in out_labels])
 
 
+def placed_like(array: jax.Array, reference: jax.Array) -> jax.Array:
+    """Returns `array` laid out as `reference`, where mesh axes are explicit and the layout is part of the type."""
+    wanted = jax.typeof(reference).sharding
+    if not wanted.mesh.explicit_axes or jax.typeof(array).sharding == wanted:
+        return array
+    return jax.sharding.reshard(array, wanted)
+
+
 def _expand(array: jax.Array, labels: Labels, out_labels: Labels) -> jax.Array:
     """Transposes and pads `array` with axes of size one so that it broadcasts against `out_labels`."""
     present = [n for n in out_labels if n in labels]

@@ -11,7 +11,7 @@ import numpy as np
 from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._errors import NonFiniteError, NotMergeableError
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
-from subspace_jax.core._weight import is_weight
+from subspace_jax.core._weight import Weight, is_weight
 
 
 class Rounding(NamedTuple):
@@ -35,7 +35,7 @@ def merge(adapted: Any, *, keep_float32: bool = False) -> Any:
 
     Args:
       adapted: a tree with stand-in weights.
-      keep_float32: leave merged arrays in float32.
+      keep_float32: leave merged arrays in float32 (float64 ones as they are).
 
     Returns:
       A tree of arrays, of the structure that `adapt` was given.
@@ -55,7 +55,7 @@ def merge(adapted: Any, *, keep_float32: bool = False) -> Any:
     def one(path: str, leaf: Any) -> Any:
         if not is_weight(leaf):
             return leaf
-        dtype = jnp.float32 if keep_float32 else leaf.dtype
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32) if keep_float32 else leaf.dtype
         array = _materialize(leaf, np.dtype(dtype))
         if not is_tracer(array) and not bool(jnp.isfinite(array).all()):
             bad = int((~jnp.isfinite(array)).sum())
@@ -72,8 +72,12 @@ def merge(adapted: Any, *, keep_float32: bool = False) -> Any:
 _materialize = jax.jit(lambda weight, dtype: weight.materialize(dtype), static_argnums=1)
 
 
+def _is_mergeable(weight: Weight) -> bool:
+    return weight.mergeable and all(_is_mergeable(v) for _, v in weight.data_items() if isinstance(v, Weight))
+
+
 def _refuse_unmergeable(adapted: Any) -> None:
-    stuck = [path for path, leaf in leaves_with_paths(adapted) if is_weight(leaf) and not leaf.mergeable]
+    stuck = [path for path, leaf in leaves_with_paths(adapted) if is_weight(leaf) and not _is_mergeable(leaf)]
     if stuck:
         raise NotMergeableError(
             f"{', '.join(stuck)}: the weight depends on the input, so no single array equals it. Keep the adapter "

@@ -6,6 +6,7 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._errors import StructureError
@@ -81,7 +82,8 @@ def combine(trainable: Any, frozen: Any) -> Any:
     def join(path: Any, learned: Any, fixed: Any) -> Any:
         if learned is not None and fixed is not None:
             raise StructureError(
-                f"{path_string(path)}: both trees have an array here, of shapes {learned.shape} and {fixed.shape}. "
+                f"{path_string(path)}: both trees have a value here, of shapes {jnp.shape(learned)} and "
+                f"{jnp.shape(fixed)}. "
                 "combine() takes the two trees that partition() gave, or updates of the first."
             )
         if learned is not None:
@@ -89,14 +91,27 @@ def combine(trainable: Any, frozen: Any) -> Any:
         # Only a tracer can carry a gradient; a concrete array would be copied for nothing.
         return jax.lax.stop_gradient(fixed) if is_tracer(fixed) else fixed
 
-    try:
-        return jax.tree_util.tree_map_with_path(join, trainable, frozen, is_leaf=lambda v: v is None)
-    except StructureError:
-        raise
-    except ValueError as error:
+    structures = [jax.tree.structure(tree, is_leaf=_is_hole) for tree in (trainable, frozen)]
+    if structures[0] != structures[1]:
         raise StructureError(
-            f"The trainable and the frozen tree differ in structure: {error}. Both must come from one partition()."
-        ) from error
+            f"The trainable and the frozen tree differ in structure{_first_difference(trainable, frozen)}. Both must "
+            "come from one partition()."
+        )
+    return jax.tree_util.tree_map_with_path(join, trainable, frozen, is_leaf=_is_hole)
+
+
+def _is_hole(value: Any) -> bool:
+    return value is None
+
+
+def _first_difference(trainable: Any, frozen: Any) -> str:
+    """Says where two trees differ, if their paths already tell."""
+    flat = (jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_hole) for tree in (trainable, frozen))
+    left, right = ({path_string(path) for path, _ in leaves} for leaves in flat)
+    only = sorted(left - right) + sorted(right - left)
+    if not only:
+        return ""
+    return f": {only[0]} is in the {'trainable' if only[0] in left else 'frozen'} one only"
 
 
 def with_dropout(adapted: Any, key: jax.Array) -> Any:
@@ -118,6 +133,10 @@ def with_dropout(adapted: Any, key: jax.Array) -> Any:
       >>> with_dropout(adapted, jax.random.key(1))["w"].dropout_key is None
       False
     """
+
+    # An old-style key is two numbers; stacked weights hold an array of keys.
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        key = jax.random.wrap_key_data(key)
 
     def one(path: str, value: Any) -> Any:
         return value.with_key(key_for(key, path)) if is_weight(value) else value

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
-import re
 from typing import Any
 
 import jax
@@ -41,43 +41,42 @@ def map_with_paths(function: Any, tree: Any, *rest: Any) -> Any:
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def glob_expression(pattern: str) -> re.Pattern[str]:
-    """Compiles a glob over slash-joined paths.
+def matches(pattern: str, path: str) -> bool:
+    """Tells whether a whole path fits a glob.
 
     `*` stands for any characters within one name, `?` for one of them, `**` for any number of whole names,
-    `[abc]` for one of these characters, `{a,b}` for either.
+    `[abc]` for one of these characters, `[!abc]` for any other, `{a,b}` for either.
 
     Example:
-      >>> bool(glob_expression("**/attention/*/kernel").fullmatch("layer_0/attention/query/kernel"))
+      >>> matches("**/attention/*/kernel", "layer_0/attention/query/kernel")
       True
-      >>> bool(glob_expression("*/kernel").fullmatch("layer_0/attention/kernel"))
+      >>> matches("*/kernel", "layer_0/attention/kernel")
       False
+      >>> matches("**/{query,value}/kernel", "layer_0/attention/value/kernel")
+      True
     """
-    out, i = "", 0
-    while i < len(pattern):
-        if pattern.startswith("**/", i):
-            out, i = out + "(?:[^/]+/)*", i + 3
-        elif pattern.startswith("/**", i) and i + 3 == len(pattern):
-            out, i = out + "(?:/[^/]+)*", i + 3
-        elif pattern.startswith("**", i):
-            out, i = out + ".*", i + 2
-        elif pattern[i] == "*":
-            out, i = out + "[^/]*", i + 1
-        elif pattern[i] == "?":
-            out, i = out + "[^/]", i + 1
-        elif pattern[i] in "[{" and (end := pattern.find("]" if pattern[i] == "[" else "}", i)) > 0:
-            inside = pattern[i + 1 : end]
-            if pattern[i] == "[":
-                out += f"[{'^' + inside[1:] if inside.startswith('!') else inside}]"
-            else:
-                out += "(?:" + "|".join(map(re.escape, inside.split(","))) + ")"
-            i = end + 1
-        else:
-            out, i = out + re.escape(pattern[i]), i + 1
-    return re.compile(out)
+    return any(_names_match(names, tuple(path.split("/"))) for names in _alternatives(pattern))
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Tells whether a whole path fits a glob."""
-    return glob_expression(pattern).fullmatch(path) is not None
+@functools.lru_cache(maxsize=1024)
+def _alternatives(pattern: str) -> tuple[tuple[str, ...], ...]:
+    """The globs that a pattern's braces stand for, each split into its names."""
+
+    def expand(text: str) -> list[str]:
+        start = text.find("{")
+        end = text.find("}", start)
+        if start < 0 or end < 0:
+            return [text]
+        choices = text[start + 1 : end].split(",")
+        return [text[:start] + choice + rest for choice in choices for rest in expand(text[end + 1 :])]
+
+    return tuple(tuple(one.split("/")) for one in expand(pattern))
+
+
+def _names_match(patterns: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    if not patterns:
+        return not names
+    first, *rest = patterns
+    if first == "**":
+        return any(_names_match(tuple(rest), names[i:]) for i in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], first) and _names_match(tuple(rest), names[1:])

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from subspace_jax.core._labels import placed_like, product
 from subspace_jax.core._use import Convolution, Dot, Use
 from subspace_jax.core._weight import Weight
 
@@ -42,12 +43,15 @@ def _tap_forward(y: jax.Array, rows: jax.Array, probe: _Probe):
 def _tap_backward(residual: tuple[jax.Array, _Probe], cotangent: jax.Array):
     rows, probe = residual
     wide = rows.astype(probe.count.dtype)
-    count = jnp.full(probe.count.shape, rows.shape[-2], probe.count.dtype)
+    count = jnp.full_like(probe.count, rows.shape[-2])
+    stack = tuple(f"stack {i}" for i in range(rows.ndim - 2))
     gram = total = None
     if probe.gram is not None:
-        gram = jnp.matmul(jnp.swapaxes(wide, -1, -2), wide, precision=lax.Precision.HIGHEST)
+        left, right = (*stack, "row", "in"), (*stack, "row", "in again")
+        gram = product(wide, left, wide, right, (*stack, "in", "in again"), precision=lax.Precision.HIGHEST)
+        gram = placed_like(gram, probe.gram)
     if probe.total is not None:
-        total = jnp.sum(wide, axis=-2)
+        total = placed_like(jnp.sum(wide, axis=-2), probe.total)
     return cotangent, jnp.zeros_like(rows), _Probe(count, gram, total)
 
 

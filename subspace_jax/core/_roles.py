@@ -109,7 +109,7 @@ class _Observed(Weight):
         )
 
     def can_split(self, axis: int, *, loop: bool) -> bool:
-        return self.whole and (loop or (axis == 0 and self.ndim > 2))
+        return self.whole and (loop or (axis == 0 and self.ndim > 1))
 
     def map_stacked(self, axis: int, function: Callable[[jax.Array, int], jax.Array]) -> _Observed:
         return dataclasses.replace(self, value=function(self.value, axis))

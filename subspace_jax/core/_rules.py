@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from subspace_jax.core import _compat
 from subspace_jax.core._interpret import Interpreter, rule
 from subspace_jax.core._standin import Standin
 from subspace_jax.core._use import Convolution, Dot, Lookup
@@ -67,6 +70,7 @@ def _gather(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any
         or not whole_slices
         or numbers.start_index_map != collapsed
         or numbers.operand_batching_dims
+        or _is_number(eqn.params["fill_value"])  # a sum of parts would add it up
     ):
         return None
     kept = ("indices_are_sorted", "unique_indices", "mode", "fill_value")
@@ -78,6 +82,10 @@ def _gather(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any
         parameters={k: eqn.params[k] for k in kept},
     )
     return [value.weight.contract(indices, use)]
+
+
+def _is_number(fill: Any) -> bool:
+    return fill is not None and fill != 0 and not np.isnan(fill)
 
 
 @rule("convert_element_type")
@@ -96,24 +104,40 @@ def _stop_gradient(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> l
     return [jax.tree.map(lax.stop_gradient, operands[0])]
 
 
-@rule(
-    *("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "device_put", "reshard"),
-    *("mesh_cast", "pvary", "pcast", "layout_constraint"),
-)
+@rule("copy", "copy_p", "name", "optimization_barrier", "device_put", "pvary", "pcast", "layout_constraint")
 def _carry_along(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    # Placement of the whole array says nothing of its parts, which have shardings of their own.
     return list(operands)
+
+
+@rule("sharding_constraint", "reshard")
+def _place(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """Places the parts as the model places the whole: a model that gathers a weight gathers its factors too."""
+    value = operands[0]
+    field = "dst_sharding" if eqn.primitive.name == "reshard" else "sharding"
+    sharding = eqn.params[field]
+    if not isinstance(sharding, NamedSharding):
+        return [value]
+
+    def one(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+        changes: dict[str, Any] = {field: NamedSharding(sharding.mesh, spec)}
+        if "unconstrained_dims" in eqn.params:
+            free = (i for i, entry in enumerate(spec) if entry is PartitionSpec.UNCONSTRAINED)
+            changes["unconstrained_dims"] = frozenset(free)
+        return _compat.bind(eqn, [array], **changes)[0]
+
+    return [jax.tree.map(one, value, value.partition_specs(sharding.spec))]
 
 
 @rule("reshape", "expand_dims")
 def _reshape(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     value = operands[0]
+    if eqn.primitive.name == "reshape" and eqn.params.get("dimensions") is not None:
+        value = value.transpose(tuple(eqn.params["dimensions"]))
     new_sizes = tuple(eqn.outvars[0].aval.shape)
     if new_sizes == value.shape:
         return [value]
-    if value.permutation != tuple(range(value.weight.ndim)) or eqn.params.get("dimensions") is not None:
-        return None
-    reshaped = value.weight.reshape(new_sizes)
+    in_order = value.permutation == tuple(range(value.weight.ndim))
+    reshaped = value.weight.reshape(new_sizes) if in_order else None
     if reshaped is None:
         return _derive(value, lambda array: array.reshape(new_sizes))
     return [dataclasses.replace(value, weight=reshaped, permutation=tuple(range(len(new_sizes))))]
@@ -122,6 +146,8 @@ def _reshape(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[An
 @rule("broadcast_in_dim")
 def _broadcast_in_dim(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    if math.prod(shape) == math.prod(operands[0].shape) and list(dims) == sorted(dims):
+        return _reshape(interpreter, eqn, operands)
     return _derive(operands[0], lambda array: lax.broadcast_in_dim(array, shape, dims))
 
 
@@ -144,7 +170,27 @@ def _slice(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any]
 @rule("dynamic_slice")
 def _dynamic_slice(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     value, *starts = operands
-    return _slice_stack(value, starts, tuple(eqn.params["slice_sizes"]))
+    sizes = tuple(eqn.params["slice_sizes"])
+    sliced = _slice_stack(value, starts, sizes)
+    return _lookup_of_one(interpreter, eqn, value, starts, sizes) if sliced is None else sliced
+
+
+def _lookup_of_one(
+    interpreter: Interpreter, eqn: Any, value: Standin, starts: Any, sizes: tuple[int, ...]
+) -> list[Any] | None:
+    """One row of an embedding table, which a lookup by a single index slices out."""
+    cut = [i for i, (n, m) in enumerate(zip(sizes, value.shape, strict=True)) if n != m]
+    if value.weight.role.kind != "embedding" or len(cut) != 1 or sizes[cut[0]] != 1:
+        return None
+    axis = cut[0]
+    use = Lookup(
+        **_use_fields(interpreter, eqn, value),
+        axis=axis,
+        x_ndim=1,
+        offset_dims=tuple(i for i in range(len(sizes)) if i != axis),
+        parameters={"mode": lax.GatherScatterMode.CLIP},
+    )
+    return [value.weight.contract(jnp.reshape(starts[axis], (1, 1)), use)]
 
 
 def _slice_stack(value: Standin, starts: Any, sizes: tuple[int, ...]) -> list[Any] | None:
@@ -160,6 +206,15 @@ def _slice_stack(value: Standin, starts: Any, sizes: tuple[int, ...]) -> list[An
 
         weight = weight.map_stacked(value.permutation[i], take)
     return [dataclasses.replace(value, weight=weight)]
+
+
+@rule("unstack")
+def _unstack(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    value, axis = operands[0], eqn.params["axis"]
+    if not value.is_stacked(axis, loop=False):
+        return None
+    mapped, rebuild = value.split_stack(axis)
+    return [rebuild(jax.tree.map(lambda v, i=i: v[i], mapped)) for i in range(value.shape[axis])]
 
 
 @rule("squeeze")

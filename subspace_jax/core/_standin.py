@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from subspace_jax.core._weight import Weight, static
 
@@ -69,6 +70,15 @@ class Standin:
             return dataclasses.replace(self, weight=rebuild(one), permutation=permutation)
 
         return mapped, rebuild_value
+
+    def partition_specs(self, spec: PartitionSpec, *, exact: bool = False) -> Standin:
+        """Returns a tree like this one with the partition spec of each array, for a spec of the value's own axes."""
+        entries: list[Any] = [None] * self.weight.ndim
+        for axis, entry in enumerate(spec):
+            entries[self.permutation[axis]] = entry
+        specs = self.weight.partition_specs(PartitionSpec(*entries), exact=exact)
+        leaves = jax.tree.leaves(specs, is_leaf=lambda v: isinstance(v, PartitionSpec))
+        return jax.tree.unflatten(jax.tree.structure(self), leaves)
 
     def is_stacked(self, axis: int, *, loop: bool) -> bool:
         """Whether an axis of the value runs over whole layers."""

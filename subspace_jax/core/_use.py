@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from subspace_jax.core._errors import MaterializeError
 from subspace_jax.core._labels import Labels, product
 from subspace_jax.core._role import Role
 
@@ -45,6 +46,11 @@ class Use(abc.ABC):
         self, x: jax.Array, factor: jax.Array, labels: Labels, needed: set[str]
     ) -> tuple[jax.Array, Labels] | None:
         """Applies the operation to the first factor, with the labels of the result; None if it cannot."""
+
+    def _meet(self, x: jax.Array, factor: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
+        """Prepares a later factor for the product with what came before; a lookup selects its slices."""
+        del x
+        return factor, labels
 
     @property
     @abc.abstractmethod
@@ -107,9 +113,9 @@ class Use(abc.ABC):
             return self.apply(x, _scaled(self.dense(factors), scale))
         current, labels = _scaled(started[0], scale), started[1]
         for i, (factor, names) in enumerate(chain[1:], start=1):
+            factor, names = self._meet(x, factor.astype(self.dtype), names)
             needed = self._needed_after(chain, i)
             out = self.out_labels if i == len(chain) - 1 else _kept(labels, names, needed)
-            factor = factor.astype(self.dtype)
             current = product(current, labels, factor, names, out, precision=self._precision)
             labels = out
         if labels != self.out_labels:
@@ -160,13 +166,18 @@ class Use(abc.ABC):
         labels = self._role_labels(self.role.stack_axes)
         names, sizes = self._bond(self.role.out_axes)
         vector = vector.reshape(*vector.shape[: len(labels)], *sizes)
-        labels = labels + names
+        vector, labels = self._meet(x, vector, labels + names)
         if set(labels) <= set(self.out_labels):
             y = contract(x)
             return product(y, self.out_labels, vector.astype(y.dtype), labels, self.out_labels)
         if set(labels) <= set(self.x_labels):
             return contract(product(x, self.x_labels, vector.astype(x.dtype), labels, self.x_labels))
-        raise NotImplementedError(f"scaling axes {labels} of {self.weight_labels} in {self.out_labels}")
+        raise MaterializeError(
+            f"A weight of shape {self.shape} with scaled output features {self.role.out_axes} is contracted over some "
+            f"of them only, so neither the input ({', '.join(self.x_labels)}) nor the result "
+            f"({', '.join(self.out_labels)}) can be scaled in its place. Use a method without magnitudes here, or "
+            "merge() the weight."
+        )
 
 
 def dense(factors: Sequence[jax.Array], role: Role, shape: tuple[int, ...]) -> jax.Array:
@@ -376,9 +387,12 @@ class Lookup(Use):
     def _start(
         self, x: jax.Array, factor: jax.Array, labels: Labels, needed: set[str]
     ) -> tuple[jax.Array, Labels] | None:
+        return self._meet(x, factor, labels) if self.in_labels[0] in labels else None
+
+    def _meet(self, x: jax.Array, factor: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         looked_up = self.in_labels[0]
         if looked_up not in labels:
-            return None
+            return factor, labels
         rest = [n for n in labels if n != looked_up]
         positions = range(self.x_ndim, self.x_ndim + len(rest))
         return self._gather(x, factor, labels.index(looked_up), positions), (*self.x_labels, *rest)

@@ -56,6 +56,9 @@ class Weight(abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # Checkpoints name a weight by its class, so that no code of the method that made it is needed.
+        known = Weight.classes.setdefault(cls.__name__, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"{cls.__module__}: the weight class name {cls.__name__} is taken by {known.__module__}.")
         Weight.classes[cls.__name__] = cls
 
     @property
@@ -218,26 +221,27 @@ class Weight(abc.ABC):
 
         Args:
           shape: the new shape; its axes must refine or join axes within the stacked, the input and the output
-            group, and those groups must follow each other in this order.
+            group, each of which must be neighbours in the array.
         """
-        role = self.role
-        if role.order != tuple(range(self.ndim)):
+        names = ("stack_axes", "in_axes", "out_axes")
+        groups = sorted((axes, name) for name in names if (axes := getattr(self.role, name)))
+        if [i for axes, _ in groups for i in axes] != list(range(self.ndim)):
             return None
-        targets = [math.prod(role.stack_shape(self.shape)), *role.sizes(self.shape)]
-        groups: list[tuple[int, ...]] = []
+        moved: dict[str, tuple[int, ...]] = {}
         position = 0
-        for i, target in enumerate(targets):
-            start, total = position, 1
-            wanted = len(shape) if i == 2 else None
-            while position < len(shape) and (total < target or wanted is not None):
+        for axes, name in groups:
+            start, total, target = position, 1, math.prod(self.shape[i] for i in axes)
+            last = axes[-1] == self.ndim - 1
+            # A group of size one still takes an axis, and the last one takes all that are left.
+            while position < len(shape) and (total < target or position == start or last):
                 total *= shape[position]
                 position += 1
-            if total != target:
+            moved[name] = tuple(range(start, position))
+            if total != target or not moved[name]:
                 return None
-            groups.append(tuple(range(start, position)))
-        if (len(groups[0]) != len(role.stack_axes)) or not (groups[1] and groups[2]):
+        role = dataclasses.replace(self.role, **moved)
+        if len(role.stack_axes) != len(self.role.stack_axes):
             return None
-        role = dataclasses.replace(role, stack_axes=groups[0], in_axes=groups[1], out_axes=groups[2])
 
         def one(name: str, value: Any) -> Any:
             if isinstance(value, Weight):
@@ -276,9 +280,20 @@ class Weight(abc.ABC):
                 return value.partition_specs(spec, exact=exact)
             if self.axes[name] == "array":
                 return PartitionSpec(*entries)
-            return PartitionSpec(*(e for w in self.axes[name].split() for e in words.get(w, (None,))))
+            return _without_repeats([e for w in self.axes[name].split() for e in words.get(w, (None,))])
 
         return self.map_fields(one)
+
+
+def _without_repeats(entries: list[Any]) -> PartitionSpec:
+    """A spec in which each mesh axis splits one axis only: the first of those that ask for it."""
+    used: set[Any] = set()
+    kept: list[Any] = []
+    for entry in entries:
+        names = set(entry if isinstance(entry, tuple) else (entry,)) - {None, PartitionSpec.UNCONSTRAINED}
+        kept.append(None if names & used else entry)
+        used |= names
+    return PartitionSpec(*kept)
 
 
 def is_weight(value: Any) -> bool:

@@ -84,8 +84,7 @@ def batch_indices(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if drop_remainder and size < batch_size:
         raise ValueError(
-            f"{size} examples fill no batch of {batch_size}; take a smaller batch_size or "
-            "drop_remainder=False"
+            f"{size} examples fill no batch of {batch_size}; take a smaller batch_size or drop_remainder=False"
         )
     count = size // batch_size if drop_remainder else -(-size // batch_size)
     if not 0 <= start <= count:

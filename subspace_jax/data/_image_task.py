@@ -131,9 +131,7 @@ def load_image_task(
 def _stack(name: str, images: list[np.ndarray], size: tuple[int, int] | None) -> np.ndarray:
     kinds = {(image.dtype.name, image.ndim) for image in images}
     if not kinds <= {("uint8", 3)}:
-        raise ValueError(
-            f"dataset {name!r}: images must be uint8 [height, width, channels], not {sorted(kinds)}"
-        )
+        raise ValueError(f"dataset {name!r}: images must be uint8 [height, width, channels], not {sorted(kinds)}")
     if size is not None:
         images = [_resize(image, size) for image in images]
     shapes = {image.shape for image in images}

@@ -56,9 +56,7 @@ def digits() -> Iterator[ImageRecord]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            "the digits come with scikit-learn: pip install 'subspace-jax[experiments]'"
-        ) from error
+        raise ImportError("the digits come with scikit-learn: pip install 'subspace-jax[experiments]'") from error
     images, labels = load_digits(return_X_y=True)
     for image, label in zip(images, labels, strict=True):
         yield ImageRecord(np.asarray(image, np.uint8).reshape(8, 8, 1), int(label))

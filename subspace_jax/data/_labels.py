@@ -54,6 +54,6 @@ def _text(label: Any) -> str:
 def _named(values: Mapping[str, list[str]]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     names = sorted({label for labels in values.values() for label in labels})
     index = {label: i for i, label in enumerate(names)}
-    return {
-        split: np.asarray([index[label] for label in labels], np.int32) for split, labels in values.items()
-    }, tuple(names)
+    return {split: np.asarray([index[label] for label in labels], np.int32) for split, labels in values.items()}, tuple(
+        names
+    )

@@ -23,9 +23,7 @@ _STORAGE_DTYPES = {
 }
 
 
-def _rebuild(
-    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_
-) -> np.ndarray:
+def _rebuild(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_) -> np.ndarray:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min((offset, *size, *stride), default=0) < 0 or (math.prod(size) and last >= len(storage)):
         raise pickle.UnpicklingError(f"shape {size} with strides {stride} leaves a storage of {len(storage)}")

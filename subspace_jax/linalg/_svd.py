@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from subspace_jax.linalg._sharding import whole_matrices
+
 
 class SVD(NamedTuple):
     """A (truncated) singular value decomposition, largest value first.
@@ -65,7 +67,7 @@ def truncated_svd(matrix: jax.Array, rank: int) -> SVD:
       >>> [round(v, 3) for v in truncated_svd(jnp.diag(jnp.array([3.0, 2.0, 1.0])), 2).s.tolist()]
       [3.0, 2.0]
     """
-    matrix = matrix.astype(wide_dtype(matrix.dtype))
+    matrix = whole_matrices(matrix).astype(wide_dtype(matrix.dtype))
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     u, vt = fix_signs(u[..., :rank], vt[..., :rank, :])
     return SVD(u, s[..., :rank], vt)
@@ -90,7 +92,7 @@ def randomized_svd(key: jax.Array, matrix: jax.Array, rank: int, *, iterations: 
       >>> [round(v, 3) for v in randomized_svd(jax.random.key(0), m, 2).s.tolist()]
       [3.0, 2.0]
     """
-    matrix = matrix.astype(wide_dtype(matrix.dtype))
+    matrix = whole_matrices(matrix).astype(wide_dtype(matrix.dtype))
     *stack, m, n = matrix.shape
     columns = min(rank + oversample, m, n)
     transposed = jnp.swapaxes(matrix, -1, -2)

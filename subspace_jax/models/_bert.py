@@ -146,9 +146,7 @@ class BertAttention(nn.Module):
         """Attend within `x` `[batch, length, width]` where `mask` `[batch, 1, 1, length]` is true."""
         config = self.config
         heads = (*x.shape[:-1], config.num_heads, config.width // config.num_heads)
-        query, key, value = (
-            _dense(config, config.width, name)(x).reshape(heads) for name in ("query", "key", "value")
-        )
+        query, key, value = (_dense(config, config.width, name)(x).reshape(heads) for name in ("query", "key", "value"))
         use_dropout = config.dropout > 0.0 and not self.deterministic
         mixed = nn.dot_product_attention(
             query,

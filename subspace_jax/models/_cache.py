@@ -59,9 +59,7 @@ class LayerView(NamedTuple):
     offset: jax.Array
 
 
-def view_sequence(
-    config: LlamaConfig, real: jax.Array, cache: KVCache | None
-) -> tuple[LayerView, KVCache | None]:
+def view_sequence(config: LlamaConfig, real: jax.Array, cache: KVCache | None) -> tuple[LayerView, KVCache | None]:
     """Tables and mask for new tokens, and the cache with their slots marked as used.
 
     Args:

@@ -63,14 +63,10 @@ def greedy_decode(
     )
 
 
-def _checked(
-    config: LlamaConfig, tokens: Any, mask: Any, max_new_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked(config: LlamaConfig, tokens: Any, mask: Any, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     prompt = np.asarray(tokens)
     if prompt.ndim != 2 or 0 in prompt.shape or not np.issubdtype(prompt.dtype, np.integer):
-        raise ValueError(
-            f"greedy_decode: tokens {prompt.shape} {prompt.dtype}; expected integers (batch, length)"
-        )
+        raise ValueError(f"greedy_decode: tokens {prompt.shape} {prompt.dtype}; expected integers (batch, length)")
     if prompt.min() < 0 or prompt.max() >= config.vocab_size:
         raise ValueError(
             f"greedy_decode: token ids from {prompt.min()} to {prompt.max()}; expected 0 to "

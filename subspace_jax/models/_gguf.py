@@ -133,9 +133,7 @@ def parse_gguf(data: np.ndarray, source: str) -> GgufFile:
     if version not in (2, 3):
         raise ValueError(f"{source}: GGUF version {version}; expected 2 or 3, little-endian")
     tensor_count, entry_count = cursor.scalar(10), cursor.scalar(10)
-    cursor.expect(
-        tensor_count * _LEAST_TENSOR + entry_count * _LEAST_ENTRY, "as many entries as the header says"
-    )
+    cursor.expect(tensor_count * _LEAST_TENSOR + entry_count * _LEAST_ENTRY, "as many entries as the header says")
     metadata: dict[str, Any] = {}
     for _ in range(entry_count):
         key = cursor.string("a metadata key")
@@ -159,9 +157,7 @@ class _Cursor:
     def expect(self, size: int, what: str) -> None:
         left = len(self.data) - self.at
         if size > left:
-            raise ValueError(
-                f"{self.source}: {what} needs {size} bytes where {left} are left: truncated or damaged"
-            )
+            raise ValueError(f"{self.source}: {what} needs {size} bytes where {left} are left: truncated or damaged")
 
     def take(self, size: int, what: str) -> np.ndarray:
         self.expect(size, what)
@@ -214,9 +210,7 @@ class _Cursor:
 
     def known(self, kind: int, key: str) -> None:
         if kind not in _SCALARS:
-            raise ValueError(
-                f"{self.source}: metadata {key!r} has value type {kind}; it is unknown or nested"
-            )
+            raise ValueError(f"{self.source}: metadata {key!r} has value type {kind}; it is unknown or nested")
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

@@ -65,9 +65,7 @@ class LlamaConfig:
         require_divisible(self, "width", "num_heads")
         require_divisible(self, "num_heads", "num_kv_heads")
         if self.head_dim % 2:
-            raise ValueError(
-                f"LlamaConfig: {self.head_dim=} (width / num_heads); rotary embedding needs it even"
-            )
+            raise ValueError(f"LlamaConfig: {self.head_dim=} (width / num_heads); rotary embedding needs it even")
 
     @property
     def head_dim(self) -> int:
@@ -152,14 +150,10 @@ class LlamaLayer(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, view: LayerView, cache: tuple | None = None
-    ) -> tuple[jax.Array, tuple | None]:
+    def __call__(self, x: jax.Array, view: LayerView, cache: tuple | None = None) -> tuple[jax.Array, tuple | None]:
         """One layer; also the layer's updated cache."""
         config = self.config
-        attended, cache = LlamaAttention(config, name="attention")(
-            _norm(config, "attention_norm")(x), view, cache
-        )
+        attended, cache = LlamaAttention(config, name="attention")(_norm(config, "attention_norm")(x), view, cache)
         x = x + attended
         return x + LlamaMlp(config, name="mlp")(_norm(config, "mlp_norm")(x)), cache
 
@@ -218,9 +212,7 @@ class Llama(nn.Module):
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None, cache: None = None) -> jax.Array: ...
 
     @overload
-    def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]: ...
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache) -> tuple[jax.Array, KVCache]: ...
 
     @nn.compact
     def __call__(

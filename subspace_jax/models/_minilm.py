@@ -55,9 +55,7 @@ def bert_rules(config: BertConfig, keep: int) -> dict[str, TensorRule]:
         ("position", config.max_positions),
         ("token_type", config.num_token_types),
     ):
-        rules[f"embeddings.{table}_embeddings.weight"] = TensorRule(
-            (rows, width), f"embeddings/{table}/embedding"
-        )
+        rules[f"embeddings.{table}_embeddings.weight"] = TensorRule((rows, width), f"embeddings/{table}/embedding")
     norm("embeddings.LayerNorm", "embeddings/norm")
     for layer in range(config.num_layers):
         theirs = f"encoder.layer.{layer}"

@@ -213,22 +213,17 @@ def _tensor(data: np.ndarray, source: str) -> tuple[str, np.ndarray]:
     return name, _array(name, dims, kind, raw, location, source)
 
 
-def _array(
-    name: str, dims: list[int], kind: int, raw: np.ndarray | None, location: int, source: str
-) -> np.ndarray:
+def _array(name: str, dims: list[int], kind: int, raw: np.ndarray | None, location: int, source: str) -> np.ndarray:
     if location != 0 or raw is None:
         raise ValueError(f"{source}: tensor {name!r} has no raw data inside the file; only such are read")
     if kind not in _DTYPES:
-        raise ValueError(
-            f"{source}: tensor {name!r} has ONNX data type {kind}; expected one of {sorted(_DTYPES)}"
-        )
+        raise ValueError(f"{source}: tensor {name!r} has ONNX data type {kind}; expected one of {sorted(_DTYPES)}")
     dtype = np.dtype(_DTYPES[kind])
     # Python integers: a hostile product of sizes must not wrap around.
     expected = math.prod(dims) * dtype.itemsize
     if expected != len(raw):
         raise ValueError(
-            f"{source}: tensor {name!r} of shape {tuple(dims)} and {dtype} needs {expected} bytes, "
-            f"holds {len(raw)}"
+            f"{source}: tensor {name!r} of shape {tuple(dims)} and {dtype} needs {expected} bytes, holds {len(raw)}"
         )
     if max(dims, default=0) > np.iinfo(np.intp).max:
         raise ValueError(f"{source}: tensor {name!r} has an impossible shape {tuple(dims)}")

@@ -94,9 +94,7 @@ def assemble_params(
             continue
         array = read(tensors[name])
         if not np.issubdtype(array.dtype, np.floating):
-            raise WeightFileError(
-                f"{source}: tensor {name!r} has dtype {array.dtype}; expected floating point"
-            )
+            raise WeightFileError(f"{source}: tensor {name!r} has dtype {array.dtype}; expected floating point")
         if not np.isfinite(array).all():
             raise WeightFileError(f"{source}: tensor {name!r} holds NaN or infinity; the file is damaged")
         *parents, leaf = rule.path.split("/")
@@ -136,9 +134,7 @@ def override_config(config: Any, overrides: Mapping[str, Any], free: tuple[str, 
     """
     fixed = sorted(set(overrides) - set(free))
     if fixed:
-        raise ValueError(
-            f"{type(config).__name__}: cannot set {fixed} on pretrained weights; free are {sorted(free)}"
-        )
+        raise ValueError(f"{type(config).__name__}: cannot set {fixed} on pretrained weights; free are {sorted(free)}")
     return dataclasses.replace(config, **overrides)
 
 

@@ -51,9 +51,7 @@ def llama_config(metadata: dict[str, Any], source: str) -> LlamaConfig:
         ValueError: another architecture, a missing or impossible entry.
     """
     if metadata.get("general.architecture") != "llama":
-        raise ValueError(
-            f"{source}: architecture {metadata.get('general.architecture')!r}; only 'llama' is read"
-        )
+        raise ValueError(f"{source}: architecture {metadata.get('general.architecture')!r}; only 'llama' is read")
     missing = [key for key in _METADATA.values() if not isinstance(metadata.get(key), int | float)]
     if missing:
         raise ValueError(f"{source}: metadata lacks the numbers {missing}")
@@ -63,9 +61,7 @@ def llama_config(metadata: dict[str, Any], source: str) -> LlamaConfig:
         raise ValueError(f"{source}: impossible metadata: {error}") from error
     rotated = metadata.get("llama.rope.dimension_count", config.head_dim)
     if rotated != config.head_dim:
-        raise ValueError(
-            f"{source}: {rotated} rotated dimensions of {config.head_dim}; only all of them is read"
-        )
+        raise ValueError(f"{source}: {rotated} rotated dimensions of {config.head_dim}; only all of them is read")
     return config
 
 
@@ -137,9 +133,7 @@ def llama_rules(config: LlamaConfig, keep: int) -> dict[str, TensorRule]:
     return rules
 
 
-def load_smollm2(
-    num_layers: int | None = None, path: str | Path | None = None, **overrides: Any
-) -> PretrainedModel:
+def load_smollm2(num_layers: int | None = None, path: str | Path | None = None, **overrides: Any) -> PretrainedModel:
     """Load SmolLM2-135M-Instruct, a `Llama` of 30 layers of width 576, dequantised from 4 bits.
 
     Args:

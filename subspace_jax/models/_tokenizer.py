@@ -66,17 +66,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"{source}: tokenizer {kind}; only the byte-level BPE ('gpt2', 'smollm') is read")
-    tokens, merges, types = (
-        metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type")
-    )
+    tokens, merges, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
     if not isinstance(tokens, list) or not isinstance(merges, list) or types is None:
         raise ValueError(f"{source}: tokenizer metadata lacks tokens, merges or token_type")
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if len(vocabulary) != len(tokens) or len(types) != len(tokens) or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"{source}: tokenizer metadata has repeated tokens, missing types or malformed merges"
-        )
+        raise ValueError(f"{source}: tokenizer metadata has repeated tokens, missing types or malformed merges")
     try:
         tokenizer = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=pairs))
     except Exception as error:  # the library raises bare Exceptions
@@ -89,9 +85,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     )
     tokenizer.decoder = library.decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
-    tokenizer.add_special_tokens(
-        [library.AddedToken(token, special=True, normalized=False) for token in special]
-    )
+    tokenizer.add_special_tokens([library.AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
 
 

@@ -154,9 +154,7 @@ class VitAttention(nn.Module):
         config = self.config
         heads = (config.num_heads, config.width // config.num_heads)
         types = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        query, key, value = (
-            nn.DenseGeneral(heads, name=name, **types)(x) for name in ("query", "key", "value")
-        )
+        query, key, value = (nn.DenseGeneral(heads, name=name, **types)(x) for name in ("query", "key", "value"))
         mixed = jax.nn.dot_product_attention(query, key, value)
         return nn.DenseGeneral(config.width, axis=(-2, -1), name="output", **types)(mixed)
 

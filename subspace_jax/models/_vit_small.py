@@ -45,17 +45,13 @@ def named_backbone(graph: OnnxGraph, source: str) -> dict[str, np.ndarray]:
     Raises:
         WeightFileError: a node uses not exactly one tensor of the file.
     """
-    tensors = {
-        name[len(_PREFIX) :]: array for name, array in graph.initializers.items() if name.startswith(_PREFIX)
-    }
+    tensors = {name[len(_PREFIX) :]: array for name, array in graph.initializers.items() if name.startswith(_PREFIX)}
     for node in graph.nodes:
         match = _MATMUL.fullmatch(node.name)
         if match is None and node.name not in _POSITION_NODES:
             continue
         used = [
-            name
-            for name in node.inputs
-            if name in graph.initializers and graph.initializers[name].dtype == np.float32
+            name for name in node.inputs if name in graph.initializers and graph.initializers[name].dtype == np.float32
         ]
         if match is not None and not used:
             continue  # the products of attention itself
@@ -94,9 +90,7 @@ def vit_rules(config: VitConfig, keep: int) -> dict[str, TensorRule]:
         rules[f"{name}.weight"] = TensorRule(
             shape, path and f"{path}/kernel", lambda array: array.reshape(kernel_shape)
         )
-        rules[f"{name}.bias"] = TensorRule(
-            shape[1:], path and f"{path}/bias", lambda array: array.reshape(bias_shape)
-        )
+        rules[f"{name}.bias"] = TensorRule(shape[1:], path and f"{path}/bias", lambda array: array.reshape(bias_shape))
 
     for layer in range(config.num_layers):
         theirs = f"encoder.layer.{layer}"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Lookup, Use, Weight, dense, static
+from subspace_jax.core import Lookup, Use, Weight, dense, product, static
 from subspace_jax.linalg import wide_dtype
 
 
@@ -87,10 +87,16 @@ class LowRank(Weight):
         base = one.role.matrix(_dense_base(one.base, wide))
         a, b = one.a.astype(wide), one.b.astype(wide) * one.scale
 
-        def times(left: jax.Array, right: jax.Array) -> jax.Array:
-            return jnp.matmul(jnp.swapaxes(left, -1, -2), right, precision=jax.lax.Precision.HIGHEST)
+        stack = tuple(f"stack{i}" for i in range(a.ndim - 2))
 
-        cross = 2.0 * times(a, base) + jnp.matmul(times(a, a), b, precision=jax.lax.Precision.HIGHEST)
+        def times(left: jax.Array, axes: str, right: jax.Array, right_axes: str, out_axes: str) -> jax.Array:
+            # By label, so that a split input axis is summed over under explicit mesh axes as well.
+            labels = ((*stack, *names) for names in (axes, right_axes, out_axes))
+            left_labels, right_labels, out_labels = labels
+            return product(left, left_labels, right, right_labels, out_labels, precision=jax.lax.Precision.HIGHEST)
+
+        gram = times(a, "ir", a, "iq", "rq")
+        cross = 2.0 * times(a, "ir", base, "io", "ro") + times(gram, "rq", b, "qo", "ro")
         return jnp.maximum(jnp.sum(base * base, axis=-2) + jnp.sum(cross * b, axis=-2), 0.0)
 
     def with_key(self, key: jax.Array) -> LowRank:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.core import Role, Weight, static
+from subspace_jax.linalg import whole_matrices
 
 BLOCK = 64
 LEVELS = np.array(
@@ -98,7 +99,8 @@ def quantize_nf4(array: jax.Array, role: Role | None = None, order: Order = "out
       True
     """
     role = Role.dense() if role is None else role
-    matrix = role.matrix(array).astype(jnp.float32)
+    # Blocks run across rows, so they cannot follow a split of the matrix.
+    matrix = whole_matrices(role.matrix(array)).astype(jnp.float32)
     entries = jnp.swapaxes(matrix, -1, -2) if order == "out_in" else matrix
     flat = entries.reshape(*entries.shape[:-2], -1)
     padding = -flat.shape[-1] % BLOCK

@@ -1,0 +1,56 @@
+"""What a benchmark is, and how it is found by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+import benchmarks
+
+Rows = Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One entry of `python -m benchmarks list`.
+
+    Attributes:
+      name: what it is called on the command line.
+      claim: what it measures, in one sentence.
+      config: frozen dataclass of its settings, all with defaults.
+      run: makes JSON-able results of a configuration.
+      tables: titles and rows, header first, of a result.
+    """
+
+    name: str
+    claim: str
+    config: type
+    run: Callable[[Any, Console], dict[str, Any]]
+    tables: Callable[[Mapping[str, Any]], Sequence[tuple[str, Rows]]]
+
+
+def names() -> list[str]:
+    """Returns the names of all benchmarks: the public modules of this package."""
+    return sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_"))
+
+
+def find(name: str) -> Benchmark:
+    """Returns a benchmark.
+
+    Args:
+      name: its name.
+
+    Raises:
+      SystemExit: there is none of this name; the message has the nearest ones.
+    """
+    known = names()
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
+        raise SystemExit(f"No benchmark is called {name!r}; nearest: {near}. `python -m benchmarks list` shows all.")
+    return importlib.import_module(f"benchmarks.{name}").BENCHMARK

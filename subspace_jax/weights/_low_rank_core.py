@@ -1,0 +1,88 @@
+"""A frozen array plus a small core between two frozen factors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.core import Dot, Use, Weight, dense, static
+from subspace_jax.linalg import wide_dtype
+
+Route = Literal["factored", "materialized", "auto"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankCore(Weight):
+    r"""\(W + s\,P\,R\,Q\) with frozen \(W, P, Q\) and a trainable core \(R\), full or diagonal.
+
+    Used as \(x W + ((s\,(x P))\,R)\,Q\), or, where the rank is so large that this costs more, by forming the sum.
+
+    Attributes:
+      base: \(W\), of the weight's shape, or a weight that stands for it.
+      left: \(P\), `[*stack, in, rank]`.
+      core: \(R\), `[*stack, rank, rank]`, or the diagonal of one, `[*stack, rank]`.
+      right: \(Q\), `[*stack, rank, out]`.
+      scale: \(s\).
+      route: "factored" multiplies with the factors one after the other, "materialized" forms the sum first, "auto"
+        takes what costs fewer operations for the input at hand, backward pass included.
+    """
+
+    base: jax.Array | Weight
+    left: jax.Array
+    core: jax.Array
+    right: jax.Array
+    scale: float = static(default=1.0)
+    route: Route = static(default="factored")
+
+    axes: ClassVar[Mapping[str, str]] = {
+        "base": "array",
+        "left": "stack in rank",
+        "core": "stack rank",
+        "right": "stack rank out",
+    }
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `base`."""
+        return self.base.shape
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of `left`."""
+        return self.left.shape[-1]
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        r"""Returns \(W + s\,P\,R\,Q\), added in float32."""
+        one = self.with_frozen_stopped()
+        wide = wide_dtype(one.dtype)
+        left, core, right = (v.astype(wide) for v in (one.left, one.core * one.scale, one.right))
+        base = one.base.materialize(wide) if isinstance(one.base, Weight) else one.base.astype(wide)
+        total = base + dense((left, core, right), one.role, one.shape)
+        return total.astype(self.dtype if dtype is None else dtype)
+
+    def contract(self, x: jax.Array, use: Use) -> jax.Array:
+        """Returns the operation on `base` plus that on the three factors, in the cheap order."""
+        if self.route == "materialized" or (self.route == "auto" and self._forming_is_cheaper(x, use)):
+            return use.apply(x, self.materialize(use.dtype))
+        base = self.base.contract(x, use) if isinstance(self.base, Weight) else use.apply(x, self.base)
+        scale = None if self.scale == 1.0 else self.scale
+        return base + use.product(x, (self.left, self.core, self.right), scale)
+
+    def _forming_is_cheaper(self, x: jax.Array, use: Use) -> bool:
+        """Compares multiplications of both routes, forward and backward, for `x` of this size.
+
+        Factored: the rows meet both factors, forward and backward. Formed: the product of the factors and its
+        gradient, and the gradient of the whole weight, which the factored route never needs.
+        """
+        inputs, outputs = self.role.sizes(self.shape)
+        if not isinstance(use, Dot) or not use.contracts_inputs:
+            return False
+        rows = x.size // inputs
+        factored = 4 * rows * self.rank * (inputs + outputs)
+        formed = 2 * inputs * outputs * (2 * self.rank + rows)
+        return formed < factored

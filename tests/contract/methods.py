@@ -1,0 +1,83 @@
+"""Every method that makes stand-in weights: a new method adds one line to `METHODS`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import subspace_jax as sj
+
+from .kernels import KERNELS, make_inputs, make_params, model
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method under test.
+
+    Attributes:
+      name: name in the test's id.
+      factory: makes the method of a rank.
+      start: how far the merged weight may be from the array at the start, relative to the array's largest entry;
+        0 for bitwise equality.
+      refuses: kinds of kernel that the method refuses with an error of the library's own.
+    """
+
+    name: str
+    factory: Callable[[int], sj.Method]
+    start: float = 0.0
+    refuses: tuple[str, ...] = ()
+
+
+METHODS = (
+    Case("full", lambda rank: sj.full()),
+    Case("lora", lambda rank: sj.lora(rank, alpha=3.0)),
+    Case("lora_dropout_off", lambda rank: sj.lora(rank, dropout=0.3)),
+    Case("rslora", lambda rank: sj.lora(rank, alpha=3.0, rank_stabilized=True)),
+    Case("pissa", lambda rank: sj.pissa(rank), start=1e-5),
+    Case("pissa_exact", lambda rank: sj.pissa(rank, alpha=3.0, svd="exact"), start=1e-5),
+    Case("qpissa", lambda rank: sj.qpissa(rank, steps=2), start=0.3),
+    Case("dora_lora", lambda rank: sj.dora(sj.lora(rank)), start=1e-6),
+    Case("dora_pissa", lambda rank: sj.dora(sj.pissa(rank)), start=1e-5),
+    Case("dora_exact", lambda rank: sj.dora(sj.lora(rank, alpha=3.0), norm="exact"), start=1e-6),
+)
+
+
+def supported(case: Case) -> dict[str, jax.Array]:
+    """Returns the parameters of the kernels that the method serves."""
+    return {name: w for name, w in make_params().items() if name not in case.refuses}
+
+
+@functools.cache
+def roles() -> dict[str, sj.Role]:
+    """Returns how the model uses every kernel."""
+    return sj.roles(model, make_params(), make_inputs())
+
+
+def adapt(case: Case, params: dict[str, jax.Array], seed: int = 0) -> Any:
+    """Returns the tree with a stand-in of the method in every array's place."""
+    rules = {name: case.factory(KERNELS[name].rank) for name in params}
+    return sj.adapt(params, rules, key=jax.random.key(seed), roles=roles())
+
+
+@functools.cache
+def fresh(case: Case) -> Any:
+    """Returns the adapted tree as the method starts."""
+    return adapt(case, supported(case))
+
+
+def move(adapted: Any, seed: int = 0) -> Any:
+    """Returns the tree with every trainable entry moved, as if trained."""
+    rng = np.random.default_rng(seed)
+    trainable, frozen = sj.partition(adapted)
+    moved = jax.tree.map(lambda v: v + jnp.asarray(0.1 * rng.normal(size=v.shape), v.dtype), trainable)
+    return sj.combine(moved, frozen)
+
+
+@functools.cache
+def trained(case: Case, seed: int = 0) -> Any:
+    """Returns the adapted tree after a change of everything that learns."""
+    return move(fresh(case), seed)

@@ -1,0 +1,122 @@
+"""Runs the methods on a mesh of 8 host devices and compares with one device; a program of its own.
+
+Usage: python sharded.py auto|explicit METHOD...
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contract.kernels import loss, make_inputs, model
+from contract.methods import METHODS, adapt, move, supported
+
+import subspace_jax as sj
+
+# How a model's layers are usually split; the batch goes over "data". What is not listed differs from something listed
+# only on one device.
+SPECS = {
+    "wide": P("model", None),
+    "square": P("data", "model"),
+    "heads_in": P("model", None, None),
+    "conv_strided": P(None, None, None, "model"),
+    "tied": P(None, "model"),
+    "stacked": P(None, None, "model"),
+}
+# Of these JAX itself refuses a split where axes are explicit, with plain arrays too.
+WHOLE_IF_EXPLICIT = ("conv_strided", "tied", "stacked")
+# A split input axis of the kernel meets a split axis of the operand.
+INPUT_SPECS = {"wide": P("data", "model"), "heads_in": P("data", None, "model", None)}
+
+
+def place(tree, mesh, specs):
+    """Puts every array where its spec says."""
+
+    def put(spec, value):
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, specs, tree, is_leaf=lambda s: isinstance(s, P))
+
+
+def step(trainable, frozen, inputs):
+    """One step of gradient descent."""
+
+    def value(trainable):
+        outputs = sj.with_adapters(model)(sj.combine(trainable, frozen), inputs)
+        return loss(outputs), outputs
+
+    (_, outputs), gradients = jax.value_and_grad(value, has_aux=True)(trainable)
+    return jax.tree.map(lambda v, g: v - 0.01 * g, trainable, gradients), outputs
+
+
+def compare(actual, expected, what):
+    pairs = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, a), b in pairs:
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        error = np.abs(a - b).max(initial=0.0)
+        assert error <= 1e-4 * max(np.abs(b).max(initial=0.0), 1e-2), f"{what}: {path} differs by {error}"
+
+
+def check(case, mesh, explicit):
+    names = [n for n in SPECS if n not in case.refuses]
+    whole = WHOLE_IF_EXPLICIT if explicit else ()
+    specs = {name: P() if name in whole else SPECS[name] for name in names}
+    if explicit:  # the batch has the axis "data" to itself
+        specs = {name: P(*(None if n == "data" else n for n in spec)) for name, spec in specs.items()}
+    input_specs = {name: P() if name in whole else INPUT_SPECS.get(name, P("data")) for name in names}
+    params = {name: w for name, w in supported(case).items() if name in names}
+    inputs = {name: make_inputs()[name] for name in names}
+    start = adapt(case, params)
+    adapted = move(start)
+    expected, expected_outputs = jax.jit(step)(*sj.partition(adapted), inputs)
+
+    traces = []
+
+    def counted(*args):
+        traces.append(None)
+        return step(*args)
+
+    with jax.set_mesh(mesh):
+        # The start from sharded arrays: the same adapter as on one device.
+        begun = adapt(case, place(params, mesh, specs))
+        compare(sj.merge(begun), sj.merge(start), "merge at the start")
+
+        placed = place(adapted, mesh, {name: w.partition_specs(specs[name]) for name, w in adapted.items()})
+        trainable, frozen = sj.partition(placed)
+        spread = place(inputs, mesh, input_specs)
+        run = jax.jit(counted, out_shardings=(jax.tree.map(lambda v: v.sharding, trainable), None))
+        new, outputs = run(trainable, frozen, spread)
+        compare(outputs, expected_outputs, "outputs")
+        compare(new, expected, "step")
+        run(new, frozen, spread)
+        assert len(traces) == 1, f"the second step traced again ({len(traces)} traces)"
+
+
+def main():
+    kind, *wanted = sys.argv[1:]
+    jax.config.update("jax_disable_most_optimizations", True)
+    axis = AxisType.Explicit if kind == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis, axis))
+    failed = False
+    for case in METHODS:
+        if wanted and case.name not in wanted:
+            continue
+        try:
+            check(case, mesh, kind == "explicit")
+        except Exception as error:
+            failed = True
+            if len(wanted) == 1:
+                raise
+            print(f"{case.name}: {type(error).__name__}: {error}"[:1500])
+        else:
+            print(f"{case.name}: ok")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

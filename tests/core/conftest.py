@@ -1,0 +1,11 @@
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """These programs take longer to optimise than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
