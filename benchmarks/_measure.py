@@ -59,7 +59,8 @@ def cost(function: Callable[..., Any], arguments: Sequence[Any], **options: Any)
     traced = time.perf_counter()
     compiled = lowered.compile()
     ended = time.perf_counter()
-    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
     analysis: Any = compiled.cost_analysis()
     result = Cost(
         flops=float(analysis["flops"]),

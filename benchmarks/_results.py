@@ -55,7 +55,7 @@ def page(folder: Path = FOLDER) -> str:
         versions = ", ".join(f"{k} {v}" for k, v in sorted(circumstances["packages"].items()))
         where = f"{', '.join(circumstances['devices'])} ({circumstances['processor']}, {circumstances['cores']} cores)"
         parts.append(f"## {benchmark.name}: {where}")
-        settings = " ".join(f"{k}={_setting(v)}" for k, v in sorted(results["config"].items()))
+        settings = " ".join(f"{k}={_setting(v)}" for k, v in sorted(results["config"].items()) if v not in ([], ()))
         parts.append(
             f"{benchmark.claim}\n\n`python -m benchmarks run {benchmark.name} --set {settings}`, "
             f"{circumstances['finished']}.\nPython {circumstances['python']}, {versions}."

@@ -93,7 +93,7 @@ class JaxRun(_Run):
         tokens, mask, targets = map(jnp.asarray, (batch.tokens, batch.mask, batch.targets))
 
         def loss(params: Any) -> jax.Array:
-            hidden = model.module.apply({"params": params}, tokens, mask)
+            hidden: Any = model.module.apply({"params": params}, tokens, mask)
             return jnp.mean((mean_pool(hidden, mask) - targets) ** 2)
 
         adapted = sj.adapt(model.params, {KERNELS: method}, key=jax.random.key(0), roles=sj.roles(loss, model.params))
@@ -133,8 +133,13 @@ class PeftRun(_Run):
 
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         file = find_file("minilm", "model/model.safetensors")
-        sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-        quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        sizes: dict[str, Any] = {
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+        }
+        quiet: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         model = transformers.BertModel(transformers.BertConfig(**sizes, **quiet), add_pooling_layer=False)
         weights = {k: v for k, v in load_file(file).items() if "pooler" not in k and "position_ids" not in k}
         model.load_state_dict(weights)

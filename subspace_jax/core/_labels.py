@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,14 @@ def product(
             *(left, left_labels, left_free),
         )
     made = (*batch, *left_free, *right_free)
+    options: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}
+    sides = _matrix(left, left_labels, summed), _matrix(right, right_labels, summed)
+    if not batch and jax.device_count() == 1 and all(sides):
+        (left_matrix, left_axis), (right_matrix, right_axis) = sides
+        sizes = dict(zip(left_labels + right_labels, left.shape + right.shape, strict=True))
+        out = lax.dot_general(left_matrix, right_matrix, (((left_axis,), (right_axis,)), ((), ())), **options)
+        out = out.reshape([sizes[n] for n in made])
+        return out if made == out_labels else jnp.transpose(out, [made.index(n) for n in out_labels])
     out = lax.dot_general(
         left,
         right,
@@ -59,8 +68,7 @@ def product(
             ([left_labels.index(n) for n in summed], [right_labels.index(n) for n in summed]),
             ([left_labels.index(n) for n in batch], [right_labels.index(n) for n in batch]),
         ),
-        precision=precision,
-        preferred_element_type=preferred_element_type,
+        **options,
         out_sharding=_explicit_spec(left, left_labels, right, right_labels, made),
     )
     return out if made == out_labels else jnp.transpose(out, [made.index(n) for n in out_labels])
@@ -72,6 +80,21 @@ def placed_like(array: jax.Array, reference: jax.Array) -> jax.Array:
     if not wanted.mesh.explicit_axes or jax.typeof(array).sharding == wanted:
         return array
     return jax.sharding.reshard(array, wanted)
+
+
+def _matrix(array: jax.Array, labels: Labels, summed: Sequence[str]) -> tuple[jax.Array, int] | None:
+    """The array as a matrix without moving anything, and its summed axis; None where axes lie in another order.
+
+    In the backward pass a product over several axes of activations sums over all of them, for which the CPU
+    compiler copies the activations transposed; over one axis it does not. Activations that are split along more than
+    one of these axes cannot be joined without communication, so this is for one device.
+    """
+    count, total = len(summed), math.prod(array.shape[labels.index(n)] for n in summed)
+    if labels[-count:] == tuple(summed):
+        return array.reshape(-1, total), 1
+    if labels[:count] == tuple(summed):
+        return array.reshape(total, -1), 0
+    return None
 
 
 def _expand(array: jax.Array, labels: Labels, out_labels: Labels) -> jax.Array:

@@ -155,6 +155,42 @@ class Use(abc.ABC):
         """Returns the array of the weight's shape that the factors multiply to."""
         return dense(factors, self.role, self.shape)
 
+    def transform_inputs(
+        self,
+        x: jax.Array,
+        function: Callable[[jax.Array], jax.Array],
+        transposed: Callable[[jax.Array], jax.Array],
+        contract: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array | None:
+        """Returns `contract(x)` as if the weight were `T W`, with a linear map `T` of its inputs.
+
+        Args:
+          x: the operation's other operand.
+          function: maps rows `[*stack, n, in]` to their product with `T`.
+          transposed: maps rows to their product with the transpose of `T`, for a tied output.
+          contract: the operation on `W`.
+
+        Returns:
+          The result; None where the operation neither contracts nor produces all input axes, as a convolution or a
+          lookup does not.
+        """
+        labels = {*self._role_labels(self.role.stack_axes), *self._role_labels(self.role.in_axes)}
+        if self.contracts_inputs and labels <= set(self.x_labels):
+            return contract(self._map_rows(x, self.x_labels, function))
+        if labels <= set(self.out_labels):
+            return self._map_rows(contract(x), self.out_labels, transposed)
+        return None
+
+    def _map_rows(self, x: jax.Array, labels: Labels, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Applies a function of rows `[*stack, n, in]` to an array that has those axes among its own."""
+        first, last = self._role_labels(self.role.stack_axes), self._role_labels(self.role.in_axes)
+        order = [labels.index(n) for n in (*first, *(n for n in labels if n not in (*first, *last)), *last)]
+        moved = jnp.transpose(x, order)
+        size, _ = self.role.sizes(self.shape)
+        rows = function(moved.reshape(*self.role.stack_shape(self.shape), -1, size))
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return jnp.transpose(rows.reshape(moved.shape), inverse)
+
     def scale_outputs(self, x: jax.Array, vector: jax.Array, contract: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Returns `contract(x)` as if the weight's output features were scaled by `vector`.
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 
 from subspace_jax.core import Dot, Use, Weight, dense, static
 from subspace_jax.linalg import wide_dtype

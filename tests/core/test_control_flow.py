@@ -93,6 +93,10 @@ CASES = {
     "scan input": (STACKED, STACK, scanned),
     "scan input, reversed": (STACKED, STACK, lambda w: scanned(w, reverse=True)),
     "scan input, unrolled": (STACKED, STACK, lambda w: scanned(w, unroll=3)),
+    "scan input, transposed": (
+        *(STACKED, sj.Role.dense((2,), (1,), (0,))),
+        lambda w: scanned(jnp.swapaxes(w, 1, 2)),
+    ),
     "scan input, middle axis": (
         *((6, 3, 6), sj.Role.dense((0,), (2,), (1,))),
         lambda w: scanned(jnp.moveaxis(w, 1, 0)),

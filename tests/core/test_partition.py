@@ -202,6 +202,12 @@ def independent(left, right):
     return abs(int((left == right).sum()) - 200) < 60
 
 
+def test_each_weight_has_a_key_of_its_own():
+    keyed = sj.with_dropout({"one": picking(), "two": picking(), "stack": picking(3)}, jax.random.key(0))
+    keys = [jax.random.key_data(keyed[n].dropout_key).reshape(-1, 2) for n in ("one", "two", "stack")]
+    assert len({tuple(map(int, k)) for k in np.concatenate(keys)}) == 5
+
+
 def test_masks_are_independent_across_weights_keys_and_uses():
     tree = {"one": picking(), "two": picking()}
     fn = lambda p: (ONES @ p["one"], ONES @ p["two"], ONES @ p["one"])

@@ -177,6 +177,39 @@ def test_scale_multiplies_the_smallest_intermediate():
     assert [e.outvars[0].aval.shape for e in jaxpr.eqns if e.primitive.name == "mul"] == [(5, 2)]
 
 
+WIDE = normal(3, 50, 40)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda w: normal(0, 5, 50) @ w,
+        lambda w: normal(0, 5, 40) @ w.T,
+        lambda w: jnp.take(w, np.arange(5), axis=0),
+        lambda w: jnp.take(w, np.arange(5), axis=1),
+        lambda w: jnp.einsum("bd,df->fb", normal(0, 5, 50), w),
+    ],
+    ids=["product", "tied", "lookup", "lookup of columns", "transposed result"],
+)
+def test_nothing_larger_than_input_and_output_is_made(fn):
+    weight = LowRank(
+        base=WIDE,
+        a=normal(1, 50, 2),
+        b=normal(2, 2, 40),
+        role=sj.Role.dense(),
+        dtype=np.dtype("float32"),
+        trainable=("a", "b"),
+    )
+    made = [
+        e.outvars[0].aval.size
+        for e in jax.make_jaxpr(sj.with_adapters(fn))(weight).eqns
+        if e.primitive.name in ("dot_general", "gather", "mul", "add", "transpose")
+    ]
+    assert made
+    assert sum(n > 5 * 50 for n in made) == sum(n == WIDE.size for n in made)  # the base itself, seen transposed
+    assert sum(n == WIDE.size for n in made) <= 1
+
+
 def test_operand_order_of_the_model_is_kept():
     """No transposes of activations appear where the model has none."""
     weight = LowRank(
