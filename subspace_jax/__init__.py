@@ -4,8 +4,14 @@ from subspace_jax.adapters import Source as Source
 from subspace_jax.adapters import catalogue as catalogue
 from subspace_jax.adapters import dora as dora
 from subspace_jax.adapters import lora as lora
+from subspace_jax.adapters import keep_params_near_identity as keep_params_near_identity
+from subspace_jax.adapters import lora_sb as lora_sb
+from subspace_jax.adapters import lora_xs as lora_xs
+from subspace_jax.adapters import oft as oft
 from subspace_jax.adapters import pissa as pissa
 from subspace_jax.adapters import qpissa as qpissa
+from subspace_jax.adapters import scale_by_optimal_core as scale_by_optimal_core
+from subspace_jax.adapters import svfit as svfit
 from subspace_jax.adapters import to_lora as to_lora
 from subspace_jax.core import Method as Method
 from subspace_jax.core import Role as Role
@@ -42,11 +48,15 @@ __all__ = [
     "dora",
     "full",
     "is_weight",
+    "keep_params_near_identity",
     "latest_step",
     "load_adapter",
     "lora",
+    "lora_sb",
+    "lora_xs",
     "merge",
     "merge_rounding",
+    "oft",
     "partition",
     "pissa",
     "qpissa",
@@ -54,7 +64,9 @@ __all__ = [
     "roles",
     "save_adapter",
     "save_checkpoint",
+    "scale_by_optimal_core",
     "summary",
+    "svfit",
     "to_lora",
     "with_adapters",
     "with_dropout",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from subspace_jax.adapters._catalogue import Source, register
-from subspace_jax.core import Method, Role
-from subspace_jax.weights import Magnitude
+from subspace_jax.core import Method, Role, Weight
+from subspace_jax.weights import LowRank, Magnitude
 
 
 def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> Method:
@@ -43,10 +44,12 @@ def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> 
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> Magnitude:
         direction = method.init(key, array, role, stats)
-        matrix = role.matrix(array).astype(jnp.promote_types(array.dtype, jnp.float32))
+        if isinstance(direction, LowRank) and not isinstance(direction.base, Weight):
+            # The frozen part of the lengths, once, so that no step reads every weight for it.
+            direction = dataclasses.replace(direction, base_squares=_squares(direction.base, role))
         return Magnitude(
             direction=direction,
-            magnitude=jnp.linalg.norm(matrix, axis=-2),
+            magnitude=jnp.sqrt(_squares(array, role)),
             detach_norm=norm == "detached",
             role=role,
             dtype=array.dtype,
@@ -54,6 +57,12 @@ def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> 
         )
 
     return Method(f"dora({method.name})", make, method.needs)
+
+
+def _squares(array: jax.Array, role: Role) -> jax.Array:
+    """Squared norms of the output columns, `[*stack, out]`."""
+    matrix = role.matrix(array).astype(jnp.promote_types(array.dtype, jnp.float32))
+    return jnp.sum(matrix * matrix, axis=-2)
 
 
 register(

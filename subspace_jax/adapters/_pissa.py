@@ -203,6 +203,7 @@ def to_lora(adapted: Any, params: Any) -> Any:
             b=jnp.concatenate([weight.b, -weight.start_b], axis=-2),
             start_a=None,
             start_b=None,
+            base_squares=None,
             method="lora",
         )
 

@@ -55,7 +55,8 @@ def product(
     made = (*batch, *left_free, *right_free)
     options: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}
     sides = _matrix(left, left_labels, summed), _matrix(right, right_labels, summed)
-    if not batch and jax.device_count() == 1 and all(sides):
+    joinable = jax.device_count() == 1 and not jax.sharding.get_abstract_mesh().explicit_axes
+    if joinable and not batch and all(sides):
         (left_matrix, left_axis), (right_matrix, right_axis) = sides
         sizes = dict(zip(left_labels + right_labels, left.shape + right.shape, strict=True))
         out = lax.dot_general(left_matrix, right_matrix, (((left_axis,), (right_axis,)), ((), ())), **options)

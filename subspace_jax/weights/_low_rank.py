@@ -30,6 +30,8 @@ class LowRank(Weight):
       start_a: `a` at the start, kept where `base` is a residual, so that the change can be told from the array
         that it was made of.
       start_b: likewise `b`.
+      base_squares: squared norms of the columns of `base`, `[*stack, out]`, where something needs those of the sum at
+        every step.
     """
 
     base: jax.Array | Weight
@@ -38,6 +40,7 @@ class LowRank(Weight):
     dropout_key: jax.Array | None = None
     start_a: jax.Array | None = None
     start_b: jax.Array | None = None
+    base_squares: jax.Array | None = None
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
 
@@ -48,6 +51,7 @@ class LowRank(Weight):
         "dropout_key": "stack",
         "start_a": "stack in rank",
         "start_b": "stack rank out",
+        "base_squares": "stack out",
     }
 
     @property
@@ -97,7 +101,8 @@ class LowRank(Weight):
 
         gram = times(a, "ir", a, "iq", "rq")
         cross = 2.0 * times(a, "ir", base, "io", "ro") + times(gram, "rq", b, "qo", "ro")
-        return jnp.maximum(jnp.sum(base * base, axis=-2) + jnp.sum(cross * b, axis=-2), 0.0)
+        squares = jnp.sum(base * base, axis=-2) if one.base_squares is None else one.base_squares.astype(wide)
+        return jnp.maximum(squares + jnp.sum(cross * b, axis=-2), 0.0)
 
     def with_key(self, key: jax.Array) -> LowRank:
         """Returns the weight with keys for one step of dropout, one per stacked layer."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import subspace_jax as sj
+from subspace_jax.core import Statistics
 
 from .kernels import KERNELS, make_inputs, make_params, model
 
@@ -43,7 +44,23 @@ METHODS = (
     Case("dora_lora", lambda rank: sj.dora(sj.lora(rank)), start=1e-6),
     Case("dora_pissa", lambda rank: sj.dora(sj.pissa(rank)), start=1e-5),
     Case("dora_exact", lambda rank: sj.dora(sj.lora(rank, alpha=3.0), norm="exact"), start=1e-6),
+    Case("oft", lambda rank: sj.oft(None, blocks=1)),
+    Case("oft_series", lambda rank: sj.oft(None, blocks=1, terms=5, magnitude=True)),
+    Case("svfit", lambda rank: sj.svfit(rank), start=1e-5),
+    Case("svfit_formed", lambda rank: sj.svfit(rank, route="materialized"), start=1e-5),
+    Case("lora_xs", lambda rank: sj.lora_xs(rank, alpha=3.0), start=1e-3),
+    Case("lora_sb", lambda rank: _with_gradient(sj.lora_sb(rank, learning_rate=1e-3, alpha=3.0)), start=1e-1),
 )
+
+
+def _with_gradient(method: sj.Method) -> sj.Method:
+    """A method that needs gradients, given some."""
+
+    def init(key, array, role, stats):
+        gradient = jax.random.normal(jax.random.key(7), array.shape, jnp.float32)
+        return method.init(key, array, role, Statistics(gradient=gradient))
+
+    return sj.Method(method.name, init)
 
 
 def supported(case: Case) -> dict[str, jax.Array]:
