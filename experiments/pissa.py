@@ -2,8 +2,8 @@
 
 A ReLU network learns scikit-learn's 8x8 digits, then adapts its two hidden kernels to the same digits turned by 90
 degrees; biases and the last layer are frozen, rank and learning rate are the same for every method. Baselines: LoRA,
-the same residual construction on a random orthonormal projection and on the minor singular components, and fine-tuning of
-all weights. Then 256x256 matrices are quantised to 4 bits, with NF4 of the matrix itself and LoftQ as baselines; the
+the same residual construction on a random orthonormal projection and on the minor singular components, and
+fine-tuning of all weights. Then 256x256 matrices are quantised to 4 bits, with NF4 of the matrix itself and LoftQ as baselines; the
 figure is the share of the nuclear norm of NF4's error that goes away.
 
     python -m experiments run pissa
@@ -19,7 +19,8 @@ Measured over 3 seeds, mean ± standard deviation; early loss is that of steps 2
 | all weights (7 times as many values) | 2.86 ± 0.25 | 0.915 ± 0.013 |
 
 So PiSSA is 0.275 above LoRA, at 0.55 of its early loss. With singular values i^-0.5 QPiSSA takes away 32.4% of the
-error with one step and 44.1% with five, LoftQ 14.2% and 24.0%; with Gaussian matrices 11.3% and 26.9%, LoftQ 13.6% and 24.8%.
+error with one step and 44.1% with five, LoftQ 14.2% and 24.0%; with Gaussian matrices 11.3% and 26.9%, LoftQ
+13.6% and 24.8%.
 
 What did not show: that PiSSA reaches fine-tuning of all weights, as the authors report for language models. And with
 one step on Gaussian matrices, which have no principal part to speak of, LoftQ is ahead.

@@ -5,6 +5,11 @@ has the same data, steps and number of learning rates, of which the best counts.
 values in place of the largest, which shows that it matters which part learns.
 
     python -m experiments run svfit
+
+Measured over three seeds, test accuracy: SVFit with 128 values 93.3 ± 1.5 %, LoRA of rank 1 with 448 values 87.4 ± 1.3,
+LoRA of rank 8 with 3,584 values 94.6 ± 0.3, the last layer alone 62.5 ± 3.0. With 16 values a kernel, the mean loss of
+steps 20 to 30 is 3.1 for the largest and 8.5 for the smallest values. What does not show: after all 300 steps the
+smallest 16 values reach nearly the accuracy of the largest (80.8 against 81.8 %); the gain is in speed.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import optax
 import subspace_jax as sj
 from experiments import _digits
 from experiments._experiment import Context, Experiment
-from experiments._results import mean_and_spread, with_spread
+from experiments._results import best_rates
 from subspace_jax.linalg import truncated_svd
 
 
@@ -74,7 +79,7 @@ def run(config: SvfitConfig, context: Context) -> dict[str, Any]:
     for name, rules, rate in context.track(jobs, "turned digits"):
         optimizer = optax.multi_transform(
             {"head": optax.adam(config.head_rate), "adapter": optax.adam(rate)},
-            lambda tree: {k: jax.tree.map(lambda _: "head" if k == "out" else "adapter", v) for k, v in tree.items()},
+            lambda tree: {k: jax.tree.map(lambda _, k=k: "head" if k == "out" else "adapter", v) for k, v in tree.items()},
         )
         for seed in config.seeds:
             losses, accuracy, count = _digits.adapt_and_fit(head | rules, optimizer, seed, config.steps)
@@ -90,25 +95,6 @@ def run(config: SvfitConfig, context: Context) -> dict[str, Any]:
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
     """Returns the best rate of each arm by test accuracy."""
     return best_rates(results["runs"])
-
-
-def best_rates(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Returns a table of the learning rate with the best mean accuracy of every method."""
-    table = [["method", "adapter values", "learning rate", "test accuracy %", "loss of steps 20-30"]]
-    for method in dict.fromkeys(r["method"] for r in runs):
-        by_rate: dict[float, list[Mapping[str, Any]]] = {}
-        for r in runs:
-            if r["method"] == method:
-                by_rate.setdefault(r["learning_rate"], []).append(r)
-        rate, best = max(by_rate.items(), key=lambda item: mean_and_spread([r["accuracy"] for r in item[1]])[0])
-        table.append(
-            [
-                *(method, f"{best[0]['adapter_values']:,}", f"{rate:g}"),
-                with_spread([r["accuracy"] for r in best]),
-                with_spread([r["early_loss"] for r in best], 2, 1.0),
-            ]
-        )
-    return table
 
 
 EXPERIMENT = Experiment(

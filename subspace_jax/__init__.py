@@ -3,8 +3,8 @@
 from subspace_jax.adapters import Source as Source
 from subspace_jax.adapters import catalogue as catalogue
 from subspace_jax.adapters import dora as dora
-from subspace_jax.adapters import lora as lora
 from subspace_jax.adapters import keep_params_near_identity as keep_params_near_identity
+from subspace_jax.adapters import lora as lora
 from subspace_jax.adapters import lora_sb as lora_sb
 from subspace_jax.adapters import lora_xs as lora_xs
 from subspace_jax.adapters import oft as oft

@@ -34,7 +34,8 @@ def lora_xs(
 ) -> Method:
     r"""Trains an \(r \times r\) core between the leading singular directions of a frozen weight.
 
-    \(W + s\,P R Q\) with \(W \approx U_r S_r V_r^T\), \(P = U_r S_r\), \(Q = V_r^T\), and \(R\) small noise at the start.
+    \(W + s\,P R Q\) with \(W \approx U_r S_r V_r^T\), \(P = U_r S_r\), \(Q = V_r^T\), and \(R\) small noise at the
+    start.
 
     Args:
       rank: \(r\), at most the weight's smaller side.

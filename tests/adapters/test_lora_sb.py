@@ -114,7 +114,7 @@ def test_optimal_core_gradient_solves_least_squares(shape):
 def test_optimal_core_gradient_is_the_identity_for_lora_sb_and_leaves_the_rest():
     w, x = matrix((6, 5)), matrix((9, 6), 1)
     adapted = start(w, [x], sj.lora_sb(2, learning_rate=0.01)) | {"bias": jnp.ones(3)}
-    trainable, frozen = sj.partition(adapted)
+    trainable, _ = sj.partition(adapted)
     optimizer = optax.chain(sj.scale_by_optimal_core(adapted), optax.sgd(1.0))
     updates, _ = optimizer.update(trainable, optimizer.init(trainable))
     np.testing.assert_allclose(updates["w"].core, -trainable["w"].core, rtol=1e-5, atol=1e-7)

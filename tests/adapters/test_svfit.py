@@ -124,6 +124,4 @@ def test_bad_options_are_refused_by_name():
     with pytest.raises(RankError, match="needs a rank"):
         sj.svfit(svd="randomized")
     with pytest.raises(RankError, match=r"w: svfit: .*pass rank="):
-        jax.eval_shape(
-            lambda p: sj.adapt(p, {"w": sj.svfit()}, key=jax.random.key(0)), {"w": jnp.ones((4, 4))}
-        )
+        jax.eval_shape(lambda p: sj.adapt(p, {"w": sj.svfit()}, key=jax.random.key(0)), {"w": jnp.ones((4, 4))})

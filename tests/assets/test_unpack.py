@@ -73,9 +73,7 @@ def test_member_outside_the_folder_is_refused_before_writing(tmp_path, folder, k
     elif kind == "tgz":
         archive = make_tar(tmp_path / "x.tgz", members)
     else:
-        archive = make_deb(
-            tmp_path / "x.deb", make_tar(tmp_path / "data.tar.xz", members, "w:xz").read_bytes()
-        )
+        archive = make_deb(tmp_path / "x.deb", make_tar(tmp_path / "data.tar.xz", members, "w:xz").read_bytes())
     with pytest.raises(UnsafeArchiveError, match=r"evil\.txt"):
         unpack(archive, folder)
     assert files_below(folder.parent) == set()

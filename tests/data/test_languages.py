@@ -54,8 +54,6 @@ def test_published_counts(need):
     assert tuple(sorted(counts)) == _languages.LATIN_LANGUAGES
     assert all(225 <= count <= 316 for count in counts.values())
     assert len({r.text for r in records}) == len(records)
-    originals = {
-        split: {r.group for r in records if split_of(r.group) == split} for split in ("train", "test")
-    }
+    originals = {split: {r.group for r in records if split_of(r.group) == split} for split in ("train", "test")}
     assert not originals["train"] & originals["test"]
     assert len({r.label for r in _languages.languages()}) == 98

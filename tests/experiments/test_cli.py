@@ -46,7 +46,9 @@ def test_unknown_setting_lists_the_keys(setting):
 
 def test_settings_are_typed():
     config = _registry.find("quickstart").config
-    made = _cli.configure(config, ["steps=3", "seeds=4,5", "tasks=spam_assassin", "learning_rates=0.1,0.2", "tune=True"])
+    made = _cli.configure(
+        config, ["steps=3", "seeds=4,5", "tasks=spam_assassin", "learning_rates=0.1,0.2", "tune=True"]
+    )
     assert made == config(steps=3, seeds=(4, 5), tasks=("spam_assassin",), learning_rates=(0.1, 0.2), tune=True)
 
 

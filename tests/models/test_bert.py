@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.model_helpers import random_params, run, tiny
 
 from subspace_jax.models import Bert, BertConfig, small_bert
+from tests.models.model_helpers import random_params, run, tiny
 
 
 def torch_layer(torch, params, norm_first, scales=(1.0, 1.0), norms=("attention_norm", "mlp_norm")):
@@ -27,9 +27,7 @@ def torch_layer(torch, params, norm_first, scales=(1.0, 1.0), norms=("attention_
     attention, mlp = params["attention"], params["mlp"]
     parts = [attention[name] for name in ("query", "key", "value")]
     weights = {
-        "self_attn.in_proj_weight": np.concatenate(
-            [np.reshape(p["kernel"], (width, width)).T for p in parts]
-        ),
+        "self_attn.in_proj_weight": np.concatenate([np.reshape(p["kernel"], (width, width)).T for p in parts]),
         "self_attn.in_proj_bias": np.concatenate([np.reshape(p["bias"], width) for p in parts]),
         "self_attn.out_proj.weight": np.reshape(attention["output"]["kernel"] * scales[0], (width, width)).T,
         "self_attn.out_proj.bias": attention["output"]["bias"] * scales[0],

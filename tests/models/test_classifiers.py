@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.model_helpers import random_params, run, tiny
 
 from subspace_jax.models import BertClassifier, VitClassifier, mean_pool, pool_tokens
+from tests.models.model_helpers import random_params, run, tiny
 
 
 def test_mean_pool_averages_real_tokens_only(rng):
@@ -46,9 +46,7 @@ def test_vit_logits_are_the_head_of_the_pooled_backbone(pooling):
     tokens = np.asarray(run(backbone, params["backbone"], images))
     parts = {"cls": [tokens[:, 0]], "mean": [tokens[:, 1:].mean(1)]}
     parts["cls+mean"] = parts["cls"] + parts["mean"]
-    expected = (
-        np.concatenate(parts[pooling], -1) @ params["classifier"]["kernel"] + params["classifier"]["bias"]
-    )
+    expected = np.concatenate(parts[pooling], -1) @ params["classifier"]["kernel"] + params["classifier"]["bias"]
     np.testing.assert_allclose(run(model, params, images), expected, atol=1e-4)
 
 

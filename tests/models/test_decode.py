@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from tests.models.model_helpers import random_params, run, tiny
 
 from subspace_jax.models import greedy_decode
 from subspace_jax.models._decode import _decode
+from tests.models.model_helpers import random_params, run, tiny
 
 
 def naive(model, params, prompt, count):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.models.model_helpers import gguf_bytes, gguf_string
 
 from subspace_jax.models import read_gguf
 from subspace_jax.models._gguf import parse_gguf
+from tests.models.model_helpers import gguf_bytes, gguf_string
 
 METADATA = {"name": "tiny", "count": 7, "rate": 0.5, "flag": True, "words": ["a", "bc", ""], "types": [1, -3]}
 
@@ -41,10 +41,7 @@ def parse(data):
 def test_metadata_and_plain_tensors_come_back(tmp_path):
     (tmp_path / "m.gguf").write_bytes(GOOD)
     file = read_gguf(tmp_path / "m.gguf")
-    found = {
-        key: value.tolist() if isinstance(value, np.ndarray) else value
-        for key, value in file.metadata.items()
-    }
+    found = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in file.metadata.items()}
     assert found == METADATA
     assert file.metadata["flag"] is True
     assert file.tensors["f32"].dequantize().tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -58,14 +55,10 @@ def test_quantised_blocks_by_hand():
         scale, minimum = struct.unpack_from("<ee", q4, 20 * block)
         packed = q4[20 * block + 4 : 20 * block + 20]
         codes = [byte % 16 for byte in packed] + [byte // 16 for byte in packed]
-        np.testing.assert_allclose(
-            found[block], [scale * code + minimum for code in codes], rtol=1e-6, atol=1e-6
-        )
+        np.testing.assert_allclose(found[block], [scale * code + minimum for code in codes], rtol=1e-6, atol=1e-6)
     q8 = example()["q8"][2]
     scale, *codes = struct.unpack_from("<e32b", q8, 34)
-    np.testing.assert_allclose(
-        parse(GOOD).tensors["q8"].dequantize()[1], [scale * c for c in codes], rtol=1e-6
-    )
+    np.testing.assert_allclose(parse(GOOD).tensors["q8"].dequantize()[1], [scale * c for c in codes], rtol=1e-6)
 
 
 @pytest.mark.interop

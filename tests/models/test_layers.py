@@ -3,9 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.model_helpers import random_params, run, tiny
 
 from subspace_jax.models import stack_layers, unstack_layers
+from tests.models.model_helpers import random_params, run, tiny
 
 KINDS = ("bert", "vit", "llama")
 
@@ -18,9 +18,7 @@ def test_scanned_layers_compute_what_unrolled_layers_compute(kind):
     stacked = stack_layers(params)
     expected_shapes = jax.eval_shape(scanned.init, jax.random.key(0), inputs)["params"]
     assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(lambda s: s.shape, expected_shapes)
-    np.testing.assert_allclose(
-        run(scanned, stacked, inputs), run(plain, params, inputs), rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(run(scanned, stacked, inputs), run(plain, params, inputs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "scan"), [("bert", True), ("vit", False), ("llama", True)])
@@ -63,9 +61,7 @@ def test_attention_kernels_have_the_documented_paths_and_shapes(kind):
     module, inputs = tiny(kind)
     flat = flax.traverse_util.flatten_dict(random_params(module, inputs), sep="/")
     tower = "decoder" if kind == "llama" else "encoder"
-    shapes = {
-        name: flat[f"{tower}/layer_1/attention/{name}/kernel"].shape for name in ("query", "key", "output")
-    }
+    shapes = {name: flat[f"{tower}/layer_1/attention/{name}/kernel"].shape for name in ("query", "key", "output")}
     assert (
         shapes
         == {

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.model_helpers import random_params, run, tiny
 
 from subspace_jax.models import LlamaConfig, init_cache
+from tests.models.model_helpers import random_params, run, tiny
 
 
 def numpy_llama(params, tokens, config):
@@ -99,9 +99,7 @@ def test_more_tokens_than_the_cache_holds_are_refused():
         run(model, params, tokens, None, init_cache(model.config, 2, 4))
 
 
-@pytest.mark.parametrize(
-    "fields", [{"num_kv_heads": 2}, {"width": 9 * 63}, {"width": 100}, {"max_positions": 0}]
-)
+@pytest.mark.parametrize("fields", [{"num_kv_heads": 2}, {"width": 9 * 63}, {"width": 100}, {"max_positions": 0}])
 def test_impossible_configurations_are_refused(fields):
     with pytest.raises(ValueError, match="LlamaConfig"):
         LlamaConfig(**fields)

@@ -1,12 +1,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.model_helpers import random_params, run, tiny
 from safetensors.numpy import save_file
 
 from subspace_jax.models import WeightFileError, encode_texts, load_minilm, mean_pool
 from subspace_jax.models._minilm import bert_rules, read_safetensors
 from subspace_jax.models._pretrained import assemble_params
+from tests.models.model_helpers import random_params, run, tiny
 
 SENTENCES = ("The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium.")
 
@@ -68,9 +68,7 @@ def test_a_file_in_pytorch_names_gives_the_parameters_back(tmp_path):
     save_file(pytorch_names(params), tmp_path / "m.safetensors")
     tensors = read_safetensors(tmp_path / "m.safetensors")
     found = assemble_params(tensors, bert_rules(module.config, 2), "f")
-    np.testing.assert_array_equal(
-        module.apply({"params": found}, tokens), module.apply({"params": params}, tokens)
-    )
+    np.testing.assert_array_equal(module.apply({"params": found}, tokens), module.apply({"params": params}, tokens))
 
 
 def test_another_model_and_a_damaged_file_are_refused(tmp_path):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.models.model_helpers import onnx_bytes, onnx_tensor, proto_bytes, proto_number
 
 from subspace_jax.models import read_onnx
 from subspace_jax.models._onnx import parse_onnx
+from tests.models.model_helpers import onnx_bytes, onnx_tensor, proto_bytes, proto_number
 
 ARRAY = np.arange(6, dtype="<f4").reshape(2, 3)
 GOOD = onnx_bytes(

@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.model_helpers import random_params, tiny
 
 from subspace_jax.models import PretrainedModel, WeightFileError, add_classifier
 from subspace_jax.models._pretrained import (
@@ -12,6 +11,7 @@ from subspace_jax.models._pretrained import (
     finish_params,
     override_config,
 )
+from tests.models.model_helpers import random_params, tiny
 
 RULES = {
     "a.weight": TensorRule((3, 2), "a/kernel", np.transpose),
@@ -55,9 +55,7 @@ def test_parameters_are_cast_and_stacked_as_the_configuration_says():
     params = jax.tree.map(np.asarray, random_params(plain, inputs))
     found = finish_params(params, module.config)
     expected = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), found) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), expected
-    )
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), found) == jax.tree.map(lambda a: (a.shape, a.dtype), expected)
 
 
 def test_only_free_fields_can_be_set():
@@ -78,9 +76,7 @@ def test_depth_is_checked():
 def test_a_head_is_added_to_an_encoder(kind):
     module, inputs = tiny(kind)
     params = random_params(module, inputs)
-    model = add_classifier(
-        PretrainedModel(module, params, module.config), 4, jax.random.key(0), pooling="cls"
-    )
+    model = add_classifier(PretrainedModel(module, params, module.config), 4, jax.random.key(0), pooling="cls")
     assert model.module.apply({"params": model.params}, inputs).shape == (2, 4)
     assert model.params["backbone"] is params
     expected = jax.eval_shape(model.module.init, jax.random.key(0), inputs)["params"]

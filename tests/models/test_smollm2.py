@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.model_helpers import gguf_bytes, random_params, run, tiny
 
 from subspace_jax.models import WeightFileError, chat_prompt, greedy_decode, load_smollm2
 from subspace_jax.models._smollm2 import unpermute_rotary
+from tests.models.model_helpers import gguf_bytes, random_params, run, tiny
 
 PARAGRAPH = (
     "The river begins as a small spring high in the mountains. In its upper valley it is narrow and "

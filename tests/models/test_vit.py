@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.model_helpers import random_params, run, tiny
-from tests.models.test_bert import torch_layer
 
 from subspace_jax.models import Vit, VitConfig, normalize_images, small_vit
+from tests.models.model_helpers import random_params, run, tiny
+from tests.models.test_bert import torch_layer
 
 
 @pytest.mark.interop

@@ -4,11 +4,11 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from tests.models.model_helpers import onnx_bytes, onnx_tensor
 
 from subspace_jax.models import WeightFileError, load_vit_small
 from subspace_jax.models._onnx import parse_onnx
 from subspace_jax.models._vit_small import named_backbone
+from tests.models.model_helpers import onnx_bytes, onnx_tensor
 
 SCRIPT = pathlib.Path(__file__).parent / "reference" / "make_vit_reference.py"
 
