@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import subspace_jax as sj
 from experiments import _registry
-from experiments._results import markdown_table, read_json
+from experiments._results import human_bytes, markdown_table, read_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,16 +40,47 @@ def experiment_table(name: str) -> str:
     return f"{markdown_table(_registry.find(name).rows(result))}\n\n{note}"
 
 
-def benchmark_table(name: str) -> str:
-    """Returns the page that a benchmark made of its results."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.md"
-    return path.read_text().strip() if path.exists() else f"`python -m benchmarks run {name}` measures it."
+def experiments_table() -> str:
+    """Returns every experiment with its claim and its command."""
+    names = [name for name in _registry.names() if name != "quickstart"]
+    rows = [["experiment", "what it shows"], *([f"`{name}`", _registry.find(name).claim] for name in names)]
+    return markdown_table(rows)
+
+
+def step_table() -> str:
+    """Returns operations and time of a step relative to full fine-tuning, from the recorded CPU result."""
+    path = ROOT / "benchmarks" / "results" / "lora_step-cpu.json"
+    if not path.exists():
+        return "No result is recorded yet; `python -m benchmarks run lora_step` makes one."
+    result = read_json(path)
+    layouts = result["order"]["layouts"]
+    timed = [x for x in layouts if any("seconds" in v["ratios"] for v in result["layouts"][x].values())]
+    rows = [["variant", *(f"operations, {x}" for x in layouts), *(f"time, {x}" for x in timed), "optimiser state"]]
+    for name in result["order"]["variants"]:
+        cells = [result["layouts"][x].get(name, {}) for x in layouts]
+        state = next((human_bytes(c["state_bytes"]) for c in cells if c), "")
+        row = [name, *(_ratio(c, "step_flops") for c in cells)]
+        rows.append([*row, *(_ratio(result["layouts"][x].get(name, {}), "seconds") for x in timed), state])
+    where = result["environment"]
+    note = (
+        "A step of each relative to full fine-tuning: rank 8 on all kernels of a transformer of 4 layers of width 512, "
+        "512 tokens. Operations are counted by the compiler, which counts the body of a scan once. "
+        f"`python -m benchmarks run lora_step`; {where['cores']} cores, jax {where['packages']['jax']}; "
+        "[all figures](benchmarks/results/README.md), [findings](benchmarks/NOTES.md)."
+    )
+    return f"{markdown_table(rows)}\n\n{note}"
+
+
+def _ratio(measured: dict[str, Any], name: str) -> str:
+    value = measured.get("ratios", {}).get(name)
+    return "-" if value is None else f"{value:.3f}" if name == "step_flops" else f"{value:.2f}"
 
 
 PARTS: dict[str, Callable[[], str]] = {
     "methods": methods,
+    "experiments": experiments_table,
     "quickstart": lambda: experiment_table("quickstart"),
-    "lora_step": lambda: benchmark_table("lora_step"),
+    "lora_step": step_table,
 }
 
 

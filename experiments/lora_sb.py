@@ -12,8 +12,8 @@ linear decay, and the same two peak learning rates, of which the one with the be
     python -m experiments run lora_sb
 
 Measured over three seeds, mean loss of steps 20 to 30 and test accuracy: lora_sb 0.55 and 94.1 ± 1.2 %, still start
-0.89 and 93.6 ± 1.3, lora_xs 0.92 and 93.3 ± 1.4, random 2.68 and 84.2 ± 1.1. LoRA-SB starts faster; at the end its lead over
-LoRA-XS is within the spread.
+0.89 and 93.6 ± 1.3, lora_xs 0.92 and 93.3 ± 1.4, random 2.68 and 84.2 ± 1.1. LoRA-SB starts faster; at the end its
+lead over LoRA-XS is within the spread.
 """
 
 from __future__ import annotations

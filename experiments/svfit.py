@@ -79,7 +79,7 @@ def run(config: SvfitConfig, context: Context) -> dict[str, Any]:
     for name, rules, rate in context.track(jobs, "turned digits"):
         optimizer = optax.multi_transform(
             {"head": optax.adam(config.head_rate), "adapter": optax.adam(rate)},
-            lambda tree: {k: jax.tree.map(lambda _, k=k: "head" if k == "out" else "adapter", v) for k, v in tree.items()},
+            _label,
         )
         for seed in config.seeds:
             losses, accuracy, count = _digits.adapt_and_fit(head | rules, optimizer, seed, config.steps)
@@ -90,6 +90,15 @@ def run(config: SvfitConfig, context: Context) -> dict[str, Any]:
                 }
             )
     return {"runs": runs}
+
+
+def _label(tree: Any) -> Any:
+    """Names the optimiser of every trained array."""
+
+    def one(path: Any, _: Any) -> str:
+        return "head" if path[0].key == "out" else "adapter"
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:

@@ -120,7 +120,7 @@ def keep_params_near_identity(radius: float = 6e-5) -> optax.GradientTransformat
         del params
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("keep_params_near_identity: call update(updates, state, params); it needs the weights.")
 

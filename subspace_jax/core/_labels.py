@@ -54,13 +54,13 @@ def product(
         )
     made = (*batch, *left_free, *right_free)
     options: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}
-    sides = _matrix(left, left_labels, summed), _matrix(right, right_labels, summed)
-    joinable = jax.device_count() == 1 and not jax.sharding.get_abstract_mesh().explicit_axes
-    if joinable and not batch and all(sides):
-        (left_matrix, left_axis), (right_matrix, right_axis) = sides
+    joinable = not batch and jax.device_count() == 1 and not jax.sharding.get_abstract_mesh().explicit_axes
+    left_matrix = _matrix(left, left_labels, summed) if joinable else None
+    right_matrix = _matrix(right, right_labels, summed) if joinable else None
+    if left_matrix is not None and right_matrix is not None:
         sizes = dict(zip(left_labels + right_labels, left.shape + right.shape, strict=True))
-        out = lax.dot_general(left_matrix, right_matrix, (((left_axis,), (right_axis,)), ((), ())), **options)
-        out = out.reshape([sizes[n] for n in made])
+        axes = ((left_matrix[1],), (right_matrix[1],)), ((), ())
+        out = lax.dot_general(left_matrix[0], right_matrix[0], axes, **options).reshape([sizes[n] for n in made])
         return out if made == out_labels else jnp.transpose(out, [made.index(n) for n in out_labels])
     out = lax.dot_general(
         left,

@@ -51,6 +51,11 @@ DENSE = {
         *((6, 2, 4), ROLE((0,), (1, 2))),
         lambda w: jnp.einsum("bd,dkh->bkh", X, jnp.swapaxes(jnp.transpose(w, (1, 2, 0)), 0, 2)),
     ),
+    "indexed after a transpose": (
+        *((6, 4, 3), ROLE((0,), (1,), (2,))),
+        lambda w: X @ jnp.moveaxis(w, 2, 0)[1] + X @ jnp.moveaxis(w, 2, 1)[:, 2],
+    ),
+    "empty batch": ((6, 4), None, lambda w: X[:0] @ w),
     "joined outputs": ((6, 2, 4), ROLE((0,), (1, 2)), lambda w: X @ w.reshape(6, 8)),
     "split outputs": ((6, 8), None, lambda w: jnp.einsum("bd,dhk->bhk", X, w.reshape(6, 2, 4))),
     "reshape to itself": ((6, 4), None, lambda w: X @ lax.reshape(w, (6, 4))),
