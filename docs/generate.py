@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,14 +31,21 @@ def experiment_table(name: str) -> str:
     path = ROOT / "experiments" / "results" / f"{name}.json"
     if not path.exists():
         return f"No result is recorded yet; `python -m experiments run {name}` makes one."
-    result = read_json(path)
+    result, experiment = read_json(path), _registry.find(name)
+    defaults = {k: _listed(v) for k, v in dataclasses.asdict(experiment.config()).items()}
+    other = {k: v for k, v in result["config"].items() if k in defaults and v != defaults[k]}
+    settings = "".join(f" {k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in other.items())
+    command = f"python -m experiments run {name}" + (f" --set{settings}" if settings else "")
     where = result["environment"]
-    seeds = len(result["config"]["seeds"])
     note = (
-        f"`python -m experiments run {name}`, mean ± standard deviation over {seeds} seeds; "
-        f"{where['cores']} cores, jax {where['packages']['jax']}."
+        f"`{command}`, mean ± standard deviation over {len(result['config']['seeds'])} seeds; {where['cores']} cores, "
+        f"jax {where['packages']['jax']}."
     )
-    return f"{markdown_table(_registry.find(name).rows(result))}\n\n{note}"
+    return f"{markdown_table(experiment.rows(result))}\n\n{note}"
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def experiments_table() -> str:
