@@ -2,8 +2,8 @@
 
 A ReLU network learns scikit-learn's 8x8 digits, then adapts its two hidden kernels to the same digits turned by 90
 degrees; biases and the last layer are frozen, rank and learning rate are the same for every method. Baselines: LoRA,
-the same residual construction on a random orthonormal projection and on the minor singular components, and
-fine-tuning of all weights. Then 256x256 matrices are quantised to 4 bits, with NF4 of the matrix itself and LoftQ as baselines; the
+the same residual construction on a random orthonormal projection and on the minor singular components, and fine-tuning
+of all weights. Then 256x256 matrices are quantised to 4 bits, with NF4 of the matrix itself and LoftQ as baselines; the
 figure is the share of the nuclear norm of NF4's error that goes away.
 
     python -m experiments run pissa
