@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from subspace_jax.core._errors import MaterializeError
 from subspace_jax.core._labels import Labels, product
@@ -187,9 +188,20 @@ class Use(abc.ABC):
         order = [labels.index(n) for n in (*first, *(n for n in labels if n not in (*first, *last)), *last)]
         moved = jnp.transpose(x, order)
         size, _ = self.role.sizes(self.shape)
-        rows = function(moved.reshape(*self.role.stack_shape(self.shape), -1, size))
+        joined = (*self.role.stack_shape(self.shape), -1, size)
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        return jnp.transpose(rows.reshape(moved.shape), inverse)
+        sharding = jax.typeof(moved).sharding
+        if not sharding.mesh.explicit_axes:
+            return jnp.transpose(function(moved.reshape(joined)).reshape(moved.shape), inverse)
+        # Explicit axes: rows may be split, along their first axis and the stack; whatever mixes inputs needs them whole.
+        depth = len(first)
+        kept = (*sharding.spec[: depth + 1], *(None,) * (moved.ndim - depth - 1))
+        if len(labels) == depth + len(last):
+            kept = (*sharding.spec[:depth], *(None,) * (moved.ndim - depth))
+        whole = jax.sharding.reshard(moved, PartitionSpec(*kept))
+        rows = jnp.reshape(whole, joined, out_sharding=PartitionSpec(*kept[: depth + 1], None))
+        back = jnp.reshape(function(rows), moved.shape, out_sharding=PartitionSpec(*kept))
+        return jnp.transpose(jax.sharding.reshard(back, sharding), inverse)
 
     def scale_outputs(self, x: jax.Array, vector: jax.Array, contract: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Returns `contract(x)` as if the weight's output features were scaled by `vector`.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from subspace_jax.core import Use, Weight, static
-from subspace_jax.linalg import cayley, cayley_neumann, skew, wide_dtype
+from subspace_jax.linalg import cayley, cayley_neumann, skew, whole_matrices, wide_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ class Rotated(Weight):
         """Returns the rotated array, computed in float32."""
         one = self.with_frozen_stopped()
         wide = wide_dtype(one.dtype)
-        matrix = one.role.matrix(one.base).astype(wide)
+        matrix = whole_matrices(one.role.matrix(one.base)).astype(wide)
         turned = _rotate(jnp.swapaxes(matrix, -1, -2), jnp.swapaxes(one.rotations(), -1, -2))
         turned = jnp.swapaxes(turned, -1, -2)
         if one.output_scale is not None:

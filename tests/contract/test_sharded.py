@@ -8,6 +8,7 @@ import pytest
 from .methods import METHODS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", ["auto", "explicit"])
 def test_every_method_gives_the_same_on_8_devices_and_traces_once(axes):
     """In a process of its own, because the number of host devices is fixed when JAX starts."""

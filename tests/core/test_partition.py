@@ -32,7 +32,8 @@ def test_two_trees_with_holes():
     assert trainable["out"].direction.a.shape == (8, 2)
     assert frozen["out"].direction.base is PARAMS["out"]
     assert len(jax.tree.leaves(trainable)) == 2 + 1 + 3
-    assert len(jax.tree.leaves(frozen)) == 1 + 1 + 1
+    # Of DoRA's direction: the base, and the frozen part of its column lengths.
+    assert len(jax.tree.leaves(frozen)) == 1 + 1 + 2
     back = sj.combine(trainable, frozen)
     assert jax.tree.structure(back) == jax.tree.structure(adapted)
     for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(adapted), strict=True):
