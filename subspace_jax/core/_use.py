@@ -193,7 +193,7 @@ class Use(abc.ABC):
         sharding = jax.typeof(moved).sharding
         if not sharding.mesh.explicit_axes:
             return jnp.transpose(function(moved.reshape(joined)).reshape(moved.shape), inverse)
-        # Explicit axes: rows may be split, along their first axis and the stack; whatever mixes inputs needs them whole.
+        # Explicit axes: rows may be split along their first axis and the stack; what mixes inputs needs them whole.
         depth = len(first)
         kept = (*sharding.spec[: depth + 1], *(None,) * (moved.ndim - depth - 1))
         if len(labels) == depth + len(last):

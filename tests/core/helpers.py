@@ -68,7 +68,9 @@ def factor_gradients(gradient, weight):
 def close(actual, expected, tolerance=2e-4):
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * max(1.0, np.abs(expected).max(initial=0)))
+    np.testing.assert_allclose(
+        actual, expected, rtol=tolerance, atol=tolerance * max(1.0, np.abs(expected).max(initial=0))
+    )
 
 
 def trees_close(actual, expected, tolerance=2e-4):
