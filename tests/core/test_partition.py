@@ -129,7 +129,7 @@ def test_frozen_gradients_are_not_computed():
     adapted = adapt(params)
     trainable, frozen = sj.partition(adapted)
     apply = sj.with_adapters(fn)
-    norm = lambda tree: optax.global_norm(tree)  # uses every gradient that there is
+    norm = lambda tree: sum(jnp.vdot(v, v) for v in jax.tree.leaves(tree))  # uses every gradient that there is
     loss = lambda p, x: jnp.sin(apply(p, x)).sum()
     only = flops(lambda t, f, x: norm(jax.grad(lambda t: loss(sj.combine(t, f), x))(t)), trainable, frozen, x)
     everything = flops(lambda p, x: norm(jax.grad(loss)(p, x)), adapted, x)
