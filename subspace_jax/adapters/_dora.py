@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from subspace_jax.adapters._catalogue import Source, register
-from subspace_jax.core import Method, Role, Weight
+from subspace_jax.core import InitFn, Leaf, Method, PlanFn, Role, Weight
 from subspace_jax.weights import LowRank, Magnitude
 
 
@@ -42,8 +44,8 @@ def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> 
     if not isinstance(method, Method):
         raise TypeError(f"dora: takes a method such as dora(lora(rank=8)), not {type(method).__name__} {method!r}.")
 
-    def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> Magnitude:
-        direction = method.init(key, array, role, stats)
+    def make(init: InitFn, key: jax.Array, array: jax.Array, role: Role, stats: Any) -> Magnitude:
+        direction = init(key, array, role, stats)
         if isinstance(direction, LowRank) and not isinstance(direction.base, Weight):
             # The frozen part of the lengths, once, so that no step reads every weight for it.
             direction = dataclasses.replace(direction, base_squares=_squares(direction.base, role))
@@ -56,7 +58,11 @@ def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> 
             trainable=("magnitude",),
         )
 
-    return Method(f"dora({method.name})", make, method.needs)
+    def plan(inner: PlanFn, key: jax.Array, leaves: Mapping[str, Leaf]) -> dict[str, InitFn]:
+        return {path: functools.partial(make, init) for path, init in inner(key, leaves).items()}
+
+    init = functools.partial(make, method.init)
+    return Method(f"dora({method.name})", init, method.needs, method.plan and functools.partial(plan, method.plan))
 
 
 def _squares(array: jax.Array, role: Role) -> jax.Array:

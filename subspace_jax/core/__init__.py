@@ -1,6 +1,9 @@
 """The mechanism: stand-in weights, and the functions that place, run, split and merge them."""
 
+from subspace_jax.core._adapt import InitFn as InitFn
+from subspace_jax.core._adapt import Leaf as Leaf
 from subspace_jax.core._adapt import Method as Method
+from subspace_jax.core._adapt import PlanFn as PlanFn
 from subspace_jax.core._adapt import adapt as adapt
 from subspace_jax.core._adapt import full as full
 from subspace_jax.core._adapt import require_matrix as require_matrix
@@ -20,9 +23,13 @@ from subspace_jax.core._errors import SubspaceError as SubspaceError
 from subspace_jax.core._errors import nearest as nearest
 from subspace_jax.core._full import Full as Full
 from subspace_jax.core._labels import product as product
+from subspace_jax.core._links import resolve_links as resolve_links
 from subspace_jax.core._merge import Rounding as Rounding
 from subspace_jax.core._merge import merge as merge
 from subspace_jax.core._merge import merge_rounding as merge_rounding
+from subspace_jax.core._operations import Convolution as Convolution
+from subspace_jax.core._operations import Dot as Dot
+from subspace_jax.core._operations import Lookup as Lookup
 from subspace_jax.core._partition import combine as combine
 from subspace_jax.core._partition import key_for as key_for
 from subspace_jax.core._partition import partition as partition
@@ -37,9 +44,6 @@ from subspace_jax.core._summary import Summary as Summary
 from subspace_jax.core._summary import SummaryRow as SummaryRow
 from subspace_jax.core._summary import summary as summary
 from subspace_jax.core._summary import trainable_size as trainable_size
-from subspace_jax.core._use import Convolution as Convolution
-from subspace_jax.core._use import Dot as Dot
-from subspace_jax.core._use import Lookup as Lookup
 from subspace_jax.core._use import Use as Use
 from subspace_jax.core._use import dense as dense
 from subspace_jax.core._weight import Weight as Weight
@@ -50,12 +54,15 @@ __all__ = [
     "Convolution",
     "Dot",
     "Full",
+    "InitFn",
+    "Leaf",
     "Lookup",
     "MaterializeError",
     "Method",
     "NonFiniteError",
     "NotMergeableError",
     "PatternError",
+    "PlanFn",
     "RankError",
     "Role",
     "RoleError",
@@ -85,6 +92,7 @@ __all__ = [
     "path_string",
     "product",
     "require_matrix",
+    "resolve_links",
     "roles",
     "select_paths",
     "static",

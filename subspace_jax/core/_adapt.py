@@ -43,6 +43,31 @@ class InitFn(Protocol):
         ...
 
 
+class Leaf(NamedTuple):
+    """What a method may know of a leaf before any stand-in weight is made.
+
+    Attributes:
+      array: the array.
+      role: how the model uses it.
+    """
+
+    array: jax.Array
+    role: Role
+
+
+class PlanFn(Protocol):
+    """Decides for all leaves of a method together, where one depends on another."""
+
+    def __call__(self, key: jax.Array, leaves: Mapping[str, Leaf]) -> Mapping[str, InitFn]:
+        """Returns the `init` of every leaf.
+
+        Args:
+          key: a random key; it is consumed.
+          leaves: by path, every leaf that the rules give to this very method, in the tree's order.
+        """
+        ...
+
+
 class Method(NamedTuple):
     """An adapter method: pure functions, as an optax transformation is.
 
@@ -50,11 +75,14 @@ class Method(NamedTuple):
       name: what reports call it.
       init: makes the stand-in weight of one array.
       needs: fields of `Statistics` that `init` asks for, such as "gram".
+      plan: for methods whose leaves depend on each other (shared bases, a budget over all layers, a bias that
+        follows its kernel): gives each leaf its own `init`.
     """
 
     name: str
     init: InitFn
     needs: tuple[str, ...] = ()
+    plan: PlanFn | None = None
 
 
 Rules = Mapping[str, Method | None] | Sequence[tuple[Selector, Method | None]]
@@ -125,12 +153,14 @@ def adapt(
         if path in chosen:
             _check(path, leaf, chosen[path], stats)
 
+    inits = _plan(key, {path: Leaf(leaf, known[path]) for path, leaf in leaves if path in chosen}, chosen)
+
     def one(path: str, leaf: Any) -> Any:
         method = chosen.get(path)
         if method is None:
             return leaf
         try:
-            weight = method.init(key_for(key, path), leaf, known[path], (stats or {}).get(path))
+            weight = inits[path](key_for(key, path), leaf, known[path], (stats or {}).get(path))
         except SubspaceError as error:
             if str(error).startswith(f"{path}: "):
                 raise
@@ -174,6 +204,16 @@ def _choose(rules: list[tuple[Selector, Method | None]], leaves: list[tuple[str,
             "takes it. The first matching rule wins; put exceptions after what they should not hide."
         )
     return chosen
+
+
+def _plan(key: jax.Array, leaves: Mapping[str, Leaf], chosen: Mapping[str, Method]) -> dict[str, InitFn]:
+    """The `init` of each leaf; a method with a plan sees all its leaves at once."""
+    inits = {path: method.init for path, method in chosen.items()}
+    for method in {id(method): method for method in chosen.values()}.values():
+        if method.plan is not None:
+            own = {path: leaf for path, leaf in leaves.items() if chosen[path] is method}
+            inits |= method.plan(key_for(key, method.name), own)
+    return inits
 
 
 def _selects(selector: Selector, path: str, leaf: Any) -> bool:

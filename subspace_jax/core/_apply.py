@@ -12,6 +12,7 @@ import numpy as np
 from subspace_jax.core import _compat, _control_flow, _rules  # noqa: F401  (the latter two register rules)
 from subspace_jax.core._full import Full
 from subspace_jax.core._interpret import Interpreter, OnMaterialize
+from subspace_jax.core._links import resolved
 from subspace_jax.core._paths import path_string
 from subspace_jax.core._standin import Standin
 from subspace_jax.core._weight import Weight, is_weight
@@ -72,7 +73,8 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
             outputs["static"] = [None if _is_array(r) else r for r in results]
             return [r for r in results if _is_array(r)]
 
-        weights: list[Any] = [values[i] for i in places]
+        named: dict[str, Any] = {path_string(paths[i]): values[i] for i in places}
+        weights = list(resolved(named).values())
         abstract = [jax.ShapeDtypeStruct(w.shape, w.dtype, **_sharding(w)) for w in weights]
         closed = jax.make_jaxpr(traced)(*abstract)
         standins = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -81,6 +81,43 @@ def placed_like(array: jax.Array, reference: jax.Array) -> jax.Array:
     if not wanted.mesh.explicit_axes or jax.typeof(array).sharding == wanted:
         return array
     return jax.sharding.reshard(array, wanted)
+
+
+def map_rows(
+    array: jax.Array, function: Callable[[jax.Array], jax.Array], *, depth: int, width: int, shape: Sequence[int]
+) -> jax.Array:
+    """Applies a function of rows `[*stack, n, width]` to an array whose rows may have several axes each way.
+
+    Args:
+      array: `[*stack, *between, *inputs]`.
+      function: maps `[*stack, n, in]` to `[*stack, n, out]`.
+      depth: number of stacked axes.
+      width: number of input axes.
+      shape: shape of the result, `[*stack, *between, *outputs]`.
+    """
+    joined = (*array.shape[:depth], -1, math.prod(array.shape[array.ndim - width :]))
+    sharding = jax.typeof(array).sharding
+    if not sharding.mesh.explicit_axes:
+        return function(array.reshape(joined)).reshape(shape)
+    # Explicit axes: rows may be split along their first axis and the stack; what mixes inputs needs them whole.
+    between = array.ndim - depth - width
+    split = (*sharding.spec, *(None,) * (array.ndim - len(sharding.spec)))[: depth + min(between, 1)]
+
+    def spec(ndim: int) -> PartitionSpec:
+        return PartitionSpec(*split, *(None,) * (ndim - len(split)))
+
+    whole = jax.sharding.reshard(array, spec(array.ndim))
+    rows = jnp.reshape(whole, joined, out_sharding=PartitionSpec(*split[:depth], *(split[depth:] or (None,)), None))
+    return jnp.reshape(function(rows), shape, out_sharding=spec(len(shape)))
+
+
+def placed_by_label(array: jax.Array, labels: Labels, reference: jax.Array, reference_labels: Labels) -> jax.Array:
+    """Returns `array` split along its labels as `reference` is along the same, where mesh axes are explicit."""
+    sharding = jax.typeof(reference).sharding
+    if not sharding.mesh.explicit_axes:
+        return array
+    entries = dict(zip(reference_labels, sharding.spec, strict=False))
+    return jax.sharding.reshard(array, PartitionSpec(*(entries.get(n) for n in labels)))
 
 
 def _matrix(array: jax.Array, labels: Labels, summed: Sequence[str]) -> tuple[jax.Array, int] | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._errors import NonFiniteError, NotMergeableError
+from subspace_jax.core._links import resolve_links
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._weight import Weight, is_weight
 
@@ -65,7 +66,7 @@ def merge(adapted: Any, *, keep_float32: bool = False) -> Any:
             )
         return array
 
-    return map_with_paths(one, adapted)
+    return map_with_paths(one, resolve_links(adapted))
 
 
 # A weight is a pytree, so one compiled program serves every weight of one class and shape.
@@ -103,7 +104,7 @@ def merge_rounding(adapted: Any) -> dict[str, Rounding]:
     """
     _refuse_unmergeable(adapted)
     report = {}
-    for path, leaf in leaves_with_paths(adapted):
+    for path, leaf in leaves_with_paths(resolve_links(adapted)):
         if is_weight(leaf):
             exact = _materialize(leaf, np.dtype(jnp.float32))
             error = exact.astype(leaf.dtype).astype(jnp.float32) - exact

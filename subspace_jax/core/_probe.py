@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from subspace_jax.core._labels import placed_like, product
-from subspace_jax.core._use import Convolution, Dot, Use
+from subspace_jax.core._operations import Convolution, Dot
+from subspace_jax.core._use import Use
 from subspace_jax.core._weight import Weight
 
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.core._apply import with_adapters
+from subspace_jax.core._operations import Convolution, Dot, Lookup
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._role import Role
-from subspace_jax.core._use import Convolution, Dot, Lookup, Use
+from subspace_jax.core._use import Use
 from subspace_jax.core._weight import Weight, is_weight, static
 
 # Elementwise primitives by what they make of a leaf.

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from subspace_jax.core import _compat
 from subspace_jax.core._interpret import Interpreter, rule
+from subspace_jax.core._operations import Convolution, Dot, Lookup
 from subspace_jax.core._standin import Standin
-from subspace_jax.core._use import Convolution, Dot, Lookup
 
 
 def _use_fields(interpreter: Interpreter, eqn: Any, value: Standin) -> dict[str, Any]:

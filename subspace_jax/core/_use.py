@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from subspace_jax.core._errors import MaterializeError
-from subspace_jax.core._labels import Labels, product
+from subspace_jax.core._labels import Labels, map_rows, placed_by_label, product
 from subspace_jax.core._role import Role
 
 
@@ -116,7 +114,7 @@ class Use(abc.ABC):
         for i, (factor, names) in enumerate(chain[1:], start=1):
             factor, names = self._meet(x, factor.astype(self.dtype), names)
             needed = self._needed_after(chain, i)
-            out = self.out_labels if i == len(chain) - 1 else _kept(labels, names, needed)
+            out = self.out_labels if i == len(chain) - 1 else kept(labels, names, needed)
             current = product(current, labels, factor, names, out, precision=self._precision)
             labels = out
         if labels != self.out_labels:
@@ -175,33 +173,56 @@ class Use(abc.ABC):
           The result; None where the operation neither contracts nor produces all input axes, as a convolution or a
           lookup does not.
         """
-        labels = {*self._role_labels(self.role.stack_axes), *self._role_labels(self.role.in_axes)}
+        stack, inputs = self.role.stack_axes, self.role.in_axes
+        labels = {*self._role_labels(stack), *self._role_labels(inputs)}
         if self.contracts_inputs and labels <= set(self.x_labels):
-            return contract(self._map_rows(x, self.x_labels, function))
+            return contract(self._map_rows(x, self.x_labels, function, inputs, inputs, self.x_labels))
         if labels <= set(self.out_labels):
-            return self._map_rows(contract(x), self.out_labels, transposed)
+            return self._map_rows(contract(x), self.out_labels, transposed, inputs, inputs, self.out_labels)
         return None
 
-    def _map_rows(self, x: jax.Array, labels: Labels, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Applies a function of rows `[*stack, n, in]` to an array that has those axes among its own."""
-        first, last = self._role_labels(self.role.stack_axes), self._role_labels(self.role.in_axes)
-        order = [labels.index(n) for n in (*first, *(n for n in labels if n not in (*first, *last)), *last)]
-        moved = jnp.transpose(x, order)
-        size, _ = self.role.sizes(self.shape)
-        joined = (*self.role.stack_shape(self.shape), -1, size)
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        sharding = jax.typeof(moved).sharding
-        if not sharding.mesh.explicit_axes:
-            return jnp.transpose(function(moved.reshape(joined)).reshape(moved.shape), inverse)
-        # Explicit axes: rows may be split along their first axis and the stack; what mixes inputs needs them whole.
-        depth = len(first)
-        kept = (*sharding.spec[: depth + 1], *(None,) * (moved.ndim - depth - 1))
-        if len(labels) == depth + len(last):
-            kept = (*sharding.spec[:depth], *(None,) * (moved.ndim - depth))
-        whole = jax.sharding.reshard(moved, PartitionSpec(*kept))
-        rows = jnp.reshape(whole, joined, out_sharding=PartitionSpec(*kept[: depth + 1], None))
-        back = jnp.reshape(function(rows), moved.shape, out_sharding=PartitionSpec(*kept))
-        return jnp.transpose(jax.sharding.reshard(back, sharding), inverse)
+    def linear(
+        self,
+        x: jax.Array,
+        function: Callable[[jax.Array], jax.Array],
+        transposed: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array | None:
+        """Returns the operation on a weight that is known by what it does to rows, and is never formed.
+
+        Args:
+          x: the operation's other operand.
+          function: maps rows `[*stack, n, in]` to their product with the weight's matrix, `[*stack, n, out]`.
+          transposed: maps rows `[*stack, n, out]` to their product with its transpose, for a tied output.
+
+        Returns:
+          The result; None where the operation is no product over all of the weight's inputs (or, tied, outputs).
+        """
+        stack, inputs, outputs = self.role.stack_axes, self.role.in_axes, self.role.out_axes
+        if not self.contracts_inputs and self.contracts_outputs:
+            function, inputs, outputs = transposed, outputs, inputs
+        taken, given = ({*self._role_labels(stack), *self._role_labels(axes)} for axes in (inputs, outputs))
+        if not taken <= set(self.x_labels) or not given <= set(self.out_labels):
+            return None
+        return self._map_rows(x, self.x_labels, function, inputs, outputs, self.out_labels).astype(self.out_dtype)
+
+    def _map_rows(
+        self,
+        x: jax.Array,
+        labels: Labels,
+        function: Callable[[jax.Array], jax.Array],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        out_labels: Labels,
+    ) -> jax.Array:
+        """Applies a function of rows `[*stack, n, inputs]`, which gives `[*stack, n, outputs]`, to a labelled array."""
+        stack, first, last = self.role.stack_axes, self._role_labels(self.role.stack_axes), self._role_labels(inputs)
+        rest = [n for n in labels if n not in (*first, *last)]
+        moved = jnp.transpose(x, [labels.index(n) for n in (*first, *rest, *last)])
+        between = [x.shape[labels.index(n)] for n in rest]
+        shape = (*self.role.stack_shape(self.shape), *between, *(self.shape[i] for i in outputs))
+        mapped = map_rows(moved, function, depth=len(stack), width=len(last), shape=shape)
+        made = (*first, *rest, *self._role_labels(outputs))
+        return placed_by_label(jnp.transpose(mapped, [made.index(n) for n in out_labels]), out_labels, x, labels)
 
     def scale_outputs(self, x: jax.Array, vector: jax.Array, contract: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Returns `contract(x)` as if the weight's output features were scaled by `vector`.
@@ -249,198 +270,10 @@ def dense(factors: Sequence[jax.Array], role: Role, shape: tuple[int, ...]) -> j
     return role.unmatrix(total, shape)
 
 
-def _kept(labels: Labels, new: Labels, needed: set[str]) -> Labels:
+def kept(labels: Labels, new: Labels, needed: set[str]) -> Labels:
     """Labels of a product in which only those needed later remain."""
     return tuple(n for n in dict.fromkeys((*labels, *new)) if n in needed)
 
 
 def _scaled(array: jax.Array, scale: Any) -> jax.Array:
     return array if scale is None else array * jnp.asarray(scale, array.dtype)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dot(Use):
-    """A `dot_general` of `x` and the weight.
-
-    Attributes:
-      dimension_numbers: as `lax.dot_general` takes them, for the operands in the model's order.
-      weight_first: whether the weight is the left operand.
-      x_ndim: number of axes of `x`.
-      parameters: `lax.dot_general`'s other keyword arguments.
-    """
-
-    dimension_numbers: tuple[Any, Any]
-    weight_first: bool
-    x_ndim: int
-    parameters: dict[str, Any]
-
-    def apply(self, x: jax.Array, array: jax.Array) -> jax.Array:
-        """Returns the model's own `dot_general`."""
-        operands = (self.present(array), x) if self.weight_first else (x, self.present(array))
-        return lax.dot_general(*operands, self.dimension_numbers, **self.parameters).astype(self.out_dtype)
-
-    @property
-    def _sides(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """Contracted and batch axes, of the weight as the model saw it and of `x`."""
-        (left, right), (left_batch, right_batch) = self.dimension_numbers
-        sides = (tuple(left), tuple(left_batch)), (tuple(right), tuple(right_batch))
-        return sides if self.weight_first else (sides[1], sides[0])
-
-    @property
-    def _seen(self) -> Labels:
-        return tuple(f"w{i}" for i in self.permutation)
-
-    @property
-    def in_labels(self) -> Labels:
-        """Labels of the weight's contracted axes."""
-        (contracted, _), _ = self._sides
-        return tuple(self._seen[i] for i in contracted)
-
-    @property
-    def batch_labels(self) -> Labels:
-        """Labels of the weight's axes that are batch axes of the product."""
-        (_, batch), _ = self._sides
-        return tuple(self._seen[i] for i in batch)
-
-    @property
-    def x_labels(self) -> Labels:
-        """Labels of the axes of `x`."""
-        (contracted, batch), (x_contracted, x_batch) = self._sides
-        names = {i: self._seen[j] for i, j in zip(x_contracted + x_batch, contracted + batch, strict=True)}
-        return tuple(names.get(i, f"x{i}") for i in range(self.x_ndim))
-
-    @property
-    def out_labels(self) -> Labels:
-        """Labels of the result: batch, then the free axes of both operands in the model's order."""
-        taken = {*self.in_labels, *self.batch_labels}
-        x_free = [n for n in self.x_labels if n not in taken]
-        weight_free = [n for n in self._seen if n not in taken]
-        free = itertools.chain(weight_free, x_free) if self.weight_first else itertools.chain(x_free, weight_free)
-        return (*self.batch_labels, *free)
-
-    @property
-    def _precision(self) -> Any:
-        return self.parameters.get("precision")
-
-    def _start(
-        self, x: jax.Array, factor: jax.Array, labels: Labels, needed: set[str]
-    ) -> tuple[jax.Array, Labels] | None:
-        out = _kept(self.x_labels, labels, needed)
-        return product(x, self.x_labels, factor, labels, out, precision=self._precision), out
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Convolution(Use):
-    """A `conv_general_dilated` of `x` with the weight as its kernel.
-
-    Attributes:
-      parameters: `lax.conv_general_dilated`'s keyword arguments, dimension numbers included.
-    """
-
-    parameters: dict[str, Any]
-
-    def apply(self, x: jax.Array, array: jax.Array) -> jax.Array:
-        """Returns the model's own convolution."""
-        return lax.conv_general_dilated(x, self.present(array), **self.parameters).astype(self.out_dtype)
-
-    @property
-    def _spec(self) -> Any:
-        return self.parameters["dimension_numbers"]
-
-    @property
-    def _out_label(self) -> str:
-        return f"w{self.permutation[self._spec.rhs_spec[0]]}"
-
-    @property
-    def in_labels(self) -> Labels:
-        """Labels of the kernel's window and input axes."""
-        return tuple(n for n in self.weight_labels if n != self._out_label)
-
-    @property
-    def x_labels(self) -> Labels:
-        """Labels of the image's axes; the window slides, so none is the weight's."""
-        return tuple(f"x{i}" for i in range(len(self._spec.lhs_spec)))
-
-    @property
-    def out_labels(self) -> Labels:
-        """Labels of the result's axes."""
-        features = self._spec.out_spec[1]
-        return tuple(self._out_label if i == features else f"y{i}" for i in range(len(self._spec.out_spec)))
-
-    def _start(
-        self, x: jax.Array, factor: jax.Array, labels: Labels, needed: set[str]
-    ) -> tuple[jax.Array, Labels] | None:
-        grouped = self.parameters["feature_group_count"] > 1 or self.parameters["batch_group_count"] > 1
-        new = [n for n in labels if n not in self.in_labels]
-        if grouped or len(new) != 1 or len(labels) != len(self.shape):
-            return None
-        # The factor's kernel has its hidden axis where the model's kernel has its output axis.
-        order = [new[0] if n == self._out_label else n for n in self.weight_labels]
-        kernel = self.present(jnp.transpose(factor, [labels.index(n) for n in order]))
-        y = lax.conv_general_dilated(x, kernel, **self.parameters)
-        return y, tuple(new[0] if n == self._out_label else n for n in self.out_labels)
-
-    @property
-    def _precision(self) -> Any:
-        precision = self.parameters.get("precision")
-        return precision[0] if isinstance(precision, tuple) else precision
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Lookup(Use):
-    """A gather of whole slices of the weight along one axis, as an embedding does; `x` holds the indices.
-
-    Attributes:
-      axis: the weight's axis that is looked up, as the model saw it.
-      x_ndim: number of axes of the indices, without the trailing index axis.
-      offset_dims: positions of the weight's remaining axes in the result.
-      parameters: `lax.gather`'s mode and fill value.
-    """
-
-    axis: int
-    x_ndim: int
-    offset_dims: tuple[int, ...]
-    parameters: dict[str, Any]
-
-    def apply(self, x: jax.Array, array: jax.Array) -> jax.Array:
-        """Returns the model's own gather; rows are cast after it, not the whole table before it."""
-        seen = array if self.permutation == tuple(range(array.ndim)) else jnp.transpose(array, self.permutation)
-        return self._gather(x, seen, self.axis, self.offset_dims).astype(self.out_dtype)
-
-    def _gather(self, x: jax.Array, array: jax.Array, axis: int, offset_dims: Sequence[int]) -> jax.Array:
-        numbers = lax.GatherDimensionNumbers(
-            offset_dims=tuple(offset_dims), collapsed_slice_dims=(axis,), start_index_map=(axis,)
-        )
-        sizes = tuple(1 if i == axis else n for i, n in enumerate(array.shape))
-        return lax.gather(array, x, numbers, sizes, **self.parameters)
-
-    @property
-    def in_labels(self) -> Labels:
-        """Label of the axis that is looked up."""
-        return (f"w{self.permutation[self.axis]}",)
-
-    @property
-    def x_labels(self) -> Labels:
-        """Labels of the index axes."""
-        return tuple(f"x{i}" for i in range(self.x_ndim))
-
-    @property
-    def out_labels(self) -> Labels:
-        """Labels of the result's axes."""
-        rest = iter(f"w{i}" for i in self.permutation if f"w{i}" not in self.in_labels)
-        index = iter(self.x_labels)
-        count = self.x_ndim + len(self.offset_dims)
-        return tuple(next(rest) if i in self.offset_dims else next(index) for i in range(count))
-
-    def _start(
-        self, x: jax.Array, factor: jax.Array, labels: Labels, needed: set[str]
-    ) -> tuple[jax.Array, Labels] | None:
-        return self._meet(x, factor, labels) if self.in_labels[0] in labels else None
-
-    def _meet(self, x: jax.Array, factor: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
-        looked_up = self.in_labels[0]
-        if looked_up not in labels:
-            return factor, labels
-        rest = [n for n in labels if n != looked_up]
-        positions = range(self.x_ndim, self.x_ndim + len(rest))
-        return self._gather(x, factor, labels.index(looked_up), positions), (*self.x_labels, *rest)

@@ -42,12 +42,15 @@ class Weight(abc.ABC):
       dtype: dtype of the array stood for.
       trainable: names of the fields that learn. Every other field is frozen: no gradient reaches it.
       method: the published method that made the weight, for reports.
+      links: fields that are stored in another weight, as `(field, path, field there)`; see `resolve_links`. Such a
+        field is None here until it is used.
     """
 
     role: Role = static()
     dtype: np.dtype = static()
     trainable: tuple[str, ...] = static()
     method: str = static(default="")
+    links: tuple[tuple[str, str, str], ...] = static(default=())
 
     axes: ClassVar[Mapping[str, str]] = {}
     mergeable: ClassVar[bool] = True

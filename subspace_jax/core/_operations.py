@@ -1,0 +1,203 @@
+"""The operations of models on weights: products, convolutions and lookups."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from subspace_jax.core._labels import Labels, product
+from subspace_jax.core._use import Use, kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dot(Use):
+    """A `dot_general` of `x` and the weight.
+
+    Attributes:
+      dimension_numbers: as `lax.dot_general` takes them, for the operands in the model's order.
+      weight_first: whether the weight is the left operand.
+      x_ndim: number of axes of `x`.
+      parameters: `lax.dot_general`'s other keyword arguments.
+    """
+
+    dimension_numbers: tuple[Any, Any]
+    weight_first: bool
+    x_ndim: int
+    parameters: dict[str, Any]
+
+    def apply(self, x: jax.Array, array: jax.Array) -> jax.Array:
+        """Returns the model's own `dot_general`."""
+        operands = (self.present(array), x) if self.weight_first else (x, self.present(array))
+        return lax.dot_general(*operands, self.dimension_numbers, **self.parameters).astype(self.out_dtype)
+
+    @property
+    def _sides(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """Contracted and batch axes, of the weight as the model saw it and of `x`."""
+        (left, right), (left_batch, right_batch) = self.dimension_numbers
+        sides = (tuple(left), tuple(left_batch)), (tuple(right), tuple(right_batch))
+        return sides if self.weight_first else (sides[1], sides[0])
+
+    @property
+    def _seen(self) -> Labels:
+        return tuple(f"w{i}" for i in self.permutation)
+
+    @property
+    def in_labels(self) -> Labels:
+        """Labels of the weight's contracted axes."""
+        (contracted, _), _ = self._sides
+        return tuple(self._seen[i] for i in contracted)
+
+    @property
+    def batch_labels(self) -> Labels:
+        """Labels of the weight's axes that are batch axes of the product."""
+        (_, batch), _ = self._sides
+        return tuple(self._seen[i] for i in batch)
+
+    @property
+    def x_labels(self) -> Labels:
+        """Labels of the axes of `x`."""
+        (contracted, batch), (x_contracted, x_batch) = self._sides
+        names = {i: self._seen[j] for i, j in zip(x_contracted + x_batch, contracted + batch, strict=True)}
+        return tuple(names.get(i, f"x{i}") for i in range(self.x_ndim))
+
+    @property
+    def out_labels(self) -> Labels:
+        """Labels of the result: batch, then the free axes of both operands in the model's order."""
+        taken = {*self.in_labels, *self.batch_labels}
+        x_free = [n for n in self.x_labels if n not in taken]
+        weight_free = [n for n in self._seen if n not in taken]
+        free = itertools.chain(weight_free, x_free) if self.weight_first else itertools.chain(x_free, weight_free)
+        return (*self.batch_labels, *free)
+
+    @property
+    def _precision(self) -> Any:
+        return self.parameters.get("precision")
+
+    def _start(
+        self, x: jax.Array, factor: jax.Array, labels: Labels, needed: set[str]
+    ) -> tuple[jax.Array, Labels] | None:
+        out = kept(self.x_labels, labels, needed)
+        return product(x, self.x_labels, factor, labels, out, precision=self._precision), out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convolution(Use):
+    """A `conv_general_dilated` of `x` with the weight as its kernel.
+
+    Attributes:
+      parameters: `lax.conv_general_dilated`'s keyword arguments, dimension numbers included.
+    """
+
+    parameters: dict[str, Any]
+
+    def apply(self, x: jax.Array, array: jax.Array) -> jax.Array:
+        """Returns the model's own convolution."""
+        return lax.conv_general_dilated(x, self.present(array), **self.parameters).astype(self.out_dtype)
+
+    @property
+    def _spec(self) -> Any:
+        return self.parameters["dimension_numbers"]
+
+    @property
+    def _out_label(self) -> str:
+        return f"w{self.permutation[self._spec.rhs_spec[0]]}"
+
+    @property
+    def in_labels(self) -> Labels:
+        """Labels of the kernel's window and input axes."""
+        return tuple(n for n in self.weight_labels if n != self._out_label)
+
+    @property
+    def x_labels(self) -> Labels:
+        """Labels of the image's axes; the window slides, so none is the weight's."""
+        return tuple(f"x{i}" for i in range(len(self._spec.lhs_spec)))
+
+    @property
+    def out_labels(self) -> Labels:
+        """Labels of the result's axes."""
+        features = self._spec.out_spec[1]
+        return tuple(self._out_label if i == features else f"y{i}" for i in range(len(self._spec.out_spec)))
+
+    def _start(
+        self, x: jax.Array, factor: jax.Array, labels: Labels, needed: set[str]
+    ) -> tuple[jax.Array, Labels] | None:
+        grouped = self.parameters["feature_group_count"] > 1 or self.parameters["batch_group_count"] > 1
+        new = [n for n in labels if n not in self.in_labels]
+        if grouped or len(new) != 1 or len(labels) != len(self.shape):
+            return None
+        # The factor's kernel has its hidden axis where the model's kernel has its output axis.
+        order = [new[0] if n == self._out_label else n for n in self.weight_labels]
+        kernel = self.present(jnp.transpose(factor, [labels.index(n) for n in order]))
+        y = lax.conv_general_dilated(x, kernel, **self.parameters)
+        return y, tuple(new[0] if n == self._out_label else n for n in self.out_labels)
+
+    @property
+    def _precision(self) -> Any:
+        precision = self.parameters.get("precision")
+        return precision[0] if isinstance(precision, tuple) else precision
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lookup(Use):
+    """A gather of whole slices of the weight along one axis, as an embedding does; `x` holds the indices.
+
+    Attributes:
+      axis: the weight's axis that is looked up, as the model saw it.
+      x_ndim: number of axes of the indices, without the trailing index axis.
+      offset_dims: positions of the weight's remaining axes in the result.
+      parameters: `lax.gather`'s mode and fill value.
+    """
+
+    axis: int
+    x_ndim: int
+    offset_dims: tuple[int, ...]
+    parameters: dict[str, Any]
+
+    def apply(self, x: jax.Array, array: jax.Array) -> jax.Array:
+        """Returns the model's own gather; rows are cast after it, not the whole table before it."""
+        seen = array if self.permutation == tuple(range(array.ndim)) else jnp.transpose(array, self.permutation)
+        return self._gather(x, seen, self.axis, self.offset_dims).astype(self.out_dtype)
+
+    def _gather(self, x: jax.Array, array: jax.Array, axis: int, offset_dims: Sequence[int]) -> jax.Array:
+        numbers = lax.GatherDimensionNumbers(
+            offset_dims=tuple(offset_dims), collapsed_slice_dims=(axis,), start_index_map=(axis,)
+        )
+        sizes = tuple(1 if i == axis else n for i, n in enumerate(array.shape))
+        return lax.gather(array, x, numbers, sizes, **self.parameters)
+
+    @property
+    def in_labels(self) -> Labels:
+        """Label of the axis that is looked up."""
+        return (f"w{self.permutation[self.axis]}",)
+
+    @property
+    def x_labels(self) -> Labels:
+        """Labels of the index axes."""
+        return tuple(f"x{i}" for i in range(self.x_ndim))
+
+    @property
+    def out_labels(self) -> Labels:
+        """Labels of the result's axes."""
+        rest = iter(f"w{i}" for i in self.permutation if f"w{i}" not in self.in_labels)
+        index = iter(self.x_labels)
+        count = self.x_ndim + len(self.offset_dims)
+        return tuple(next(rest) if i in self.offset_dims else next(index) for i in range(count))
+
+    def _start(
+        self, x: jax.Array, factor: jax.Array, labels: Labels, needed: set[str]
+    ) -> tuple[jax.Array, Labels] | None:
+        return self._meet(x, factor, labels) if self.in_labels[0] in labels else None
+
+    def _meet(self, x: jax.Array, factor: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
+        looked_up = self.in_labels[0]
+        if looked_up not in labels:
+            return factor, labels
+        rest = [n for n in labels if n != looked_up]
+        positions = range(self.x_ndim, self.x_ndim + len(rest))
+        return self._gather(x, factor, labels.index(looked_up), positions), (*self.x_labels, *rest)
