@@ -44,10 +44,13 @@ METHODS = (
     Case("dora_lora", lambda rank: sj.dora(sj.lora(rank)), start=1e-6),
     Case("dora_pissa", lambda rank: sj.dora(sj.pissa(rank)), start=1e-5),
     Case("dora_exact", lambda rank: sj.dora(sj.lora(rank, alpha=3.0), norm="exact"), start=1e-6),
+    Case("matryoshka", lambda rank: sj.matryoshka(sj.lora(rank, dropout=0.3), rank_scale="sqrt")),
+    Case("dora_matryoshka", lambda rank: sj.dora(sj.matryoshka(sj.lora(rank))), start=1e-6),
     Case("oft", lambda rank: sj.oft(None, blocks=1)),
     Case("oft_series", lambda rank: sj.oft(None, blocks=1, terms=5, magnitude=True)),
     Case("svfit", lambda rank: sj.svfit(rank), start=1e-5),
     Case("svfit_formed", lambda rank: sj.svfit(rank, route="materialized"), start=1e-5),
+    Case("loldu", lambda rank: sj.loldu(rank), start=1e-5),
     Case("lora_xs", lambda rank: sj.lora_xs(rank, alpha=3.0), start=1e-3),
     Case("lora_sb", lambda rank: _with_gradient(sj.lora_sb(rank, learning_rate=1e-3, alpha=3.0)), start=1e-1),
 )
