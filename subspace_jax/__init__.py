@@ -1,21 +1,40 @@
 """Adapt pretrained JAX models: stand-in weights and subspace gradient transformations."""
 
 from subspace_jax.adapters import Source as Source
+from subspace_jax.adapters import activation_scores as activation_scores
+from subspace_jax.adapters import active_values as active_values
 from subspace_jax.adapters import at_rank as at_rank
 from subspace_jax.adapters import catalogue as catalogue
+from subspace_jax.adapters import channel_scores as channel_scores
+from subspace_jax.adapters import corda as corda
+from subspace_jax.adapters import cosine_values as cosine_values
+from subspace_jax.adapters import damped_covariance as damped_covariance
 from subspace_jax.adapters import dora as dora
+from subspace_jax.adapters import fix_locations as fix_locations
+from subspace_jax.adapters import flora as flora
+from subspace_jax.adapters import flora_to_lora as flora_to_lora
+from subspace_jax.adapters import fold_ssf as fold_ssf
 from subspace_jax.adapters import keep_params_near_identity as keep_params_near_identity
+from subspace_jax.adapters import lift as lift
+from subspace_jax.adapters import loca as loca
 from subspace_jax.adapters import loldu as loldu
 from subspace_jax.adapters import lora as lora
 from subspace_jax.adapters import lora_sb as lora_sb
 from subspace_jax.adapters import lora_xs as lora_xs
 from subspace_jax.adapters import matryoshka as matryoshka
+from subspace_jax.adapters import normalize_terms as normalize_terms
 from subspace_jax.adapters import oft as oft
 from subspace_jax.adapters import pissa as pissa
+from subspace_jax.adapters import prune_terms as prune_terms
 from subspace_jax.adapters import qpissa as qpissa
+from subspace_jax.adapters import randlora as randlora
+from subspace_jax.adapters import s2ft as s2ft
 from subspace_jax.adapters import sample_rank as sample_rank
 from subspace_jax.adapters import scale_by_optimal_core as scale_by_optimal_core
+from subspace_jax.adapters import soka as soka
+from subspace_jax.adapters import ssf as ssf
 from subspace_jax.adapters import svfit as svfit
+from subspace_jax.adapters import to_kronecker as to_kronecker
 from subspace_jax.adapters import to_lora as to_lora
 from subspace_jax.adapters import truncate_rank as truncate_rank
 from subspace_jax.core import Method as Method
@@ -41,25 +60,60 @@ from subspace_jax.io import restore_checkpoint as restore_checkpoint
 from subspace_jax.io import save_adapter as save_adapter
 from subspace_jax.io import save_checkpoint as save_checkpoint
 from subspace_jax.metrics import aurac as aurac
+from subspace_jax.optim import project_momentum as project_momentum
+from subspace_jax.optim import project_orthogonal as project_orthogonal
+from subspace_jax.optim import replace_basis as replace_basis
+from subspace_jax.optim import reset_moments as reset_moments
+from subspace_jax.optim import sandwich as sandwich
+from subspace_jax.optimizers import alternating as alternating
+from subspace_jax.optimizers import lift_adam as lift_adam
+from subspace_jax.optimizers import refresh_due as refresh_due
+from subspace_jax.optimizers import reselect_principal as reselect_principal
+from subspace_jax.optimizers import scale_by_lift_adam as scale_by_lift_adam
+from subspace_jax.weights import Coupling as Coupling
+from subspace_jax.weights import co_permute as co_permute
+from subspace_jax.weights import coupled_order as coupled_order
+from subspace_jax.weights import fuse_slices as fuse_slices
+from subspace_jax.weights import select_units as select_units
+from subspace_jax.weights import serve_slices as serve_slices
+from subspace_jax.weights import switch_slices as switch_slices
 
 __all__ = [
     "Checkpointer",
+    "Coupling",
     "Method",
     "Role",
     "Source",
     "Weight",
+    "activation_scores",
+    "active_values",
     "adapt",
+    "alternating",
     "at_rank",
     "aurac",
     "capture",
     "catalogue",
+    "channel_scores",
+    "co_permute",
     "combine",
+    "corda",
+    "cosine_values",
+    "coupled_order",
+    "damped_covariance",
     "dora",
+    "fix_locations",
+    "flora",
+    "flora_to_lora",
+    "fold_ssf",
     "full",
+    "fuse_slices",
     "is_weight",
     "keep_params_near_identity",
     "latest_step",
+    "lift",
+    "lift_adam",
     "load_adapter",
+    "loca",
     "loldu",
     "lora",
     "lora_sb",
@@ -67,19 +121,37 @@ __all__ = [
     "matryoshka",
     "merge",
     "merge_rounding",
+    "normalize_terms",
     "oft",
     "partition",
     "pissa",
+    "project_momentum",
+    "project_orthogonal",
+    "prune_terms",
     "qpissa",
+    "randlora",
+    "refresh_due",
+    "replace_basis",
+    "reselect_principal",
+    "reset_moments",
     "resolve_links",
     "restore_checkpoint",
     "roles",
+    "s2ft",
     "sample_rank",
+    "sandwich",
     "save_adapter",
     "save_checkpoint",
+    "scale_by_lift_adam",
     "scale_by_optimal_core",
+    "select_units",
+    "serve_slices",
+    "soka",
+    "ssf",
     "summary",
     "svfit",
+    "switch_slices",
+    "to_kronecker",
     "to_lora",
     "truncate_rank",
     "with_adapters",

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "assets": set(),
     "weights": {"core", "linalg"},
     "adapters": {"core", "linalg", "weights"},
+    "optimizers": {"core", "linalg", "weights"},
     "models": {"assets", "core"},
     "data": {"assets"},
     "io": {"core", "weights"},

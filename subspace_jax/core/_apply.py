@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from subspace_jax.core import _compat, _control_flow, _rules  # noqa: F401  (the latter two register rules)
-from subspace_jax.core._full import Full
 from subspace_jax.core._interpret import Interpreter, OnMaterialize
 from subspace_jax.core._links import resolved
 from subspace_jax.core._paths import path_string
@@ -57,7 +56,9 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
         # What holds no weight is one leaf: a module that the function changes in place must not be a copy.
         leaves, treedef = jax.tree_util.tree_flatten_with_path((list(args), kwargs), is_leaf=_holds_no_weight)
         paths = [path for path, _ in leaves]
-        values = [v.materialize() if isinstance(v, Full) else v for _, v in leaves]
+        linked = resolved({path_string(path): v for path, v in leaves if isinstance(v, Weight)})
+        values = [linked.get(path_string(path), v) for path, v in leaves]
+        values = [v.materialize() if isinstance(v, Weight) and v.formed else v for v in values]
         places = [i for i, v in enumerate(values) if isinstance(v, Weight)]
         if not places:
             args, kwargs = jax.tree.unflatten(treedef, values)
@@ -73,8 +74,7 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
             outputs["static"] = [None if _is_array(r) else r for r in results]
             return [r for r in results if _is_array(r)]
 
-        named: dict[str, Any] = {path_string(paths[i]): values[i] for i in places}
-        weights = list(resolved(named).values())
+        weights: list[Any] = [values[i] for i in places]
         abstract = [jax.ShapeDtypeStruct(w.shape, w.dtype, **_sharding(w)) for w in weights]
         closed = jax.make_jaxpr(traced)(*abstract)
         standins = [

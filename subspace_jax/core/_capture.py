@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from subspace_jax.core._adapt import Selector, select_paths
 from subspace_jax.core._apply import with_adapters
 from subspace_jax.core._errors import StatisticsError
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
-from subspace_jax.core._probe import Probed
+from subspace_jax.core._probe import Probed, ScaleExamples
 from subspace_jax.core._role import Role
 from subspace_jax.core._roles import roles as find_roles
 from subspace_jax.core._weight import is_weight
@@ -33,6 +33,7 @@ class Statistics:
       gram: \(\sum_n x_n x_n^T\) over the rows that the weight was multiplied with, `[*stack, in, in]`.
       mean: mean of those rows, `[*stack, in]`.
       count: number of rows, `[*stack]`.
+      examples: number of examples that those rows belong to, `[*stack]`: entries of the input's leading axis.
       gradient: gradient of the loss with respect to the whole weight, averaged over batches; the weight's shape.
       squared_gradient: its elementwise square, averaged over batches; the weight's shape.
       batches: number of batches.
@@ -41,6 +42,7 @@ class Statistics:
     gram: jax.Array | None = None
     mean: jax.Array | None = None
     count: jax.Array | None = None
+    examples: jax.Array | None = None
     gradient: jax.Array | None = None
     squared_gradient: jax.Array | None = None
     batches: jax.Array | None = None
@@ -61,6 +63,8 @@ def capture(
     statistics: Name | Iterable[Name] = ("gram",),
     select: Selector | Iterable[str] | None = None,
     roles: Mapping[str, Role] | None = None,
+    scale_examples: ScaleExamples | None = None,
+    mask: Callable[[Any], jax.Array] | None = None,
 ) -> dict[str, Statistics]:
     r"""Streams statistics of weights over batches: input Grams and means, gradients and their squares.
 
@@ -77,13 +81,21 @@ def capture(
       select: globs or a predicate of path and array that choose leaves; by default every kernel for input
         statistics, every floating leaf for gradients.
       roles: what `sj.roles` found; found from the first batch if None.
+      scale_examples: divides the rows of each example by a number before they are summed: "max_abs" by the largest
+        absolute value in the example, "signed_max" by the absolute value of its largest entry, which fails where
+        that is zero. An example is one entry of the leading axis of a weight's input (for a stack of weights that are
+        used together, of the first axis that is not theirs). A model that joins examples and tokens to one axis, or
+        has no axis of examples, so has every row scaled by itself.
+      mask: gives, of a batch, which rows count, `[examples]` or `[examples, tokens]`: padding counts as zeros and is
+        not counted. Every input must begin with these axes, have them joined to one, or have examples only.
 
     Returns:
       A dict from path to `Statistics`.
 
     Raises:
       StatisticsError: there are no batches, a selected leaf is no kernel that multiplies inputs, a kernel's output
-        does not reach the function's result, or the loss is not a scalar.
+        does not reach the function's result, the loss is not a scalar, an input holds NaN or infinity, or the mask
+        does not fit an input.
       PatternError: a glob matches nothing.
 
     Example:
@@ -97,6 +109,10 @@ def capture(
     unknown = [n for n in wanted if n not in INPUT_STATISTICS + GRADIENT_STATISTICS]
     if unknown or not wanted:
         raise StatisticsError(f"statistics={wanted}: choose from {INPUT_STATISTICS + GRADIENT_STATISTICS}.")
+    if scale_examples not in (None, *get_args(ScaleExamples)):
+        raise StatisticsError(f"scale_examples={scale_examples!r}: choose from {get_args(ScaleExamples)}, or None.")
+    if (scale_examples or mask) and not any(n in INPUT_STATISTICS for n in wanted):
+        raise StatisticsError(f"scale_examples and mask are about input statistics, but statistics={wanted}.")
     iterator = iter(batches)
     batch = next(iterator, None)
     if batch is None:
@@ -104,7 +120,7 @@ def capture(
     if roles is None:
         roles = find_roles(fn, params, batch)
     chosen = _selected(params, select, roles, wanted)
-    step = jax.jit(functools.partial(_step, fn, chosen, wanted), donate_argnums=0)
+    step = jax.jit(functools.partial(_step, fn, chosen, wanted, scale_examples, mask), donate_argnums=0)
     sums = _zeros(params, chosen, wanted)
     while batch is not None:
         sums = jax.block_until_ready(step(sums, params, batch))
@@ -148,9 +164,9 @@ def _zeros(params: Any, chosen: Mapping[str, Role], wanted: tuple[str, ...]) -> 
         role, shapes = chosen[path], {}
         if any(n in INPUT_STATISTICS for n in wanted):
             stack, (size, _) = role.stack_shape(leaf.shape), role.sizes(leaf.shape)
-            shapes |= {"count": stack, "gram": (*stack, size, size), "mean": (*stack, size)}
+            shapes |= {"count": stack, "examples": stack, "gram": (*stack, size, size), "mean": (*stack, size)}
         shapes |= {"gradient": leaf.shape, "squared_gradient": leaf.shape, "batches": ()}
-        kept = {n: s for n, s in shapes.items() if n in (*wanted, "count", "batches")}
+        kept = {n: s for n, s in shapes.items() if n in (*wanted, "count", "examples", "batches")}
         sums[path] = {n: jnp.zeros(s, jnp.float32) for n, s in kept.items()}
     return sums
 
@@ -159,6 +175,8 @@ def _step(
     fn: Callable[..., Any],
     chosen: Mapping[str, Role],
     wanted: tuple[str, ...],
+    scale_examples: ScaleExamples | None,
+    mask: Callable[[Any], jax.Array] | None,
     sums: dict[str, dict[str, jax.Array]],
     params: Any,
     batch: Any,
@@ -167,6 +185,7 @@ def _step(
     values = {path: leaf for path, leaf in leaves_with_paths(params) if path in chosen}
     probes = {path: _probe(kept) for path, kept in sums.items() if "count" in kept}
     gradients = any(name in GRADIENT_STATISTICS for name in wanted)
+    counted = None if mask is None else mask(batch)
 
     def loss(probes: dict[str, dict[str, jax.Array]], values: dict[str, jax.Array]) -> jax.Array:
         def place(path: str, leaf: Any) -> Any:
@@ -174,12 +193,14 @@ def _step(
                 return leaf
             if path not in probes:
                 return values[path]
-            fields: dict[str, Any] = {n: probes[path].get(n) for n in ("count", "gram", "total")}
+            fields: dict[str, Any] = {n: probes[path].get(n) for n in ("count", "examples", "gram", "total")}
             return Probed(
                 value=values[path],
                 role=chosen[path],
                 dtype=leaf.dtype,
                 trainable=("value", *fields),
+                mask=counted,
+                scale_examples=scale_examples,
                 **fields,
             )
 
@@ -210,7 +231,7 @@ def _step(
 
 def _probe(kept: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Zeros of the shapes of the input statistics; the mean is gathered as a sum."""
-    names = {"count": "count", "gram": "gram", "mean": "total"}
+    names = {"count": "count", "examples": "examples", "gram": "gram", "mean": "total"}
     return {new: jnp.zeros_like(kept[old]) for old, new in names.items() if old in kept}
 
 
@@ -224,8 +245,15 @@ def _finish(sums: dict[str, dict[str, jax.Array]], wanted: tuple[str, ...]) -> d
                 f"{path}: no input met this weight, or its output does not reach the function's result (is there a "
                 "stop_gradient in between?). Narrow select, or return the layer's output from fn."
             )
+        for name in INPUT_STATISTICS:
+            if name in kept and not bool(jnp.isfinite(kept[name]).all()):
+                raise StatisticsError(
+                    f"{path}: the {name} of the inputs holds NaN or infinity. Look for it in the batches; "
+                    'scale_examples="signed_max" divides by zero where no entry of an example is above it.'
+                )
         averaged = {n: kept[n] / batches for n in GRADIENT_STATISTICS if n in kept}
         if count is not None and "mean" in kept:
             averaged["mean"] = kept["mean"] / count[..., None]
-        found[path] = Statistics(count=count, gram=kept.get("gram"), batches=batches, **averaged)
+        inputs = {n: kept.get(n) for n in ("count", "examples", "gram")}
+        found[path] = Statistics(batches=batches, **inputs, **averaged)
     return found

@@ -29,6 +29,11 @@ class Full(Weight):
         """The shape of the array."""
         return self.value.shape
 
+    @property
+    def formed(self) -> bool:
+        """True: the array is there already."""
+        return True
+
     def materialize(self, dtype: Any = None) -> jax.Array:
         """Returns the array, cast to `dtype` if one is given."""
         return self.with_frozen_stopped().value.astype(self.dtype if dtype is None else dtype)

@@ -42,7 +42,7 @@ def product(
     shared = [n for n in left_labels if n in right_labels]
     summed = [n for n in shared if n not in out_labels]
     if not summed:
-        both = _expand(left, left_labels, out_labels) * _expand(right, right_labels, out_labels)
+        both = aligned(left, left_labels, out_labels) * aligned(right, right_labels, out_labels)
         return both if preferred_element_type is None else both.astype(preferred_element_type)
     batch = [n for n in shared if n in out_labels]
     left_free = [n for n in left_labels if n not in shared]
@@ -135,7 +135,7 @@ def _matrix(array: jax.Array, labels: Labels, summed: Sequence[str]) -> tuple[ja
     return None
 
 
-def _expand(array: jax.Array, labels: Labels, out_labels: Labels) -> jax.Array:
+def aligned(array: jax.Array, labels: Labels, out_labels: Labels) -> jax.Array:
     """Transposes and pads `array` with axes of size one so that it broadcasts against `out_labels`."""
     present = [n for n in out_labels if n in labels]
     array = jnp.transpose(array, [labels.index(n) for n in present])

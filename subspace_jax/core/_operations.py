@@ -100,6 +100,38 @@ class Convolution(Use):
         """Returns the model's own convolution."""
         return lax.conv_general_dilated(x, self.present(array), **self.parameters).astype(self.out_dtype)
 
+    def through_features(
+        self, x: jax.Array, into: jax.Array, kernel: jax.Array, out_of: jax.Array, scale: Any = None
+    ) -> jax.Array | None:
+        """Returns the operation on a kernel that reads and writes few features, between two products over features.
+
+        Args:
+          x: the image.
+          into: `[in features, few]`.
+          kernel: like the weight, with few features in place of both of its feature axes.
+          out_of: `[few, out features]`.
+          scale: a number that multiplies the kernel.
+
+        Returns:
+          The result; None for a grouped convolution, whose features do not mix.
+        """
+        if self.parameters["feature_group_count"] > 1 or self.parameters["batch_group_count"] > 1:
+            return None
+        labels, last = self.x_labels, self._spec.lhs_spec[1]
+        few = tuple("few" if i == last else n for i, n in enumerate(labels))
+        x = product(x, labels, into.astype(self.dtype), (labels[last], "few"), few, precision=self._precision)
+        kernel = kernel if scale is None else kernel * jnp.asarray(scale, kernel.dtype)
+        y = lax.conv_general_dilated(x, self.present(kernel), **self.parameters)
+        made = tuple("few" if n == self._out_label else n for n in self.out_labels)
+        out_of = out_of.astype(self.dtype)
+        y = product(y, made, out_of, ("few", self._out_label), self.out_labels, precision=self._precision)
+        return y.astype(self.out_dtype)
+
+    @property
+    def feature_axes(self) -> tuple[int, int]:
+        """The weight's axes of input and of output features."""
+        return self.permutation[self._spec.rhs_spec[1]], self.permutation[self._spec.rhs_spec[0]]
+
     @property
     def _spec(self) -> Any:
         return self.parameters["dimension_numbers"]

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from subspace_jax.core._errors import StatisticsError
 from subspace_jax.core._labels import placed_like, product
 from subspace_jax.core._operations import Convolution, Dot
 from subspace_jax.core._use import Use
-from subspace_jax.core._weight import Weight
+from subspace_jax.core._weight import Weight, static
+
+ScaleExamples = Literal["max_abs", "signed_max"]
 
 
 @jax.tree_util.register_dataclass
@@ -26,25 +29,47 @@ class _Probe:
     """Zeros whose cotangents are the statistics of the inputs that met the weight."""
 
     count: jax.Array
+    examples: jax.Array
     gram: jax.Array | None = None
     total: jax.Array | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What met the weight.
+
+    Attributes:
+      rows: `[*stack, n, in]`.
+      count: number of rows that count, a scalar.
+      examples: number of examples that count, a scalar.
+      factor: what every row is multiplied with, `[*stack, n]`; None for one.
+    """
+
+    rows: jax.Array
+    count: jax.Array
+    examples: jax.Array
+    factor: jax.Array | None = None
+
+
 @jax.custom_vjp
-def _tap(y: jax.Array, rows: jax.Array, probe: _Probe) -> jax.Array:
-    """Returns `y`; in the backward pass the probe receives statistics of `rows` in place of a cotangent."""
-    del rows, probe
+def _tap(y: jax.Array, inputs: _Inputs, probe: _Probe) -> jax.Array:
+    """Returns `y`; in the backward pass the probe receives statistics of the inputs in place of a cotangent."""
+    del inputs, probe
     return y
 
 
-def _tap_forward(y: jax.Array, rows: jax.Array, probe: _Probe):
-    return y, (rows, probe)
+def _tap_forward(y: jax.Array, inputs: _Inputs, probe: _Probe):
+    return y, (inputs, probe)
 
 
-def _tap_backward(residual: tuple[jax.Array, _Probe], cotangent: jax.Array):
-    rows, probe = residual
+def _tap_backward(residual: tuple[_Inputs, _Probe], cotangent: jax.Array):
+    inputs, probe = residual
+    rows = inputs.rows
     wide = rows.astype(probe.count.dtype)
-    count = jnp.full_like(probe.count, rows.shape[-2])
+    if inputs.factor is not None:
+        wide = wide * inputs.factor[..., None]
+    count, examples = (jnp.full_like(p, v) for p, v in ((probe.count, inputs.count), (probe.examples, inputs.examples)))
     stack = tuple(f"stack {i}" for i in range(rows.ndim - 2))
     gram = total = None
     if probe.gram is not None:
@@ -53,7 +78,7 @@ def _tap_backward(residual: tuple[jax.Array, _Probe], cotangent: jax.Array):
         gram = placed_like(gram, probe.gram)
     if probe.total is not None:
         total = placed_like(jnp.sum(wide, axis=-2), probe.total)
-    return cotangent, jnp.zeros_like(rows), _Probe(count, gram, total)
+    return cotangent, jax.tree.map(jnp.zeros_like, inputs), _Probe(count, examples, gram, total)
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
@@ -66,14 +91,19 @@ class Probed(Weight):
 
     value: jax.Array
     count: jax.Array
+    examples: jax.Array
     gram: jax.Array | None = None
     total: jax.Array | None = None
+    mask: jax.Array | None = None
+    scale_examples: ScaleExamples | None = static(default=None)
 
     axes: ClassVar[Mapping[str, str]] = {
         "value": "array",
         "count": "stack",
+        "examples": "stack",
         "gram": "stack in in",
         "total": "stack in",
+        "mask": "batch",
     }
 
     @property
@@ -89,13 +119,74 @@ class Probed(Weight):
 
     def contract(self, x: jax.Array, use: Use) -> jax.Array:
         y = use.apply(x, self.value)
-        rows = _input_rows(x, use)
-        # A tied output embedding multiplies with the same array, but those rows are not its inputs.
-        return y if rows is None else _tap(y, rows, _Probe(self.count, self.gram, self.total))
+        found = _input_rows(x, use)
+        if found is None:  # a tied output embedding: those rows are not its inputs
+            return y
+        inputs = _inputs(*found, self.mask, self.scale_examples, self.count.dtype)
+        return _tap(y, inputs, _Probe(self.count, self.examples, self.gram, self.total))
 
 
-def _input_rows(x: jax.Array, use: Use) -> jax.Array | None:
-    """The rows `[*stack, n, in]` that a weight is multiplied with; None where `use` is no such product."""
+def _inputs(
+    rows: jax.Array, between: tuple[int, ...], mask: jax.Array | None, scale: ScaleExamples | None, dtype: Any
+) -> _Inputs:
+    """Counts rows and examples, and finds what each row is multiplied with.
+
+    Args:
+      rows: `[*stack, n, in]`.
+      between: sizes of the axes that were joined to `n`; the first one counts examples.
+      mask: true where a row counts.
+      scale: what an example is divided by, if by anything.
+      dtype: of the result.
+    """
+    examples = between[0] if between else 1
+    counts = None if mask is None else _mask_rows(mask, between, rows.shape[-2]).reshape(examples, -1)
+    factor = None if counts is None else counts.astype(dtype).reshape(-1)
+    if scale is not None:
+        divisor = _divisor(rows.reshape(*rows.shape[:-2], examples, -1, rows.shape[-1]), counts, scale).astype(dtype)
+        divisor = _repeat(divisor, rows.shape[-2] // examples)
+        factor = 1.0 / divisor if factor is None else factor / divisor
+    if factor is not None:
+        factor = lax.stop_gradient(jnp.broadcast_to(factor, rows.shape[:-1]))
+    if counts is None:
+        return _Inputs(rows, jnp.asarray(rows.shape[-2], dtype), jnp.asarray(examples, dtype), factor)
+    return _Inputs(rows, jnp.sum(counts, dtype=dtype), jnp.sum(jnp.any(counts, axis=-1), dtype=dtype), factor)
+
+
+def _mask_rows(mask: jax.Array, between: tuple[int, ...], count: int) -> jax.Array:
+    """The mask of each of `count` rows, which are all those of `between`."""
+    mask = mask.astype(bool)
+    if mask.shape == between[: mask.ndim]:
+        return _repeat(mask.ravel(), count // mask.size)
+    if between == (mask.size,):
+        return mask.ravel()
+    if between == mask.shape[:1]:  # a pooled input: an example counts if anything of it does
+        return jnp.any(mask.reshape(len(mask), -1), axis=-1)
+    raise StatisticsError(
+        f"The mask has shape {mask.shape}, but an input has rows {between}; expected rows that begin with the mask's "
+        "axes. Narrow select to weights whose inputs do."
+    )
+
+
+def _repeat(array: jax.Array, times: int) -> jax.Array:
+    """Every entry of the last axis several times; unlike `jnp.repeat` it keeps the layout of explicit mesh axes."""
+    return jnp.broadcast_to(array[..., None], (*array.shape, times)).reshape(*array.shape[:-1], -1)
+
+
+def _divisor(rows: jax.Array, counts: jax.Array | None, scale: ScaleExamples) -> jax.Array:
+    """The largest entry of each example of `[*stack, examples, n, in]`, `[*stack, examples]`; one for zeros."""
+    where = True if counts is None else counts[..., None]
+    largest = jnp.max(jnp.abs(rows), axis=(-2, -1), where=where, initial=0.0)
+    found = largest
+    if scale == "signed_max":
+        found = jnp.abs(jnp.max(rows, axis=(-2, -1), where=where, initial=-jnp.inf))
+    return jnp.where(largest == 0, 1.0, found)
+
+
+def _input_rows(x: jax.Array, use: Use) -> tuple[jax.Array, tuple[int, ...]] | None:
+    """The rows `[*stack, n, in]` that a weight is multiplied with, and the sizes of the axes that were joined to `n`.
+
+    None where `use` is no such product.
+    """
     if isinstance(use, Convolution):
         return _patches(x, use)
     if not isinstance(use, Dot) or not use.contracts_inputs:
@@ -107,10 +198,11 @@ def _input_rows(x: jax.Array, use: Use) -> jax.Array | None:
         return None
     order = [use.x_labels.index(n) for n in (*stack, *rest, *inputs)]
     size, _ = use.role.sizes(use.shape)
-    return jnp.transpose(x, order).reshape(*use.role.stack_shape(use.shape), -1, size)
+    rows = jnp.transpose(x, order).reshape(*use.role.stack_shape(use.shape), -1, size)
+    return rows, tuple(x.shape[use.x_labels.index(n)] for n in rest)
 
 
-def _patches(x: jax.Array, use: Convolution) -> jax.Array | None:
+def _patches(x: jax.Array, use: Convolution) -> tuple[jax.Array, tuple[int, ...]] | None:
     """The window under each output pixel as a row, in the order of the kernel's own axes."""
     p = use.parameters
     spec = p["dimension_numbers"]
@@ -128,8 +220,10 @@ def _patches(x: jax.Array, use: Convolution) -> jax.Array | None:
         dimension_numbers=spec,
         precision=p["precision"],
     )
-    patches = jnp.moveaxis(patches, spec.out_spec[1], -1).reshape(-1, shape[spec.rhs_spec[1]], *window)
+    patches = jnp.moveaxis(patches, spec.out_spec[:2], (0, -1))
+    between = patches.shape[:-1]
+    patches = patches.reshape(-1, shape[spec.rhs_spec[1]], *window)
     # Patches come as (feature, *window); the kernel's input axes follow the role's order.
     made = [use.permutation[i] for i in (spec.rhs_spec[1], *spec.rhs_spec[2:])]
     order = [1 + made.index(i) for i in use.role.in_axes]
-    return jnp.transpose(patches, (0, *order)).reshape(patches.shape[0], -1)
+    return jnp.transpose(patches, (0, *order)).reshape(patches.shape[0], -1), between

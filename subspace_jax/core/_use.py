@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from subspace_jax.core._errors import MaterializeError
-from subspace_jax.core._labels import Labels, map_rows, placed_by_label, product
+from subspace_jax.core._labels import Labels, aligned, map_rows, placed_by_label, product
 from subspace_jax.core._role import Role
 
 
@@ -247,6 +247,26 @@ class Use(abc.ABC):
             f"({', '.join(self.out_labels)}) can be scaled in its place. Use a method without magnitudes here, or "
             "merge() the weight."
         )
+
+    def add_outputs(self, y: jax.Array, vector: jax.Array) -> jax.Array:
+        """Returns the operation's result `y` with a vector added to its output features, as a bias is.
+
+        Args:
+          y: what the operation gave.
+          vector: `[*stack, out]`.
+
+        Raises:
+          MaterializeError: the operation sums over output features, as a tied output embedding does.
+        """
+        labels = self._role_labels(self.role.stack_axes)
+        names, sizes = self._bond(self.role.out_axes)
+        vector, labels = vector.reshape(*vector.shape[: len(labels)], *sizes), labels + names
+        if not self.contracts_inputs or not set(labels) <= set(self.out_labels):
+            raise MaterializeError(
+                f"A weight of shape {self.shape} with shifted output features {self.role.out_axes} is used in a way "
+                f"whose result ({', '.join(self.out_labels)}) has not all of them. Leave this weight out."
+            )
+        return y + aligned(vector, labels, self.out_labels).astype(y.dtype)
 
 
 def dense(factors: Sequence[jax.Array], role: Role, shape: tuple[int, ...]) -> jax.Array:

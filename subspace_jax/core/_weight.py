@@ -35,7 +35,8 @@ class Weight(abc.ABC):
     data fields are arrays or weights, its other fields are declared with `static()`. The class attribute `axes`
     names the axes of every array field, which slicing, sharding and checkpoints rely on: "array" for the shape of
     the array stood for, else words such as "stack in rank": `stack` are the stacked axes (absent where one array
-    serves all layers), `in` and `out` the products of the role's input and output axes.
+    serves all layers), `in` and `out` the products of the role's input and output axes. The class attribute
+    `regenerated` names the data fields that follow from the static ones, which files then leave out.
 
     Attributes:
       role: which axes are stacked, contracted and produced.
@@ -54,6 +55,7 @@ class Weight(abc.ABC):
 
     axes: ClassVar[Mapping[str, str]] = {}
     mergeable: ClassVar[bool] = True
+    regenerated: ClassVar[tuple[str, ...]] = ()
     classes: ClassVar[dict[str, type[Weight]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -84,6 +86,11 @@ class Weight(abc.ABC):
         """The rank of the trainable part, where that is a notion of this weight."""
         return None
 
+    @property
+    def formed(self) -> bool:
+        """Whether a model is given the array itself: for vectors, and whatever else costs nothing to form."""
+        return False
+
     @abc.abstractmethod
     def materialize(self, dtype: Any = None) -> jax.Array:
         """Returns the array stood for, computed in float32 and cast once.
@@ -113,6 +120,10 @@ class Weight(abc.ABC):
         """
         matrix = self.role.matrix(self.materialize(jnp.promote_types(self.dtype, jnp.float32)))
         return jnp.sum(matrix * matrix, axis=-2)
+
+    def regenerate(self) -> dict[str, jax.Array]:
+        """Returns the fields named in `regenerated`, made of static fields alone, whatever they hold now."""
+        return {}
 
     def with_key(self: W, key: jax.Array) -> W:
         """Returns the weight with randomness for one training step; weights without any return themselves."""

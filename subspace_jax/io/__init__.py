@@ -1,4 +1,4 @@
-"""Saving and loading: checkpoints of whole runs, adapters alone in a file, and the manifest that describes both."""
+"""Saving and loading: checkpoints of runs, adapters alone in a file, PEFT's folders, and manifests of trees."""
 
 from subspace_jax.io._adapter_file import load_adapter as load_adapter
 from subspace_jax.io._adapter_file import save_adapter as save_adapter
@@ -12,6 +12,13 @@ from subspace_jax.io._describe import describe as describe
 from subspace_jax.io._errors import AdapterFileError as AdapterFileError
 from subspace_jax.io._errors import CheckpointError as CheckpointError
 from subspace_jax.io._errors import ManifestError as ManifestError
+from subspace_jax.io._peft_backbones import bert_names as bert_names
+from subspace_jax.io._peft_backbones import dinov2_names as dinov2_names
+from subspace_jax.io._peft_backbones import llama_names as llama_names
+from subspace_jax.io._peft_folder import load_peft as load_peft
+from subspace_jax.io._peft_folder import save_peft as save_peft
+from subspace_jax.io._peft_names import NameMap as NameMap
+from subspace_jax.io._peft_names import NameRule as NameRule
 from subspace_jax.io._rebuild import rebuild as rebuild
 from subspace_jax.io._safetensors import read_safetensors as read_safetensors
 from subspace_jax.io._safetensors import write_safetensors as write_safetensors
@@ -23,15 +30,22 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "ManifestError",
+    "NameMap",
+    "NameRule",
     "abstract_checkpoint",
+    "bert_names",
     "describe",
+    "dinov2_names",
     "latest_step",
+    "llama_names",
     "load_adapter",
+    "load_peft",
     "read_safetensors",
     "rebuild",
     "replacing",
     "restore_checkpoint",
     "save_adapter",
     "save_checkpoint",
+    "save_peft",
     "write_safetensors",
 ]

@@ -20,6 +20,7 @@ from subspace_jax.io._state import (
     check_template,
     compare_stored,
     pack,
+    placeable_arrays,
     placements,
     template_placements,
     unpack,
@@ -134,12 +135,12 @@ class Checkpointer:
             if like is not None:
                 check_template(manifest, like)
             wanted = wanted_arrays(manifest, with_opt_state=like is not None)
-            adapted = {n.partition("/")[2]: spec for n, spec in wanted.items() if n.startswith("adapted/")}
-            places = {f"adapted/{path}": s for path, s in placements(shardings, adapted).items()}
+            placed = placements(shardings, placeable_arrays(manifest, wanted))
+            places = {f"adapted/{path}": sharding for path, sharding in placed.items()}
             places |= {f"opt_state/{path}": s for path, s in template_placements(like).items()}
             check_base(manifest, self._base)
             compare_stored(manifest, self._stored(number))
-            return unpack(manifest, self._read(number, wanted, places), like, self._base)
+            return unpack(manifest, self._read(number, wanted, places), like, self._base, places)
         except ManifestError as error:
             raise self._error(number, error) from error
 

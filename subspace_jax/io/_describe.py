@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from subspace_jax.core import Weight
 from subspace_jax.io._array import array_spec
-from subspace_jax.io._base import BaseArrays
+from subspace_jax.io._base import BaseArrays, digest
 from subspace_jax.io._errors import ManifestError
 from subspace_jax.io._manifest import header, join, static_names
 from subspace_jax.io._static import encode
@@ -18,6 +19,9 @@ from subspace_jax.io._static import encode
 
 def describe(tree: Any, base: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a tree's description and its arrays.
+
+    Arrays that a weight makes of its static fields (`Weight.regenerated`) are left out and described by their hash,
+    unless they hold other numbers than those.
 
     Args:
       tree: dicts, lists, tuples, named tuples, None, stand-in weights, arrays, random keys, and Python values.
@@ -97,9 +101,11 @@ class _Description:
                 f"{path}: two classes of stand-in weights are called {cls.__name__!r}; rename {cls.__module__}'s."
             )
         static = {n: encode(getattr(weight, n), f"{path}.{n}") for n in static_names(cls)}
-        data = {
+        data = _regenerated(weight, path)
+        data |= {
             name: self.node(value, join(path, name), leaf_path, frozen=name not in weight.trainable)
             for name, value in weight.data_items()
+            if name not in data
         }
         return {"node": "weight", "class": cls.__name__, "static": static, "data": data}
 
@@ -113,3 +119,21 @@ class _Description:
             return {**node, "base": leaf_path, "sha256": self.base.digest(leaf_path)}
         self.arrays[path] = value
         return node
+
+
+def _regenerated(weight: Weight, path: str) -> dict[str, Any]:
+    """The nodes of the fields that hold exactly what the weight's static fields give."""
+    candidates = {name: getattr(weight, name) for name in weight.regenerated}
+    found = {
+        name: value
+        for name, value in candidates.items()
+        if isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.is_fully_addressable
+    }
+    specs = {name: array_spec(value, join(path, name)) for name, value in found.items()}
+    made = weight.regenerate() if found else {}
+    nodes = {}
+    for name, value in found.items():
+        where = join(path, name)
+        if specs[name] == array_spec(made[name], where) and (sha := digest(value, where)) == digest(made[name], where):
+            nodes[name] = {"node": "array", **specs[name].to_json(), "regenerated": sha}
+    return nodes

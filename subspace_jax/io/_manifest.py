@@ -3,7 +3,8 @@
 A description is a JSON object. Its tree consists of nodes, each with the field "node": "none", "value" (a Python
 value), "array" (shape, dtype, and where the numbers are), "dict", "list", "tuple", "namedtuple", or "weight" (class,
 static fields, data fields). The numbers of an array are stored under the array's slash-joined path, or are those of a
-leaf of the original parameters, which is named with its hash.
+leaf of the original parameters, which is named with its hash, or follow from the weight's static fields and are told
+by their hash.
 """
 
 from __future__ import annotations
@@ -19,8 +20,21 @@ from subspace_jax.io._errors import ManifestError
 
 FORMAT_VERSION = 1
 
-# Called with an array's path, its spec, and the path of the base leaf and its hash where the array is not stored.
-MakeLeaf = Callable[[str, ArraySpec, "tuple[str, str] | None"], Any]
+
+@dataclasses.dataclass(frozen=True)
+class Regenerated:
+    """An array that is not stored because static fields of its weight give it again.
+
+    Attributes:
+      make: returns it, or raises ManifestError where its hash is not the recorded one.
+    """
+
+    make: Callable[[], Any]
+
+
+# Called with an array's path, its spec, and where the array is not stored: path and hash of the base leaf, or how it is
+# made again.
+MakeLeaf = Callable[[str, ArraySpec, "tuple[str, str] | Regenerated | None"], Any]
 
 
 def header(name: str) -> dict[str, Any]:

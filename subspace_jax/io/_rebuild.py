@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 import subspace_jax.weights  # noqa: F401  (enters every stand-in weight of the library into Weight.classes)
 from subspace_jax.core import Weight, nearest
 from subspace_jax.io._array import ArraySpec, array_spec, from_stored
-from subspace_jax.io._base import BaseArrays
+from subspace_jax.io._base import BaseArrays, digest
 from subspace_jax.io._errors import ManifestError, listing
-from subspace_jax.io._manifest import MakeLeaf, check_header, differences, join, static_names
+from subspace_jax.io._manifest import MakeLeaf, Regenerated, check_header, differences, join, static_names
 from subspace_jax.io._static import decode, decode_fields
 
 
@@ -41,14 +44,16 @@ def rebuild(manifest: Any, arrays: Mapping[str, Any], base: Any = None) -> Any:
     if wrong:
         raise ManifestError(f"The arrays are not those of the manifest:{listing(wrong)}")
 
-    def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | None) -> Any:
+    def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | Regenerated | None) -> Any:
+        if isinstance(reference, Regenerated):
+            return reference.make()
         return arrays[name] if reference is None else leaves.leaves[reference[0]]
 
     return rebuild_node(node, "", leaf)
 
 
 def array_nodes(node: Any, path: str = "") -> tuple[dict[str, ArraySpec], dict[str, tuple[ArraySpec, tuple[str, str]]]]:
-    """Returns the specs of the stored arrays by path, and spec and reference of those left out.
+    """Returns the specs of the stored arrays by path, and spec and reference of those left out for the base.
 
     Raises:
       ManifestError: the description is damaged.
@@ -56,17 +61,30 @@ def array_nodes(node: Any, path: str = "") -> tuple[dict[str, ArraySpec], dict[s
     stored: dict[str, ArraySpec] = {}
     references: dict[str, tuple[ArraySpec, tuple[str, str]]] = {}
 
-    def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | None) -> Any:
+    def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | Regenerated | None) -> Any:
         if name in stored or name in references:
             raise ManifestError(f"{name!r} is described twice.")
         if reference is None:
             stored[name] = spec
-        else:
+        elif not isinstance(reference, Regenerated):
             references[name] = spec, reference
         return spec.abstract(name)
 
     rebuild_node(node, path, leaf)
     return stored, references
+
+
+def regenerated_specs(node: Any) -> dict[str, ArraySpec]:
+    """Returns the specs of the arrays that are left out because their weights make them again, by path."""
+    found: dict[str, ArraySpec] = {}
+
+    def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | Regenerated | None) -> Any:
+        if isinstance(reference, Regenerated):
+            found[name] = spec
+        return spec.abstract(name)
+
+    rebuild_node(node, "", leaf)
+    return found
 
 
 def rebuild_node(node: Any, path: str, leaf: MakeLeaf) -> Any:
@@ -127,12 +145,45 @@ def _rebuild_weight(name: str, static: dict[str, Any], data: dict[str, Any], pat
         raise ManifestError(f"{path}: {name} has no field {', '.join(map(repr, unknown))}, only {cls.data_names()}.")
     if foreign := sorted(set(fields["trainable"]) - set(cls.data_names())):
         raise ManifestError(f"{path}: {name} cannot train {', '.join(map(repr, foreign))}, only {cls.data_names()}.")
-    parts = {n: _rebuild(item, join(path, n), leaf) for n, item in data.items()}
+    made_again = {n: item for n, item in data.items() if isinstance(item, dict) and "regenerated" in item}
+    if unknown := sorted(made_again.keys() - set(cls.regenerated)):
+        raise ManifestError(f"{path}: {name} cannot make {', '.join(map(repr, unknown))} of its static fields.")
+    parts = {n: _rebuild(item, join(path, n), leaf) for n, item in data.items() if n not in made_again}
     arguments: dict[str, Any] = dict.fromkeys(cls.data_names()) | parts | fields
     try:
-        return cls(**arguments)
+        weight = cls(**arguments)
     except (TypeError, ValueError, AttributeError) as error:
         raise ManifestError(f"{path}: {name} refuses what the manifest gives it: {error}") from error
+    whole = {n: _rebuild_regenerated(weight, n, item, join(path, n), leaf) for n, item in made_again.items()}
+    return dataclasses.replace(weight, **whole) if whole else weight
+
+
+def _rebuild_regenerated(weight: Weight, name: str, node: dict[str, Any], path: str, leaf: MakeLeaf) -> Any:
+    match node:
+        case {"node": "array", "regenerated": str() as sha, **rest}:
+            spec = ArraySpec.from_json(rest, path)
+            return leaf(path, spec, Regenerated(lambda: _make_again(weight, name, spec, sha, path)))
+    raise ManifestError(f"{path}: {str(node)[:80]!r} is no node of a manifest that this version knows.")
+
+
+def _make_again(weight: Weight, name: str, spec: ArraySpec, sha: str, path: str) -> Any:
+    """The field that the weight's static fields give, if it is the one that was saved."""
+    try:
+        planned = array_spec(jax.eval_shape(weight.regenerate)[name], path)
+        if planned != spec:
+            raise ManifestError(f"{path}: was saved as {spec}, and the weight's static fields give {planned}.")
+        array = weight.regenerate()[name]
+    except (TypeError, ValueError, KeyError, ArithmeticError, MemoryError, RuntimeError) as error:
+        if isinstance(error, ManifestError):
+            raise
+        raise ManifestError(f"{path}: the weight's static fields do not give it again: {str(error)[:200]}") from error
+    if digest(array, path) != sha:
+        raise ManifestError(
+            f"{path}: was left out of the file because the {type(weight).__name__} draws it again, and what it draws "
+            f"here has other numbers than were saved. The random generator of this JAX ({jax.__version__}) or its "
+            "setting jax_threefry_partitionable is not that of the run. Load with those; the file names the version."
+        )
+    return array
 
 
 def _named_tuple(name: str, fields: tuple[str, ...], path: str) -> Any:
@@ -154,10 +205,21 @@ def _plain_named_tuple(name: str, fields: tuple[str, ...]) -> Any:
     return collections.namedtuple(name, fields)
 
 
-def concrete_leaf(arrays: Mapping[str, Any], base: BaseArrays) -> MakeLeaf:
-    """Returns a function that turns stored data into arrays, for `rebuild_node`."""
+def concrete_leaf(
+    arrays: Mapping[str, Any], base: BaseArrays, places: Mapping[str, jax.sharding.Sharding] | None = None
+) -> MakeLeaf:
+    """Returns a function that turns stored data into arrays, for `rebuild_node`.
 
-    def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | None) -> Any:
+    Args:
+      arrays: stored data by path, where they belong already.
+      base: holds what was left out for it.
+      places: shardings of arrays that are made again, by path.
+    """
+
+    def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | Regenerated | None) -> Any:
+        if isinstance(reference, Regenerated):
+            place = (places or {}).get(name)
+            return reference.make() if place is None else jax.device_put(reference.make(), place)
         if reference is None:
             return from_stored(arrays[name], spec, name)
         return base.leaves[reference[0]]

@@ -15,7 +15,7 @@ from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._describe import describe_node
 from subspace_jax.io._errors import ManifestError, listing
 from subspace_jax.io._manifest import check_header, differences, header
-from subspace_jax.io._rebuild import array_nodes, concrete_leaf, rebuild_node
+from subspace_jax.io._rebuild import array_nodes, concrete_leaf, rebuild_node, regenerated_specs
 
 _FORMAT = "subspace_jax.checkpoint"
 _NOTHING = BaseArrays(None)
@@ -189,7 +189,13 @@ def template_placements(like: Any) -> dict[str, jax.sharding.Sharding]:
     return found
 
 
-def unpack(manifest: Mapping[str, Any], arrays: Mapping[str, Any], like: Any, base: BaseArrays) -> Checkpoint:
+def unpack(
+    manifest: Mapping[str, Any],
+    arrays: Mapping[str, Any],
+    like: Any,
+    base: BaseArrays,
+    places: Mapping[str, jax.sharding.Sharding],
+) -> Checkpoint:
     """Returns the state of a manifest.
 
     Args:
@@ -197,6 +203,7 @@ def unpack(manifest: Mapping[str, Any], arrays: Mapping[str, Any], like: Any, ba
       arrays: the stored arrays by section and path, those without entries left out.
       like: a state of the optimiser, for its containers; None to leave the optimiser's state out.
       base: holds what was left out of the checkpoint.
+      places: shardings by section and path, of arrays that are made again.
     """
 
     def leaf_of(section: str) -> Any:
@@ -205,7 +212,8 @@ def unpack(manifest: Mapping[str, Any], arrays: Mapping[str, Any], like: Any, ba
             path: arrays[f"{section}/{path}"] if has_entries(spec) else empty(spec, path)
             for path, spec in specs.items()
         }
-        return concrete_leaf(found, base)
+        inside = {name.partition("/")[2]: s for name, s in places.items() if name.startswith(f"{section}/")}
+        return concrete_leaf(found, base, inside)
 
     opt_state = None
     if like is not None:
@@ -230,6 +238,12 @@ def unpack_abstract(manifest: Mapping[str, Any]) -> Checkpoint:
 
     adapted, extra = (rebuild_node(manifest[section], "", leaf) for section in ("adapted", "extra"))
     return Checkpoint(step=manifest["step"], adapted=adapted, extra=extra)
+
+
+def placeable_arrays(manifest: Mapping[str, Any], wanted: Mapping[str, ArraySpec]) -> dict[str, ArraySpec]:
+    """Returns the arrays of the adapted tree that a sharding can be asked for: those read and those made again."""
+    read = {name.partition("/")[2]: spec for name, spec in wanted.items() if name.startswith("adapted/")}
+    return read | regenerated_specs(manifest["adapted"])
 
 
 def wanted_arrays(manifest: Mapping[str, Any], *, with_opt_state: bool) -> dict[str, ArraySpec]:

@@ -1,10 +1,37 @@
 """Numerical linear algebra that adapters, optimisers and merging share."""
 
+from subspace_jax.linalg._cosine_transform import Residuals as Residuals
+from subspace_jax.linalg._cosine_transform import best_cosine_terms as best_cosine_terms
+from subspace_jax.linalg._cosine_transform import compare_residuals as compare_residuals
+from subspace_jax.linalg._cosine_transform import cosine_matrix as cosine_matrix
+from subspace_jax.linalg._cosine_transform import cosine_transform as cosine_transform
+from subspace_jax.linalg._cosine_transform import cosine_vectors as cosine_vectors
+from subspace_jax.linalg._cosine_transform import inverse_cosine_transform as inverse_cosine_transform
+from subspace_jax.linalg._kronecker import KroneckerSplit as KroneckerSplit
+from subspace_jax.linalg._kronecker import KroneckerSVD as KroneckerSVD
+from subspace_jax.linalg._kronecker import balanced_split as balanced_split
+from subspace_jax.linalg._kronecker import kronecker_rows as kronecker_rows
+from subspace_jax.linalg._kronecker import kronecker_sum as kronecker_sum
+from subspace_jax.linalg._kronecker import kronecker_svd as kronecker_svd
+from subspace_jax.linalg._kronecker import rearrange as rearrange
+from subspace_jax.linalg._kronecker import unrearrange as unrearrange
 from subspace_jax.linalg._orthogonal import cayley as cayley
 from subspace_jax.linalg._orthogonal import cayley_neumann as cayley_neumann
 from subspace_jax.linalg._orthogonal import skew as skew
 from subspace_jax.linalg._orthogonal import skew_size as skew_size
 from subspace_jax.linalg._sharding import whole_matrices as whole_matrices
+from subspace_jax.linalg._spectrum import Combine as Combine
+from subspace_jax.linalg._spectrum import count_terms as count_terms
+from subspace_jax.linalg._spectrum import elbow_terms as elbow_terms
+from subspace_jax.linalg._spectrum import energy_terms as energy_terms
+from subspace_jax.linalg._subspace import Mode as Mode
+from subspace_jax.linalg._subspace import Side as Side
+from subspace_jax.linalg._subspace import complete as complete
+from subspace_jax.linalg._subspace import from_coordinates as from_coordinates
+from subspace_jax.linalg._subspace import orthonormalize as orthonormalize
+from subspace_jax.linalg._subspace import project as project
+from subspace_jax.linalg._subspace import to_coordinates as to_coordinates
+from subspace_jax.linalg._subspace import transport as transport
 from subspace_jax.linalg._svd import SVD as SVD
 from subspace_jax.linalg._svd import fix_signs as fix_signs
 from subspace_jax.linalg._svd import randomized_svd as randomized_svd
@@ -13,12 +40,39 @@ from subspace_jax.linalg._svd import wide_dtype as wide_dtype
 
 __all__ = [
     "SVD",
+    "Combine",
+    "KroneckerSVD",
+    "KroneckerSplit",
+    "Mode",
+    "Residuals",
+    "Side",
+    "balanced_split",
+    "best_cosine_terms",
     "cayley",
     "cayley_neumann",
+    "compare_residuals",
+    "complete",
+    "cosine_matrix",
+    "cosine_transform",
+    "cosine_vectors",
+    "count_terms",
+    "elbow_terms",
+    "energy_terms",
     "fix_signs",
+    "from_coordinates",
+    "inverse_cosine_transform",
+    "kronecker_rows",
+    "kronecker_sum",
+    "kronecker_svd",
+    "orthonormalize",
+    "project",
     "randomized_svd",
+    "rearrange",
     "skew",
     "skew_size",
+    "to_coordinates",
+    "transport",
     "truncated_svd",
+    "unrearrange",
     "wide_dtype",
 ]

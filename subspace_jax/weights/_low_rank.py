@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Lookup, Use, Weight, dense, product, static
+from subspace_jax.core import Use, Weight, dense, product, static
 from subspace_jax.linalg import wide_dtype
+from subspace_jax.weights._dropout import drop_inputs, step_keys
 
 
 @jax.tree_util.register_dataclass
@@ -108,21 +109,11 @@ class LowRank(Weight):
         """Returns the weight with keys for one step of dropout, one per stacked layer."""
         if not self.dropout:
             return self
-        stack = self.a.shape[:-2]
-        return dataclasses.replace(self, dropout_key=jax.random.split(key, stack) if stack else key)
+        return dataclasses.replace(self, dropout_key=step_keys(key, self.a.shape[:-2]))
 
     def drop(self, x: jax.Array, use: Use) -> jax.Array:
         """Returns the factors' input with inverted dropout, if this is a training step."""
-        if self.dropout_key is None or not self.dropout or isinstance(use, Lookup):
-            return x
-        key = self.dropout_key
-        if key.ndim:  # experts contracted together: their inputs are one array, with one mask
-            key = key.ravel()[0]
-        for index in use.path:
-            key = jax.random.fold_in(key, index)
-        keep = 1.0 - self.dropout
-        mask = jax.random.bernoulli(key, keep, x.shape)
-        return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+        return drop_inputs(x, use, self.dropout_key, self.dropout)
 
 
 def _dense_base(base: jax.Array | Weight, dtype: Any) -> jax.Array:

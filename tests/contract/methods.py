@@ -46,13 +46,28 @@ METHODS = (
     Case("dora_exact", lambda rank: sj.dora(sj.lora(rank, alpha=3.0), norm="exact"), start=1e-6),
     Case("matryoshka", lambda rank: sj.matryoshka(sj.lora(rank, dropout=0.3), rank_scale="sqrt")),
     Case("dora_matryoshka", lambda rank: sj.dora(sj.matryoshka(sj.lora(rank))), start=1e-6),
+    Case("flora", lambda rank: sj.flora(rank, window_ranks=(2, 1), dropout=0.3, factor_init="kaiming_fan_in")),
+    Case("ssf", lambda rank: sj.ssf(std=0.0)._replace(plan=None)),
     Case("oft", lambda rank: sj.oft(None, blocks=1)),
     Case("oft_series", lambda rank: sj.oft(None, blocks=1, terms=5, magnitude=True)),
     Case("svfit", lambda rank: sj.svfit(rank), start=1e-5),
     Case("svfit_formed", lambda rank: sj.svfit(rank, route="materialized"), start=1e-5),
-    Case("loldu", lambda rank: sj.loldu(rank), start=1e-5),
+    Case("lift", lambda rank: sj.lift(rank, filter_rank=rank)),
+    Case("s2ft_rows", lambda rank: sj.s2ft(0.5), refuses=("conv_strided", "conv_dilated", "conv_grouped")),
+    Case("s2ft_columns", lambda rank: sj.s2ft(0.5, side="columns", parameterization="in_place")),
+    Case("loldu", lambda rank: sj.loldu(rank, sigma=0.5), start=1e-5),
+    Case("corda", lambda rank: _with_gram(sj.corda(rank, alpha=3.0)), start=1e-5),
+    Case("corda_kept", lambda rank: _with_gram(sj.corda(rank, mode="kpm", balanced=True)), start=1e-5),
+    Case("randlora", lambda rank: sj.randlora(rank)),
+    Case(
+        "randlora_peft",
+        lambda rank: sj.randlora(rank, scaling="peft", basis="sparse", pairing="peft", route="factored"),
+    ),
     Case("lora_xs", lambda rank: sj.lora_xs(rank, alpha=3.0), start=1e-3),
     Case("lora_sb", lambda rank: _with_gradient(sj.lora_sb(rank, learning_rate=1e-3, alpha=3.0)), start=1e-1),
+    Case("soka", lambda rank: sj.soka(rank), start=1e-5),
+    Case("loca", lambda rank: sj.loca(5 * rank, alpha=0.5)),
+    Case("loca_transformed", lambda rank: sj.loca(5 * rank, evaluation="fast")),
 )
 
 
@@ -62,6 +77,17 @@ def _with_gradient(method: sj.Method) -> sj.Method:
     def init(key, array, role, stats):
         gradient = jax.random.normal(jax.random.key(7), array.shape, jnp.float32)
         return method.init(key, array, role, Statistics(gradient=gradient))
+
+    return sj.Method(method.name, init)
+
+
+def _with_gram(method: sj.Method) -> sj.Method:
+    """A method that needs the Gram matrix of inputs, given one."""
+
+    def init(key, array, role, stats):
+        size, _ = role.sizes(array.shape)
+        rows = jax.random.normal(jax.random.key(8), (*role.stack_shape(array.shape), 3 * size, size), jnp.float32)
+        return method.init(key, array, role, Statistics(gram=jnp.swapaxes(rows, -1, -2) @ rows))
 
     return sj.Method(method.name, init)
 

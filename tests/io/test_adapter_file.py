@@ -226,3 +226,35 @@ def test_mutated_manifests_are_loaded_or_refused(path, data):
 
 def _values(place):
     return list(place.values()) if isinstance(place, dict) else place
+
+
+def test_bases_that_a_seed_gives_are_not_in_the_file(path, assert_same_bits):
+    params = {f"layer_{i}": jax.random.normal(jax.random.key(i), (96, 128)) for i in range(3)}
+    tree = sj.adapt(params, {"*": sj.randlora(16, seed=9)}, key=jax.random.key(0))
+    save_adapter(path, tree, base=params)
+    tensors, metadata = read_safetensors(path)
+    assert sorted(tensors) == [f"layer_{i}/{n}" for i in range(3) for n in ("feature_scales", "rank_scales")]
+    values = 4 * 3 * 6 * (16 + 96)
+    assert path.stat().st_size < values + 3 * 2500 < tree["layer_0"].basis_b.nbytes
+    assert metadata["subspace_jax"].count('"regenerated"') == 2
+    assert tree["layer_0"].basis_a.tobytes()[:64] not in path.read_bytes()
+    loaded = load_adapter(path, params)
+    assert_same_bits(loaded, tree)
+    assert_same_bits(sj.merge(loaded), sj.merge(tree))
+
+    def other_seed(tensors, manifest):
+        manifest["leaves"]["layer_0"]["static"]["seed"] = 8
+
+    rewrite(path, other_seed)
+    with pytest.raises(AdapterFileError, match="layer_0/basis_a: was left out of the file because the RandomBases"):
+        load_adapter(path, params)
+
+
+def test_bases_of_another_origin_are_in_the_file(path, assert_same_bits):
+    params = {"w": jnp.ones((6, 8)), "v": jnp.ones((8, 6))}
+    tree = sj.adapt(params, {"*": sj.randlora(2)}, key=jax.random.key(0))
+    owner = next(name for name, weight in tree.items() if weight.basis_a is not None)
+    foreign = type(tree[owner])(**{**vars(tree[owner]), "basis_a": jnp.ones((2, 6))})
+    save_adapter(path, {**tree, owner: foreign}, base=params)
+    assert f"{owner}/basis_a" in read_safetensors(path)[0]
+    assert_same_bits(load_adapter(path, params), {**tree, owner: foreign})

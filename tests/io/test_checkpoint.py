@@ -358,3 +358,35 @@ def test_moved_folder(folder, adapted, assert_same_bits):
     save_checkpoint(folder, 0, adapted)
     shutil.move(folder, folder.with_name("elsewhere"))
     assert_same_bits(restore_checkpoint(folder.with_name("elsewhere")).adapted, adapted)
+
+
+def test_bases_that_a_seed_gives_are_not_in_the_checkpoint(folder, assert_same_bits):
+    params = {name: jax.random.normal(jax.random.key(0), (24, 32)) for name in ("a", "b", "c")}
+    adapted = sj.adapt(params, {"*": sj.randlora(4)}, key=jax.random.key(1))
+    optimizer = optax.adam(1e-3)
+    tree, state = stepped(optimizer, adapted)
+    with Checkpointer(folder, base=params) as checkpointer:
+        checkpointer.save(1, tree, opt_state=state)
+        like = jax.eval_shape(optimizer.init, sj.partition(tree)[0])
+        back = checkpointer.restore(like=like)
+        assert_same_bits(back.adapted, tree)
+        assert_same_bits(back.opt_state, state)
+        assert_same_bits(checkpointer.restore().adapted, tree)
+        assert not [path for path in checkpointer._stored(1) if "basis" in path or path.endswith("base")]
+        abstract = checkpointer.abstract().adapted
+        assert (abstract["a"].basis_b.shape, abstract["b"].basis_b) == ((6, 4, 32), None)
+        assert isinstance(abstract["a"].basis_b, jax.ShapeDtypeStruct)
+    assert_same_bits(sj.merge(back.adapted), sj.merge(tree))
+
+
+def test_regenerated_arrays_go_where_shardings_say(folder):
+    adapted = sj.adapt({"w": jnp.ones((24, 32))}, {"w": sj.randlora(4)}, key=jax.random.key(1))
+    save_checkpoint(folder, 0, adapted)
+    mesh = jax.make_mesh((1,), ("x",))
+    specs = abstract_checkpoint(folder).adapted["w"].partition_specs(jax.sharding.PartitionSpec("x", None))
+    places = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), {"w": specs})
+    back = restore_checkpoint(folder, shardings=places).adapted
+    assert jax.tree.map(lambda v: v.sharding, back) == places
+    assert places["w"].basis_a.spec == jax.sharding.PartitionSpec(None, "x")
+    assert places["w"].feature_scales.spec == jax.sharding.PartitionSpec(None, "x")
+    np.testing.assert_array_equal(back["w"].basis_b, adapted["w"].basis_b)

@@ -1,5 +1,6 @@
 import collections
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -268,3 +269,76 @@ def test_two_classes_of_one_name_are_refused(adapted):
             describe({"w": kernel})
     finally:
         Weight.classes["LowRank"] = LowRank
+
+
+def with_shared_bases():
+    params = {"a": jax.random.normal(jax.random.key(0), (40, 30)), "b": {"c": jnp.ones((2, 30, 40))}}
+    roles = {"b/c": sj.Role.dense((1,), (2,), (0,))}
+    return sj.adapt(params, {"**": sj.randlora(4, seed=3)}, key=jax.random.key(1), roles=roles)
+
+
+def test_arrays_that_static_fields_give_are_left_out(assert_same_bits):
+    tree = with_shared_bases()
+    manifest, arrays = describe(tree)
+    assert sorted(arrays) == [f"{p}/{n}" for p in ("a", "b/c") for n in ("base", "feature_scales", "rank_scales")]
+    back = rebuild(through_json(manifest), arrays)
+    assert_same_bits(back, tree)
+    for half in sj.partition(tree):
+        assert_same_bits(round_trip(half), half)
+    nested = sj.adapt({"w": jnp.ones((6, 5))}, {"w": sj.dora(sj.randlora(2))}, key=jax.random.key(0))
+    assert not [path for path in describe(nested)[1] if "basis" in path]
+    assert_same_bits(round_trip(nested), nested)
+
+
+def test_arrays_that_hold_something_else_are_kept(assert_same_bits):
+    tree = with_shared_bases()
+    for other in (tree["a"].basis_b.at[0, 0, 0].add(1e-6), tree["a"].basis_b[:, :, :20], np.asarray(tree["a"].basis_b)):
+        changed = {**tree, "a": dataclasses.replace(tree["a"], basis_b=other)}
+        manifest, arrays = describe(changed)
+        assert "a/basis_b" in arrays
+        assert "a/basis_a" not in arrays
+        assert_same_bits(rebuild(through_json(manifest), arrays), changed)
+
+
+def test_a_traced_array_is_refused_by_path():
+    tree = with_shared_bases()["a"]
+    with pytest.raises(ManifestError, match="a/basis_a: is traced"):
+        jax.jit(lambda basis: describe({"a": dataclasses.replace(tree, basis_a=basis)})[1])(tree.basis_a)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda m: m["static"].update(seed=4),
+            "a/basis_a: .*other numbers than were saved.*jax_threefry_partitionable",
+        ),
+        (lambda m: m["data"]["basis_b"].update(regenerated="0" * 64), "a/basis_b: .*other numbers than were saved"),
+        (lambda m: m["data"]["basis_b"].update(regenerated=3), "a/basis_b: .*is no node"),
+        (lambda m: m["data"]["basis_b"].update(shape=[8, 4, 41]), "a/basis_b: was saved as float32.8, 4, 41., and the"),
+        (
+            lambda m: m["data"].update(feature_scales={**m["data"]["feature_scales"], "regenerated": "0" * 64}),
+            "RandomBases cannot make 'feature_scales' of its static fields",
+        ),
+        (lambda m: m["static"].update(bases_shape={"tuple": [8, 4, 40, -30]}), "a/basis_.: was saved as float32.* give float32"),
+        (lambda m: m["static"].update(seed=-(2**70)), "a/basis_.: .*do not give it again"),
+    ],
+)
+def test_changed_manifests_of_regenerated_arrays(change, words):
+    manifest, arrays = describe(with_shared_bases())
+    manifest = through_json(manifest)
+    (node,) = [node for key, node in manifest["tree"]["items"] if key == "a"]
+    change(node)
+    with pytest.raises(ManifestError, match=f"(?s){words}"):
+        rebuild(manifest, arrays)
+
+
+def test_another_random_generator_is_refused():
+    manifest, arrays = describe(with_shared_bases())
+    before = jax.config.jax_threefry_partitionable
+    jax.config.update("jax_threefry_partitionable", not before)
+    try:
+        with pytest.raises(ManifestError, match="jax_threefry_partitionable is not that of the run"):
+            rebuild(manifest, arrays)
+    finally:
+        jax.config.update("jax_threefry_partitionable", before)

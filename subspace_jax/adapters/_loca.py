@@ -1,0 +1,168 @@
+"""LoCA: Location-Aware Cosine Adaptation for Parameter-Efficient Fine-Tuning (Du et al., 2025)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.adapters._catalogue import Source, register
+from subspace_jax.adapters._lora import check_rank
+from subspace_jax.core import Method, Role, Weight, is_weight, map_with_paths, require_matrix
+from subspace_jax.weights import CosineSpectrum, Evaluation
+
+
+def loca(
+    count: int,
+    *,
+    alpha: float = 1.0,
+    evaluation: Evaluation = "auto",
+    dropout: float = 0.0,
+    highest: float = 0.999,
+) -> Method:
+    r"""Trains a few cosine coefficients of a weight's change, and where in the spectrum they are.
+
+    \(W + \alpha\,C_{in}^T S\,C_{out}\) with orthonormal cosine transforms \(C\) and a spectrum \(S\) of `count`
+    coefficients \(a\), zero at the start, at places \(l = \mathrm{round}(u (d - 1))\), uniform at the start. Those that
+    share a place add up. Places learn by central differences over neighbouring cells.
+
+    Args:
+      count: \(n\), number of coefficients of every matrix.
+      alpha: \(\alpha\).
+      evaluation: how the weight is used; see `CosineSpectrum`.
+      dropout: probability of dropping an input of the cosine terms; see `with_dropout`.
+      highest: locations end here. The published 0.999 leaves out the last frequencies of more than 500; 1.0 has all.
+
+    Returns:
+      A method whose weights are `CosineSpectrum`, with `coefficients` `[*stack, count]` and `locations`
+      `[*stack, 2, count]` that learn. Published counts are of the coefficients alone: see `cosine_values`.
+
+    Raises:
+      RankError: `count` is not a positive integer.
+      ValueError: another option is out of its range.
+
+    Warning:
+      Train with `alternating`, which gives coefficients and locations their turns; a location learns nothing while its
+      coefficient is zero. Gradients of locations look one cell far: they follow a smooth spectrum, and do not find
+      isolated peaks. Under a model-parallel mesh prefer `evaluation="sparse"`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> adapted = sj.adapt({"w": jnp.ones((8, 6))}, {"w": sj.loca(5)}, key=jax.random.key(0))
+      >>> adapted["w"].coefficients.shape, adapted["w"].locations.shape
+      ((5,), (2, 5))
+      >>> bool((sj.merge(adapted)["w"] == 1.0).all())
+      True
+
+    References:
+      Du et al., LoCA: Location-Aware Cosine Adaptation for Parameter-Efficient Fine-Tuning, 2025.
+    """
+    check_rank(count)
+    if evaluation not in ("auto", "default", "sparse", "fast", "factored"):
+        raise ValueError(
+            f'loca: evaluation={evaluation!r}; expected "auto", "default", "sparse", "fast" or "factored".'
+        )
+    if not 0.0 <= dropout < 1.0 or not 0.0 < highest <= 1.0:
+        raise ValueError(f"loca: dropout={dropout}, highest={highest}; expected 0 <= dropout < 1 and 0 < highest <= 1.")
+
+    def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> CosineSpectrum:
+        del stats
+        require_matrix(array, role)
+        stack = role.stack_shape(array.shape)
+        return CosineSpectrum(
+            base=array,
+            coefficients=jnp.zeros((*stack, count), jnp.float32),
+            locations=jax.random.uniform(key, (*stack, 2, count), jnp.float32),
+            scale=alpha,
+            highest=highest,
+            evaluation=evaluation,
+            dropout=dropout,
+            role=role,
+            dtype=array.dtype,
+            trainable=("coefficients", "locations"),
+        )
+
+    return Method("loca", make)
+
+
+class CosineValues(NamedTuple):
+    """Numbers of trained values of LoCA.
+
+    Attributes:
+      coefficients: the coefficients, which is the published count.
+      with_locations: the coefficients and the locations that still learn.
+    """
+
+    coefficients: int
+    with_locations: int
+
+
+def cosine_values(adapted: Any) -> CosineValues:
+    """Returns how many values LoCA trains, with and without the locations.
+
+    Args:
+      adapted: an adapted tree; arrays may be abstract.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> adapted = sj.adapt({"w": jnp.ones((8, 6))}, {"w": sj.loca(5)}, key=jax.random.key(0))
+      >>> tuple(sj.cosine_values(adapted)), tuple(sj.cosine_values(sj.fix_locations(adapted)))
+      ((5, 15), (5, 5))
+    """
+    coefficients = locations = 0
+    for weight in jax.tree.leaves(adapted, is_leaf=is_weight):
+        for one in _spectra(weight):
+            coefficients += one.coefficients.size
+            locations += 0 if one.locations is None else one.locations.size
+    return CosineValues(coefficients, coefficients + locations)
+
+
+def _spectra(weight: Any) -> list[CosineSpectrum]:
+    """The cosine weights at one leaf, inside other weights as well."""
+    if isinstance(weight, CosineSpectrum):
+        return [weight]
+    return [one for _, v in weight.data_items() for one in _spectra(v)] if is_weight(weight) else []
+
+
+def fix_locations(adapted: Any) -> Any:
+    """Turns LoCA's locations into the integers that they stand for; from then on coefficients learn alone.
+
+    For the part of training after `alternating`'s cut-off, and for files: a coefficient and two integers each.
+
+    Args:
+      adapted: the whole adapted tree.
+
+    Returns:
+      A tree that stands for the same arrays, to `partition` anew.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> adapted = sj.fix_locations(sj.adapt({"w": jnp.ones((8, 6))}, {"w": sj.loca(5)}, key=jax.random.key(0)))
+      >>> adapted["w"].positions.dtype.name, adapted["w"].trainable
+      ('int32', ('coefficients',))
+    """
+
+    def one(value: Any) -> Any:
+        if isinstance(value, CosineSpectrum):
+            trainable = tuple(n for n in value.trainable if n != "locations")
+            return dataclasses.replace(value, positions=value.cells(), locations=None, trainable=trainable)
+        if is_weight(value):
+            return value.map_fields(lambda _, v: one(v) if isinstance(v, Weight) else v)
+        return value
+
+    return map_with_paths(lambda _, value: one(value), adapted)
+
+
+register(
+    Source(
+        name="loca",
+        title="LoCA: Location-Aware Cosine Adaptation for Parameter-Efficient Fine-Tuning",
+        authors="Du et al.",
+        year=2025,
+        public=("loca", "alternating", "cosine_values", "fix_locations"),
+        experiment="loca",
+        claim="Cosine coefficients that learn their places fit a change better than fixed random places.",
+    )
+)

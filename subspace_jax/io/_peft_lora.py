@@ -1,0 +1,233 @@
+"""LoRA and DoRA, and what can be written as them, as PEFT's tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from subspace_jax.core import Weight
+from subspace_jax.io._array import on_host
+from subspace_jax.io._base import BaseArrays
+from subspace_jax.io._errors import ManifestError
+from subspace_jax.io._peft_config import Settings, exact_pattern
+from subspace_jax.io._peft_layout import (
+    factor_names,
+    factor_shapes,
+    input_factor_from_torch,
+    input_factor_to_torch,
+    magnitude_shape,
+    magnitude_to_torch,
+    output_factor_from_torch,
+    output_factor_to_torch,
+    stack,
+    unstack,
+)
+from subspace_jax.io._peft_names import Place
+from subspace_jax.io._peft_tensors import check_role, check_shapes, per_leaf, same_of_all
+from subspace_jax.weights import LowRank, Magnitude, NestedLowRank
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The adapter of one module: factors `[in, rank]` and `[rank, out]`, scale, and lengths `[out]` or None."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    magnitude: np.ndarray | None
+
+
+def is_low_rank(weight: Any) -> bool:
+    """Tells whether a weight is LoRA, or DoRA of LoRA."""
+    return isinstance(weight, LowRank) or (isinstance(weight, Magnitude) and isinstance(weight.direction, LowRank))
+
+
+def pack_lora(
+    weights: Mapping[str, Any], places: Mapping[str, Place], base: BaseArrays
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns the tensors of low-rank weights by name, without PEFT's prefix, and the settings that go with them.
+
+    Raises:
+      ManifestError: a weight has no equal in PEFT, or stands on another base than `base`.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
+    for path, weight in weights.items():
+        place = places[path]
+        check_role(weight, place)
+        inner = _plain(weight)
+        _check_base(inner, path, base)
+        a, b = _factors(inner, path)
+        lengths: list[Any] = [None] * len(place.modules)
+        if isinstance(weight, Magnitude):
+            lengths = unstack(weight.magnitude, place, path)
+        parts = zip(place.modules, unstack(a, place, path), unstack(b, place, path), lengths, strict=True)
+        for module, module_a, module_b, length in parts:
+            ranks[module], scales[module] = module_a.shape[-1], inner.scale
+            first, second = factor_names(place)
+            tensors[f"{module}.{first}"] = input_factor_to_torch(module_a, place)
+            tensors[f"{module}.{second}"] = output_factor_to_torch(module_b, place)
+            if length is not None:
+                tensors[f"{module}.lora_magnitude_vector"] = magnitude_to_torch(length, place)
+    mend = "PEFT has one setting for all of a folder. Save them apart, or make them equal with dataclasses.replace."
+    kinds = {path: "DoRA" if isinstance(weight, Magnitude) else "LoRA" for path, weight in weights.items()}
+    dropouts = {path: _plain(weight).dropout for path, weight in weights.items()}
+    stabilized = all("rslora" in weight.method for weight in weights.values())
+    return tensors, {
+        "peft_type": "LORA",
+        "use_dora": same_of_all(kinds, "the form", mend) == "DoRA",
+        "lora_dropout": same_of_all(dropouts, "dropout", mend),
+        "init_lora_weights": True,
+        **_ranks_and_alphas(ranks, scales, stabilized),
+    }
+
+
+def _ranks_and_alphas(ranks: Mapping[str, int], scales: Mapping[str, float], stabilized: bool) -> dict[str, Any]:
+    """The commonest rank and alpha, and patterns for modules that have others."""
+    alphas = {}
+    for module, scale in scales.items():
+        alpha = scale * (math.sqrt(ranks[module]) if stabilized else ranks[module])
+        whole = round(alpha)
+        alphas[module] = whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": stabilized,
+        "rank_pattern": {exact_pattern(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {exact_pattern(name): value for name, value in alphas.items() if value != alpha},
+    }
+
+
+def _plain(weight: Any) -> LowRank:
+    """The low-rank part of a weight that `is_low_rank`, gains multiplied in."""
+    inner: Any = weight.direction if isinstance(weight, Magnitude) else weight
+    return inner.plain() if isinstance(inner, NestedLowRank) else inner
+
+
+def _factors(weight: LowRank, path: str) -> tuple[np.ndarray, np.ndarray]:
+    """The factors on the original weight: those of a residual base take the start away again, at twice the rank."""
+    a, b = on_host(weight.a, path), on_host(weight.b, path)
+    if weight.start_a is None or weight.start_b is None:
+        return a, b
+    start_a, start_b = on_host(weight.start_a, path), on_host(weight.start_b, path)
+    return np.concatenate([a, start_a], axis=-1), np.concatenate([b, -start_b], axis=-2)
+
+
+def _check_base(weight: LowRank, path: str, base: BaseArrays) -> None:
+    """Refuses a weight whose frozen part is not what PEFT will have under it."""
+    if isinstance(weight.base, Weight):
+        raise ManifestError(
+            f"{path}: stands on a {type(weight.base).__name__}, and PEFT puts adapters on the original array, so the "
+            "numbers would be others. merge() it and save the whole model, or use save_adapter."
+        )
+    if weight.start_a is None or weight.start_b is None:
+        if not base.holds(path, weight.base):
+            raise ManifestError(
+                f"{path}: stands on another array than base_params has there. Pass the parameters that adapt() was "
+                "given; a residual without its start (a checkpoint of another kind, say) has no form in PEFT."
+            )
+        return
+    arrays = {"original": base.leaves[path], "residual": weight.base}
+    matrices = {name: np.asarray(weight.role.matrix(array), np.float64) for name, array in arrays.items()}
+    a, b = (on_host(v, path).astype(np.float64) for v in (weight.start_a, weight.start_b))
+    start = weight.scale * (a @ b)
+    largest = max(float(np.abs(v).max(initial=0.0)) for v in (matrices["original"], start))
+    coarsest = max(float(jnp.finfo(v.dtype).eps) for v in (*arrays.values(), weight.a))
+    difference = float(np.abs(matrices["residual"] + start - matrices["original"]).max(initial=0.0))
+    if not difference <= 64 * coarsest * largest:
+        raise ManifestError(
+            f"{path}: its residual and its start make an array that differs from that of base_params by "
+            f"{difference:.1e}. Pass the parameters that adapt() was given."
+        )
+
+
+def unpack_lora(
+    settings: Settings,
+    adapters: Mapping[str, Mapping[str, np.ndarray]],
+    index: Mapping[tuple[str, str], tuple[Place, int]],
+    base: BaseArrays,
+) -> dict[str, Weight]:
+    """Returns the weights that the tensors of a LoRA file make, by path.
+
+    Raises:
+      ManifestError: tensors of a module are missing or misshapen, or layers of one stack differ in form.
+    """
+    parts = {module: _part(settings, module, found, index[module, "weight"][0]) for module, found in adapters.items()}
+    stabilized, dropout = settings.flag("use_rslora"), settings.probability("lora_dropout")
+    weights: dict[str, Weight] = {}
+    for place, layers in per_leaf(parts, index).items():
+        names = dict(zip(place.modules, layers, strict=True))
+        mend = f"{place.path} is one stack, which has one. Load the file onto the unstacked parameters."
+        same_of_all({name: part.a.shape[-1] for name, part in names.items()}, "rank", mend)
+        scale = same_of_all({name: part.scale for name, part in names.items()}, "scale", mend)
+        same_of_all({name: (part.a.dtype, part.b.dtype) for name, part in names.items()}, "dtypes", mend)
+        array = base.leaves[place.path]
+        shared: dict[str, Any] = {"role": place.role, "dtype": np.dtype(array.dtype)}
+        low_rank = LowRank(
+            base=array,
+            a=jnp.asarray(stack([part.a for part in layers], place)),
+            b=jnp.asarray(stack([part.b for part in layers], place)),
+            scale=scale,
+            dropout=dropout,
+            trainable=("a", "b"),
+            method="rslora" if stabilized else "lora",
+            **shared,
+        )
+        lengths = [part.magnitude for part in layers if part.magnitude is not None]
+        weights[place.path] = low_rank
+        if lengths:
+            weights[place.path] = Magnitude(
+                # The frozen part of the lengths, once, so that no step reads every weight for it.
+                direction=dataclasses.replace(low_rank, base_squares=_squares(array, place), method=""),
+                magnitude=jnp.asarray(stack(lengths, place)),
+                trainable=("magnitude",),
+                method=f"dora({low_rank.method})",
+                **shared,
+            )
+    return weights
+
+
+def _part(settings: Settings, module: str, found: Mapping[str, np.ndarray], place: Place) -> _Part:
+    """The adapter of one module, its tensors checked against the config and the module's shape."""
+    expected = {"a", "b", *(["magnitude"] if settings.flag("use_dora") else [])}
+    if set(found) != expected:
+        raise ManifestError(
+            f"module {module!r} has the parts {sorted(found)}, expected {sorted(expected)} (use_dora="
+            f"{settings.flag('use_dora')}). The file is not whole."
+        )
+    if place.rule.shared:
+        raise ManifestError(
+            f"module {module!r}: the model reads {place.path} in other places too, which PEFT does not adapt and this "
+            "library would. Untie the two in the parameters first."
+        )
+    rank = settings.pattern("rank_pattern", module, settings.integer("r"))
+    if rank < 1 or rank != int(rank):
+        raise ManifestError(f"module {module!r}: the config gives it rank {rank:g}, expected a whole number from 1.")
+    check_shapes(module, found, _shapes(int(rank), place), place)
+    alpha = settings.pattern("alpha_pattern", module, settings.number("lora_alpha"))
+    scale = alpha / (math.sqrt(rank) if settings.flag("use_rslora") else rank)
+    magnitude = found.get("magnitude")
+    return _Part(
+        input_factor_from_torch(found["a"], place),
+        output_factor_from_torch(found["b"], place),
+        scale,
+        None if magnitude is None else magnitude.reshape(-1),
+    )
+
+
+def _shapes(rank: int, place: Place) -> dict[str, tuple[int, ...]]:
+    a, b = factor_shapes(rank, place)
+    return {"a": a, "b": b, "magnitude": magnitude_shape(place)}
+
+
+def _squares(array: Any, place: Place) -> Any:
+    matrix = place.role.matrix(jnp.asarray(array)).astype(jnp.promote_types(array.dtype, jnp.float32))
+    return jnp.sum(matrix * matrix, axis=-2)

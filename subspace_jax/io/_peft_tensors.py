@@ -1,0 +1,196 @@
+"""The tensors of a PEFT file by module, each with the leaf of the tree that it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from subspace_jax.core import Weight, nearest
+from subspace_jax.io._errors import ManifestError, listing
+from subspace_jax.io._peft_names import Place
+
+PREFIX = "base_model.model."
+_BASE = ".base_layer"
+
+# The names that end an adapter's tensors, and what is called here what they hold.
+_ENDINGS: dict[str, dict[str, str]] = {
+    "LORA": {
+        "lora_A.weight": "a",
+        "lora_B.weight": "b",
+        "lora_embedding_A": "a",
+        "lora_embedding_B": "b",
+        "lora_magnitude_vector": "magnitude",
+    },
+    "OFT": {"oft_R.weight": "entries"},
+    "RANDLORA": {
+        "randlora_A": "basis_a",
+        "randlora_B": "basis_b",
+        "randlora_lambda": "rank_scales",
+        "randlora_gamma": "feature_scales",
+    },
+}
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The tensors of a file, each with its place.
+
+    Attributes:
+      adapters: parts of each module's adapter, by the module's name.
+      whole: arrays that stand in the file themselves, by module and tensor.
+      base: arrays of the base model that came along.
+    """
+
+    adapters: dict[str, dict[str, np.ndarray]]
+    whole: dict[tuple[str, str], np.ndarray]
+    base: dict[tuple[str, str], np.ndarray]
+
+
+def index_places(places: Iterable[Place]) -> dict[tuple[str, str], tuple[Place, int]]:
+    """Returns the place of each tensor of the base model, and its position along the stacked axes."""
+    return {(module, one.tensor): (one, i) for one in places for i, module in enumerate(one.modules)}
+
+
+def sort_tensors(tensors: Mapping[str, np.ndarray], method: str, index: Mapping[tuple[str, str], Any]) -> Found:
+    """Returns the tensors of a file by module.
+
+    Args:
+      tensors: by name, as the file has them.
+      method: PEFT's name of the adapter's method.
+      index: what the tree has, by module and tensor.
+
+    Raises:
+      ManifestError: names every tensor that has no place in the tree, or that holds no floating-point numbers.
+    """
+    found = Found({}, {}, {})
+    unknown = []
+    known = sorted(f"{module}.{tensor}" for module, tensor in index)
+    for name, tensor in tensors.items():
+        if not name.startswith(PREFIX):
+            unknown.append(f"{name!r}, which does not begin with {PREFIX!r}")
+            continue
+        module, part = _split(name.removeprefix(PREFIX), method)
+        if part is not None and (module, "weight") in index:
+            found.adapters.setdefault(module, {})[part] = tensor
+            continue
+        if part is None:
+            module, _, last = module.rpartition(".")
+            key = (module.removesuffix(_BASE), last)
+            if key in index:
+                (found.base if module.endswith(_BASE) and last == "weight" else found.whole)[key] = tensor
+                continue
+        unknown.append(f"{name!r}; nearest of the tree are {nearest(name.removeprefix(PREFIX), known)}")
+    if unknown:
+        raise ManifestError(
+            f"these tensors have no place in the tree by the NameMap:{listing(unknown)}\nCorrect the map, or the tree; "
+            "nothing of an adapter is left out."
+        )
+    _check_floating(tensors)
+    return found
+
+
+def _split(name: str, method: str) -> tuple[str, str | None]:
+    """The module of an adapter's tensor and what it holds there; None for a tensor that is no adapter's."""
+    for ending, part in _ENDINGS[method].items():
+        if name.endswith(f".{ending}"):
+            return name.removesuffix(f".{ending}"), part
+    return name, None
+
+
+def _check_floating(tensors: Mapping[str, np.ndarray]) -> None:
+    wrong = [
+        f"{name!r} is {t.dtype}" for name, t in tensors.items() if t.dtype.kind not in "fV" or t.dtype.itemsize < 2
+    ]
+    if wrong:
+        raise ManifestError(f"expected tensors of floating point with at least 16 bits, but{listing(wrong)}")
+
+
+def per_leaf(parts: Mapping[str, T], index: Mapping[tuple[str, str], tuple[Place, int]]) -> dict[Place, list[T]]:
+    """Returns what each leaf's modules have, in the order of its stacked axes.
+
+    Args:
+      parts: by module, for the module's weight.
+      index: as `index_places` gives it.
+
+    Raises:
+      ManifestError: some layers of a stack are there and others are not.
+    """
+    return _grouped({(module, "weight"): part for module, part in parts.items()}, index)
+
+
+def whole_per_leaf(
+    parts: Mapping[tuple[str, str], T], index: Mapping[tuple[str, str], tuple[Place, int]]
+) -> dict[Place, list[T]]:
+    """Returns the same as `per_leaf` for parts by module and tensor."""
+    return _grouped(parts, index)
+
+
+def _grouped(
+    parts: Mapping[tuple[str, str], T], index: Mapping[tuple[str, str], tuple[Place, int]]
+) -> dict[Place, list[T]]:
+    grouped: dict[Place, dict[int, T]] = {}
+    for key, part in parts.items():
+        place, position = index[key]
+        grouped.setdefault(place, {})[position] = part
+    wrong = []
+    for place, found in grouped.items():
+        absent = [name for i, name in enumerate(place.modules) if i not in found]
+        if absent:
+            wrong.append(f"{place.path!r}: nothing for {', '.join(absent[:3])}{' and more' * (len(absent) > 3)}")
+    if wrong:
+        raise ManifestError(
+            f"these leaves are stacks of layers, of which the file adapts only some:{listing(wrong)}\nLoad it onto the "
+            "unstacked parameters."
+        )
+    return {place: [found[i] for i in range(len(place.modules))] for place, found in grouped.items()}
+
+
+def same_of_all(values: Mapping[str, T], what: str, mend: str) -> T:
+    """Returns the one value that all have; raises ManifestError naming two that differ."""
+    names = list(values)
+    for name in names[1:]:
+        if values[name] != values[names[0]]:
+            raise ManifestError(f"{names[0]!r} has {what} {values[names[0]]} and {name!r} has {values[name]}; {mend}")
+    return values[names[0]]
+
+
+def check_role(weight: Weight, place: Place) -> None:
+    """Raises ManifestError unless a weight reads its array as the NameMap says that PyTorch does."""
+    ours, theirs = weight.role, place.role
+    if place.rule.shared or ours.uses > 1:
+        raise ManifestError(
+            f"{place.path}: the model reads this array in several places, and PEFT adapts only {place.modules[0]}. "
+            "Leave it out, or merge() it."
+        )
+    if not theirs.is_matrix:
+        raise ManifestError(
+            f"{place.path}: is a {type(weight).__name__}, and the NameMap's rule for {place.rule.module!r} says "
+            f"{place.rule.kind} {place.tensor}: PEFT adapts matrices only. Train it as it is with full()."
+        )
+    if (ours.stack_axes, ours.in_axes, ours.out_axes) != (theirs.stack_axes, theirs.in_axes, theirs.out_axes):
+        raise ManifestError(
+            f"{place.path}: was adapted with stack={ours.stack_axes} in={ours.in_axes} out={ours.out_axes}, and by the "
+            f"NameMap it is stack={theirs.stack_axes} in={theirs.in_axes} out={theirs.out_axes} (kind "
+            f"{place.rule.kind!r}, inputs={place.rule.inputs}). Correct the rule, or adapt with roles=sj.roles(...)."
+        )
+    if ours.groups > 1:
+        raise ManifestError(f"{place.path}: PEFT's factors of a grouped convolution have another form. merge() it.")
+
+
+def check_shapes(
+    module: str, found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], place: Place
+) -> None:
+    """Raises ManifestError unless every part of a module's adapter has the shape expected of it."""
+    wrong = [
+        f"{n} is {list(t.shape)}, expected {list(expected[n])}" for n, t in found.items() if t.shape != expected[n]
+    ]
+    if wrong:
+        raise ManifestError(
+            f"module {module!r}: by the config, and by the shape {list(place.shape)} of {place.path}:{listing(wrong)}\n"
+            "It is the adapter of another model, or the NameMap has the wrong kind or inputs."
+        )

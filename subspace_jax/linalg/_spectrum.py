@@ -1,0 +1,105 @@
+"""How many terms of a decomposition its singular values ask for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Combine = Literal["min", "max", "energy", "elbow"]
+
+
+def energy_terms(values: jax.Array, share: float, total: jax.Array | None = None) -> jax.Array:
+    r"""Returns the smallest \(r\) with \(\sum_{c \le r} s_c^2 \ge \tau \sum_c s_c^2\).
+
+    Args:
+      values: \(s\), `[*stack, k]`, largest first.
+      share: \(\tau\), from 0 to 1.
+      total: the whole energy `[*stack]`, where `values` are only the leading ones.
+
+    Returns:
+      `[*stack]` int32, from 1 to `k`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> int(energy_terms(jnp.array([3.0, 2.0, 1.0]), 0.9))
+      2
+    """
+    energy = jnp.cumsum(values**2, axis=-1)
+    whole = energy[..., -1] if total is None else jnp.maximum(total, energy[..., -1])
+    # With room for rounding where all of it is asked for.
+    enough = energy >= (share - 1e-6) * whole[..., None]
+    return jnp.where(enough.any(axis=-1), jnp.argmax(enough, axis=-1) + 1, values.shape[-1]).astype(jnp.int32)
+
+
+def elbow_terms(values: jax.Array, count: jax.Array | None = None) -> jax.Array:
+    r"""Returns the number of terms before the elbow of the spectrum.
+
+    The elbow is the value farthest below the chord from the first to the last: with \(x_c = (c - 1) / (K - 1)\) and
+    \(y_c = (s_c - s_K) / (s_1 - s_K)\), the largest \(1 - x_c - y_c\). A flat spectrum has none and keeps all terms.
+
+    Args:
+      values: \(s\), `[*stack, k]`, largest first.
+      count: \(K\), how many leading values count, `[*stack]`; all if None.
+
+    Returns:
+      `[*stack]` int32, from 1 to `k`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> int(elbow_terms(jnp.array([10.0, 9.0, 8.0] + 61 * [0.1])))
+      3
+    """
+    size = values.shape[-1]
+    last_place = jnp.broadcast_to(jnp.asarray(size if count is None else count, jnp.int32), values.shape[:-1])
+    first = values[..., 0]
+    last = jnp.take_along_axis(values, jnp.maximum(last_place - 1, 0)[..., None], axis=-1)[..., 0]
+    fall = first - last
+    flat = (fall <= 1e-6 * jnp.abs(first)) | (last_place <= 1)
+    place = jnp.arange(size)
+    x = place / jnp.maximum(last_place - 1, 1)[..., None]
+    y = (values - last[..., None]) / jnp.where(flat, 1.0, fall)[..., None]
+    below = jnp.where(place < last_place[..., None], 1.0 - x - y, -jnp.inf)
+    # The elbow is the first value that is not wanted any more.
+    before = jnp.maximum(jnp.argmax(below, axis=-1), 1)
+    return jnp.where(flat, last_place, before).astype(jnp.int32)
+
+
+def count_terms(
+    values: jax.Array,
+    share: float,
+    combine: Combine = "min",
+    *,
+    least: int = 1,
+    most: int | None = None,
+    total: jax.Array | None = None,
+    count: jax.Array | None = None,
+) -> jax.Array:
+    """Returns how many terms to keep by the energy and the elbow criterion, within bounds.
+
+    Args:
+      values: singular values `[*stack, k]`, largest first.
+      share: as for `energy_terms`.
+      combine: "min" and "max" of both criteria, or one of them alone.
+      least: at least so many.
+      most: at most so many.
+      total: as for `energy_terms`.
+      count: as for `elbow_terms`.
+
+    Returns:
+      `[*stack]` int32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> int(count_terms(jnp.array([10.0, 9.0, 8.0] + 61 * [0.1]), 0.5))
+      2
+    """
+    energy, elbow = energy_terms(values, share, total), elbow_terms(values, count)
+    kept = {
+        "energy": energy,
+        "elbow": elbow,
+        "min": jnp.minimum(energy, elbow),
+        "max": jnp.maximum(energy, elbow),
+    }[combine]
+    return jnp.clip(kept, least, values.shape[-1] if most is None else most)

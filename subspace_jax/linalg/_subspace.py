@@ -1,0 +1,145 @@
+"""Projections onto subspaces, and coordinates in them.
+
+A basis is `[*stack, d, k]` with orthonormal columns, or zero columns beyond its rank: those change nothing, so a basis
+can grow inside an array of one shape. Nothing here forms a `d x d` projector.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from subspace_jax.linalg._sharding import whole_matrices
+
+Side = Literal["in", "out"]
+Mode = Literal["remove", "keep"]
+
+
+def project(matrix: jax.Array, basis: jax.Array, *, mode: Mode = "keep", side: Side = "in") -> jax.Array:
+    r"""Projects the columns (side "in") or rows (side "out") of a matrix onto a subspace, or onto its complement.
+
+    \(U U^T G\) or \(G - U U^T G\) for "in"; \(G U U^T\) or \(G - G U U^T\) for "out".
+
+    Args:
+      matrix: `[*stack, in, out]`.
+      basis: \(U\), `[*stack, d, k]`, where `d` is the size of that side.
+      mode: "keep" what is in the subspace, or "remove" it.
+      side: which axis the subspace lies in.
+
+    Returns:
+      A matrix like the given one, in float32 (float64 if it is that).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> project(jnp.ones((2, 3)), jnp.array([[1.0], [0.0]]), mode="remove").tolist()
+      [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    kept = from_coordinates(to_coordinates(matrix, basis, side=side), basis, side=side)
+    return kept if mode == "keep" else matrix.astype(kept.dtype) - kept
+
+
+def to_coordinates(matrix: jax.Array, basis: jax.Array, *, side: Side = "in") -> jax.Array:
+    r"""Returns \(U^T G\), `[*stack, k, out]`, or \(G U\), `[*stack, in, k]`, in float32.
+
+    Args:
+      matrix: \(G\), `[*stack, in, out]`.
+      basis: \(U\), `[*stack, d, k]`.
+      side: which axis the subspace lies in.
+    """
+    if side == "in":
+        return _matmul(jnp.swapaxes(basis, -1, -2), matrix, split=(None, -1))
+    return _matmul(matrix, basis, split=(-2, None))
+
+
+def from_coordinates(coordinates: jax.Array, basis: jax.Array, *, side: Side = "in") -> jax.Array:
+    r"""Returns \(U C\) or \(C U^T\), the matrix of the given coordinates.
+
+    Args:
+      coordinates: \(C\), `[*stack, k, out]` or `[*stack, in, k]`.
+      basis: \(U\), `[*stack, d, k]`.
+      side: which axis the subspace lies in.
+    """
+    if side == "in":
+        return _matmul(basis, coordinates, split=(-2, -1))
+    return _matmul(coordinates, jnp.swapaxes(basis, -1, -2), split=(-2, -1))
+
+
+def transport(coordinates: jax.Array, old: jax.Array, new: jax.Array, *, side: Side = "in") -> jax.Array:
+    r"""Returns coordinates in another basis: \((U_{new}^T U_{old})\,C\), or \(C\,(U_{old}^T U_{new})\).
+
+    Args:
+      coordinates: \(C\), in the old basis.
+      old: `[*stack, d, k]`.
+      new: `[*stack, d, k]`.
+      side: which axis the subspaces lie in.
+    """
+    return to_coordinates(from_coordinates(coordinates, old, side=side), new, side=side)
+
+
+def _matmul(left: jax.Array, right: jax.Array, *, split: tuple[int | None, int | None]) -> jax.Array:
+    """A product in at least float32; `split` names the axes of the operands whose split the result inherits."""
+    wide = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
+    left, right = left.astype(wide), right.astype(wide)
+    specs = [jax.typeof(v).sharding for v in (left, right)]
+    sharding = None
+    if any(s.mesh.explicit_axes for s in specs):
+        entries = [(*s.spec, *(None,) * (v.ndim - len(s.spec))) for s, v in zip(specs, (left, right), strict=True)]
+        row = entries[0][-2] if split[0] is not None else None
+        column = entries[1][-1] if split[1] is not None else None
+        stack = [a if a is not None else b for a, b in zip(entries[0][:-2], entries[1][:-2], strict=True)]
+        sharding = PartitionSpec(*stack, row, None if column == row else column)
+    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST, out_sharding=sharding)
+
+
+def complete(basis: jax.Array) -> jax.Array:
+    """Returns an orthonormal basis of everything orthogonal to the columns of `basis`.
+
+    Args:
+      basis: `[d, k]`, concrete; zero columns do not count.
+
+    Returns:
+      `[d, d - rank]` in float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> complete(jnp.eye(3)[:, :1]).shape
+      (3, 2)
+    """
+    u, s, _ = np.linalg.svd(np.asarray(basis, np.float64), full_matrices=True)
+    return jnp.asarray(u[:, int((s > 0.5).sum()) :], jnp.float32)
+
+
+def orthonormalize(columns: jax.Array, tolerance: float = 1e-6) -> jax.Array:
+    """Returns the columns made orthonormal from left to right; what depends on earlier ones becomes zero.
+
+    Args:
+      columns: `[*stack, d, k]`.
+      tolerance: a column with less than this share of its length left counts as dependent.
+
+    Returns:
+      Columns of length one or zero, of the same shape, in float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> orthonormalize(jnp.array([[2.0, 2.0], [0.0, 0.0]])).tolist()
+      [[1.0, 0.0], [0.0, 0.0]]
+    """
+    columns = whole_matrices(columns.astype(jnp.promote_types(columns.dtype, jnp.float32)))
+    lengths = jnp.linalg.norm(columns, axis=-2, keepdims=True)
+
+    def step(i: jax.Array, basis: jax.Array) -> jax.Array:
+        column = jnp.take(columns, i, axis=-1)[..., None] / jnp.where(
+            lengths[..., i, None] == 0, 1.0, lengths[..., i, None]
+        )
+        for _ in range(2):  # once leaves rounding of the size of the machine's epsilon over what is left
+            column = project(column, basis, mode="remove")
+        left = jnp.linalg.norm(column, axis=-2, keepdims=True)
+        column = jnp.where(left > tolerance, column / jnp.where(left == 0, 1.0, left), 0.0)
+        return lax.dynamic_update_index_in_dim(basis, column[..., 0], i, axis=-1)
+
+    return lax.fori_loop(0, columns.shape[-1], step, jnp.zeros_like(columns))

@@ -1,0 +1,23 @@
+"""Gradient transformations for optax that know subspaces and stand-in weights."""
+
+from subspace_jax.optim._matrices import Matrices as Matrices
+from subspace_jax.optim._matrices import map_matrices as map_matrices
+from subspace_jax.optim._matrices import views as views
+from subspace_jax.optim._project import ProjectState as ProjectState
+from subspace_jax.optim._project import project_momentum as project_momentum
+from subspace_jax.optim._project import project_orthogonal as project_orthogonal
+from subspace_jax.optim._project import replace_basis as replace_basis
+from subspace_jax.optim._project import reset_moments as reset_moments
+from subspace_jax.optim._project import sandwich as sandwich
+
+__all__ = [
+    "Matrices",
+    "ProjectState",
+    "map_matrices",
+    "project_momentum",
+    "project_orthogonal",
+    "replace_basis",
+    "reset_moments",
+    "sandwich",
+    "views",
+]

@@ -1,0 +1,32 @@
+"""Inverted dropout on what enters the learned part of a weight."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.core import Lookup, Use
+
+
+def step_keys(key: jax.Array, stack: tuple[int, ...]) -> jax.Array:
+    """Returns keys for one training step, one per stacked layer."""
+    return jax.random.split(key, stack) if stack else key
+
+
+def drop_inputs(x: jax.Array, use: Use, key: jax.Array | None, rate: float) -> jax.Array:
+    """Returns an operation's input with some entries dropped and the others scaled up.
+
+    Args:
+      x: the input; the indices of a lookup come back as they are.
+      use: the operation. Every place in the model's program has its own mask.
+      key: key of this step; None outside of training.
+      rate: probability of dropping an entry.
+    """
+    if key is None or not rate or isinstance(use, Lookup):
+        return x
+    if key.ndim:  # experts contracted together: their inputs are one array, with one mask
+        key = key.ravel()[0]
+    for index in use.path:
+        key = jax.random.fold_in(key, index)
+    mask = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(mask, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -1,0 +1,34 @@
+"""The largest entries against a stable sort."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from subspace_jax.weights import largest_entries
+
+
+def brute(scores, count):
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 40, 100])
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_agrees_with_a_stable_sort_where_scores_are_equal(count, levels):
+    scores = (np.random.default_rng(count).integers(0, levels, 100) / 7).astype(np.float32)
+    found = jax.jit(largest_entries, static_argnums=1)(jnp.asarray(scores), count)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, brute(scores, count))
+
+
+def test_stack_is_served_row_by_row_and_extremes_are_ordered():
+    rows = np.array([[0.0, 1e-40, 3e38, -0.0, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0]], np.float32)
+    found = largest_entries(jnp.asarray(rows).reshape(2, 1, 5), 3)
+    assert found.tolist() == [[[1, 2, 4]], [[0, 1, 2]]]
+
+
+def test_count_beyond_the_scores_is_refused():
+    with pytest.raises(ValueError, match="count=6 of 5"):
+        largest_entries(jnp.ones(5), 6)
