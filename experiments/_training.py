@@ -39,12 +39,17 @@ class Trainer:
     Args:
       loss: `loss(adapted, batch)`, a scalar.
       optimizer: any optax transformation.
+
+    Attributes:
+      compile_seconds: what compiling the step took.
+      flops: operations of a step, as the compiler counts them.
     """
 
     def __init__(self, loss: Callable[[Any, Any], jax.Array], optimizer: optax.GradientTransformation) -> None:
         self._optimizer = optimizer
         self._compiled: Any = None
         self.compile_seconds = 0.0
+        self.flops = 0.0
 
         def step(trainable: Any, state: Any, frozen: Any, batch: Any):
             def objective(trainable: Any) -> jax.Array:
@@ -80,6 +85,7 @@ class Trainer:
                 start = time.perf_counter()
                 self._compiled = self._step.lower(trainable, state, frozen, batch).compile()
                 self.compile_seconds = time.perf_counter() - start
+                self.flops = float(self._compiled.cost_analysis().get("flops", 0.0))
             start = time.perf_counter()
             trainable, state, value = self._compiled(trainable, state, frozen, batch)
             losses.append(float(value))

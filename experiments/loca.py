@@ -8,9 +8,9 @@ the same data, steps and number of learning rates, of which the best counts.
 
     python -m experiments run loca
 
-Measured over three seeds, mean ± standard deviation. Energy left of Gaussian matrices of 32x48 by 80 values: 71.1 ± 0.9 %
-by the best cosine terms, 90.6 ± 1.5 by rank 1, 95.0 ± 0.6 by random cosine terms; of 64x64 by 1,024 values 27.3, 62.2 and
-75.0. Energy left by 80 fitted coefficients:
+Measured over three seeds, mean ± standard deviation. Energy left of Gaussian matrices of 32x48 by 80 values:
+71.1 ± 0.9 % by the best cosine terms, 90.6 ± 1.5 by rank 1, 95.0 ± 0.6 by random cosine terms; of 64x64 by 1,024 values
+27.3, 62.2 and 75.0. Energy left by 80 fitted coefficients, in percent:
 
 | spectrum | places fixed | learn until step 300 | until 600 | best places | rank 1 |
 | --- | --- | --- | --- | --- | --- |

@@ -28,12 +28,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 import subspace_jax as sj
 from experiments._experiment import Context, Experiment
 from experiments._results import human_bytes, mean_and_spread, read_json, with_spread, write_json
-from experiments._training import Trainer, evaluate, warmup_linear
+from experiments._text import KERNELS, TextJob
+from experiments._training import evaluate
 
 METHODS = ("head", "full", "lora", "dora", "pissa")
 # Three learning rates each, a factor of about three apart, around what is usual for the method.
@@ -44,7 +44,6 @@ GRID = {
     "dora": (1e-3, 3e-3, 1e-2),
     "pissa": (3e-4, 1e-3, 3e-3),
 }
-KERNELS = "backbone/encoder/**/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,62 +92,6 @@ def rules(method: str, rank: int) -> dict[str, Any]:
     return head | adapters[method]
 
 
-class _Job:
-    """One task with its model: everything that runs of different methods and seeds share."""
-
-    def __init__(self, name: str, config: QuickstartConfig) -> None:
-        from subspace_jax.data import load_text_task
-        from subspace_jax.models import add_classifier, load_minilm
-
-        self.config, self.name = config, name
-        minilm = load_minilm()
-        self._add_head = lambda seed: add_classifier(minilm, self.task.num_classes, jax.random.key(seed))
-        self.task = load_text_task(
-            name,
-            tokenizer=minilm.load_tokenizer(),
-            max_length=config.max_length,
-            train_size=config.train_size,
-            eval_size=config.test_size,
-        )
-        module = self._add_head(0).module
-        self.apply = sj.with_adapters(
-            lambda params, batch: module.apply({"params": params}, batch["tokens"], batch["mask"])
-        )
-        self.logits = jax.jit(self.apply)
-        self._trainers: dict[tuple[str, float], Trainer] = {}
-
-    def start(self, method: str, seed: int) -> tuple[Any, Any]:
-        """Parameters with a fresh head, and what `adapt` makes of them."""
-        params = self._add_head(seed).params
-        return params, sj.adapt(params, rules(method, self.config.rank), key=jax.random.key(1000 + seed))
-
-    def loss(self, params: Any, batch: Any) -> jax.Array:
-        logits = self.apply(params, batch)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
-
-    def batches(self, seed: int) -> Any:
-        """The training batches of a run: epochs of the seed's order, until the steps are done."""
-        left, epoch = self.config.steps, 0
-        while left > 0:
-            for batch in self.task.batches("train", self.config.batch_size, seed=seed, epoch=epoch):
-                if left == 0:
-                    return
-                left -= 1
-                yield {k: batch[k] for k in ("tokens", "mask", "labels")}
-            epoch += 1
-
-    def held_out(self, split: str) -> Any:
-        for batch in self.task.batches(split, 64, shuffle=False, drop_remainder=False):
-            yield {k: batch[k] for k in ("tokens", "mask", "labels")}
-
-    def trainer(self, method: str, learning_rate: float) -> Trainer:
-        """The trainer of a method, compiled for its first seed and kept for the others."""
-        if (method, learning_rate) not in self._trainers:
-            schedule = warmup_linear(learning_rate, self.config.steps)
-            self._trainers[method, learning_rate] = Trainer(self.loss, optax.adamw(schedule, weight_decay=0.0))
-        return self._trainers[method, learning_rate]
-
-
 def run(config: QuickstartConfig, context: Context) -> dict[str, Any]:
     """Runs every task, method and seed; finished ones are kept on disk and, with `--resume`, not run again."""
     if len(config.learning_rates) != len(METHODS):
@@ -162,9 +105,9 @@ def run(config: QuickstartConfig, context: Context) -> dict[str, Any]:
             for method in config.methods:
                 path = context.folder / "cells" / f"{name}-{method}-{seed}-{_fingerprint(config)}.json"
                 if not (context.resume and path.exists()):
-                    job = job or _Job(name, config)
+                    job = job or _job(name, config)
                     path.parent.mkdir(exist_ok=True)
-                    write_json(path, _cell(job, method, seed, context))
+                    write_json(path, _cell(job, config, method, seed, context))
                 cells.append(read_json(path))
     return {"cells": cells}
 
@@ -175,21 +118,29 @@ def _fingerprint(config: QuickstartConfig) -> str:
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _cell(job: _Job, method: str, seed: int, context: Context) -> dict[str, Any]:
+def _job(name: str, config: QuickstartConfig) -> TextJob:
+    return TextJob(
+        name,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        train_size=config.train_size,
+        test_size=config.test_size,
+    )
+
+
+def _start(job: TextJob, config: QuickstartConfig, method: str, seed: int) -> tuple[Any, Any]:
+    """Parameters with a fresh head, and what `adapt` makes of them."""
+    params = job.start(seed)
+    return params, sj.adapt(params, rules(method, config.rank), key=jax.random.key(1000 + seed))
+
+
+def _cell(job: TextJob, config: QuickstartConfig, method: str, seed: int, context: Context) -> dict[str, Any]:
     """Trains one method on one task with one seed, and proves what was saved."""
-    config = job.config
-    params, adapted = job.start(method, seed)
+    params, adapted = _start(job, config, method, seed)
     rate = config.learning_rates[METHODS.index(method)]
-    with context.progress() as progress:
-        bar = progress.add_task(f"{job.name} {method} seed {seed}", total=config.steps, note="compiling")
-
-        def on_step(loss: float, seconds: float) -> None:
-            progress.update(bar, advance=1, note=f"loss {loss:.3f}  {1000 * seconds:.0f} ms/step")
-
-        trainer = job.trainer(method, rate)
-        trained = trainer.run(adapted, job.batches(seed), on_step)
-        accuracy, logits = evaluate(job.logits, trained.adapted, job.held_out("test"))
-        progress.update(bar, note=f"loss {trained.losses[-1]:.3f}  test accuracy {100 * accuracy:.1f}%")
+    trainer = job.trainer(method, rate)
+    trained, accuracy, logits = job.train(trainer, adapted, seed, f"{job.name} {method} seed {seed}", context)
     saved = context.folder / "adapters" / f"{job.name}-{method}-{seed}.safetensors"
     saved.parent.mkdir(exist_ok=True)
     # A residual base is as large as the model; as the equivalent LoRA only factors are stored.
@@ -222,10 +173,10 @@ def _tune(config: QuickstartConfig, context: Context) -> dict[str, Any]:
     """Validation accuracy of every method at every rate of the grid, averaged over the tasks."""
     seed, tuning = 100, {}
     for name in config.tasks:
-        job = _Job(name, config)
+        job = _job(name, config)
         for method in context.track(config.methods, f"tuning on {name}"):
             for rate in GRID[method]:
-                _, adapted = job.start(method, seed)
+                _, adapted = _start(job, config, method, seed)
                 trained = job.trainer(method, rate).run(adapted, job.batches(seed))
                 accuracy, _ = evaluate(job.logits, trained.adapted, job.held_out("validation"))
                 tuning.setdefault(method, {}).setdefault(str(rate), []).append(accuracy)

@@ -18,7 +18,7 @@ Measured over three seeds, mean ± standard deviation; the early loss is that of
 | random Kronecker factors, 4 terms | 1,800 | 5.18 ± 0.42 | 89.0 ± 2.1 |
 
 So SoKA is 6.2 points above PiSSA at 0.77 of its early loss, and level with it at half the size. On the planted change
-three Kronecker terms (387 values) leave an error of 0.00 %, 0.95 % with 1 % of noise; rank 3 (384 values) leaves 86.8 %.
+three Kronecker terms (387 values) leave an error of 0.00 %, 0.95 % with 1 % of noise; rank 3 (384 values) leaves 86.8.
 
 What did not show: that the start alone makes the difference. Kronecker factors from a random start end above PiSSA too,
 and are slow at first only.

@@ -22,10 +22,8 @@ from subspace_jax.adapters import lora as lora
 from subspace_jax.adapters import lora_sb as lora_sb
 from subspace_jax.adapters import lora_xs as lora_xs
 from subspace_jax.adapters import matryoshka as matryoshka
-from subspace_jax.adapters import normalize_terms as normalize_terms
 from subspace_jax.adapters import oft as oft
 from subspace_jax.adapters import pissa as pissa
-from subspace_jax.adapters import prune_terms as prune_terms
 from subspace_jax.adapters import qpissa as qpissa
 from subspace_jax.adapters import randlora as randlora
 from subspace_jax.adapters import s2ft as s2ft
@@ -67,6 +65,8 @@ from subspace_jax.optim import reset_moments as reset_moments
 from subspace_jax.optim import sandwich as sandwich
 from subspace_jax.optimizers import alternating as alternating
 from subspace_jax.optimizers import lift_adam as lift_adam
+from subspace_jax.optimizers import normalize_terms as normalize_terms
+from subspace_jax.optimizers import prune_terms as prune_terms
 from subspace_jax.optimizers import refresh_due as refresh_due
 from subspace_jax.optimizers import reselect_principal as reselect_principal
 from subspace_jax.optimizers import scale_by_lift_adam as scale_by_lift_adam

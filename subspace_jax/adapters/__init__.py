@@ -30,8 +30,6 @@ from subspace_jax.adapters._s2ft import activation_scores as activation_scores
 from subspace_jax.adapters._s2ft import channel_scores as channel_scores
 from subspace_jax.adapters._s2ft import s2ft as s2ft
 from subspace_jax.adapters._soka import active_values as active_values
-from subspace_jax.adapters._soka import normalize_terms as normalize_terms
-from subspace_jax.adapters._soka import prune_terms as prune_terms
 from subspace_jax.adapters._soka import soka as soka
 from subspace_jax.adapters._soka import to_kronecker as to_kronecker
 from subspace_jax.adapters._ssf import fold_ssf as fold_ssf
@@ -61,10 +59,8 @@ __all__ = [
     "lora_sb",
     "lora_xs",
     "matryoshka",
-    "normalize_terms",
     "oft",
     "pissa",
-    "prune_terms",
     "qpissa",
     "randlora",
     "s2ft",

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from subspace_jax.adapters._catalogue import Source, register
 from subspace_jax.adapters._lora import check_rank
-from subspace_jax.core import Method, Role, Weight, is_weight, map_with_paths, require_matrix
-from subspace_jax.weights import CosineSpectrum, Evaluation
+from subspace_jax.core import Method, Role, require_matrix
+from subspace_jax.weights import CosineSpectrum, Evaluation, map_weights
 
 
 def loca(
@@ -112,18 +112,16 @@ def cosine_values(adapted: Any) -> CosineValues:
       ((5, 15), (5, 5))
     """
     coefficients = locations = 0
-    for weight in jax.tree.leaves(adapted, is_leaf=is_weight):
-        for one in _spectra(weight):
-            coefficients += one.coefficients.size
-            locations += 0 if one.locations is None else one.locations.size
+
+    def count(path: str, weight: CosineSpectrum) -> CosineSpectrum:
+        nonlocal coefficients, locations
+        del path
+        coefficients += weight.coefficients.size
+        locations += 0 if weight.locations is None else weight.locations.size
+        return weight
+
+    map_weights(CosineSpectrum, count, adapted)
     return CosineValues(coefficients, coefficients + locations)
-
-
-def _spectra(weight: Any) -> list[CosineSpectrum]:
-    """The cosine weights at one leaf, inside other weights as well."""
-    if isinstance(weight, CosineSpectrum):
-        return [weight]
-    return [one for _, v in weight.data_items() for one in _spectra(v)] if is_weight(weight) else []
 
 
 def fix_locations(adapted: Any) -> Any:
@@ -144,15 +142,12 @@ def fix_locations(adapted: Any) -> Any:
       ('int32', ('coefficients',))
     """
 
-    def one(value: Any) -> Any:
-        if isinstance(value, CosineSpectrum):
-            trainable = tuple(n for n in value.trainable if n != "locations")
-            return dataclasses.replace(value, positions=value.cells(), locations=None, trainable=trainable)
-        if is_weight(value):
-            return value.map_fields(lambda _, v: one(v) if isinstance(v, Weight) else v)
-        return value
+    def fix(path: str, weight: CosineSpectrum) -> CosineSpectrum:
+        del path
+        trainable = tuple(n for n in weight.trainable if n != "locations")
+        return dataclasses.replace(weight, positions=weight.cells(), locations=None, trainable=trainable)
 
-    return map_with_paths(lambda _, value: one(value), adapted)
+    return map_weights(CosineSpectrum, fix, adapted)
 
 
 register(

@@ -202,6 +202,6 @@ register(
         year=2025,
         public=("randlora",),
         experiment="randlora",
-        claim="Full-rank updates of a few trained diagonals beat low-rank ones of twice their size.",
+        claim="Full-rank updates of trained diagonals beat low-rank ones of equal size, unless the change has low rank.",
     )
 )

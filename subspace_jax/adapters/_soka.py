@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +21,7 @@ from subspace_jax.core import (
     Role,
     StructureError,
     SubspaceError,
-    Weight,
-    is_weight,
     leaves_with_paths,
-    map_with_paths,
     matches,
     nearest,
     require_matrix,
@@ -34,13 +30,14 @@ from subspace_jax.linalg import (
     Combine,
     KroneckerSplit,
     KroneckerSVD,
+    allocate_terms,
     balanced_split,
     count_terms,
     kronecker_sum,
     kronecker_svd,
     wide_dtype,
 )
-from subspace_jax.weights import KroneckerSum
+from subspace_jax.weights import KroneckerSum, map_weights
 
 # Up to this many rows or columns of the rearranged matrix a full decomposition is quick.
 EXACT_UP_TO = 2048
@@ -149,14 +146,15 @@ def soka(
             found = decompose(key, array, role, split, change)
         if terms is None and kept is None:
             if budget is not None:
-                kept = _allocate([found], budget, least, most)[0]
+                kept = _share([found], budget, least, most)[0]
             else:
                 counted = count_terms(
                     found.factors.s, energy, combine, least=least, most=min(most, found.split.terms), total=found.energy
                 )
                 kept = _concrete(counted)
         factors, mask = _padded(found.factors, kept)
-        base, start = array, {}
+        base = array
+        start: dict[str, Any] = {}
         if change is None:
             matrix = role.matrix(array).astype(wide_dtype(array.dtype))
             residual = matrix - kronecker_sum(factors.s * mask, factors.left, factors.right)
@@ -189,7 +187,7 @@ def soka(
                     _concrete(found[path].factors.s)
                 except (SubspaceError, ValueError) as error:
                     raise type(error)(f"{path}: soka: {error}") from error
-            kept = dict(zip(found, _allocate(list(found.values()), budget, least, most), strict=True))
+            kept = dict(zip(found, _share(list(found.values()), budget, least, most), strict=True))
 
         def one(path: str) -> InitFn:
             options = {"found": found.get(path), "kept": kept.get(path)}
@@ -267,121 +265,13 @@ def _padded(factors: KroneckerSVD, kept: np.ndarray | None) -> tuple[KroneckerSV
     return KroneckerSVD(left, s, right), mask
 
 
-def _allocate(found: Sequence[_Found], budget: int, least: int, most: int) -> list[np.ndarray]:
+def _share(found: Sequence[_Found], budget: int, least: int, most: int) -> list[np.ndarray]:
     """How many terms every matrix of every leaf gets, `[*stack]` each."""
-    spectra = [np.atleast_2d(_concrete(f.factors.s).reshape(-1, f.factors.s.shape[-1])) for f in found]
-    kept = [np.full(len(s), least) for s in spectra]
-    left = budget - sum(len(s) * least * f.split.values for s, f in zip(spectra, found, strict=True))
-    if left < 0:
-        raise RankError(f"soka: budget={budget} is {-left} values short of {least} term(s) for every weight.")
-    queue: list[tuple[float, int, int]] = []
-
-    def offer(leaf: int, layer: int) -> None:
-        place = kept[leaf][layer]
-        if place < min(most, spectra[leaf].shape[-1]):
-            heapq.heappush(queue, (-(float(spectra[leaf][layer, place]) ** 2) / found[leaf].split.values, leaf, layer))
-
-    for leaf, spectrum in enumerate(spectra):
-        for layer in range(len(spectrum)):
-            offer(leaf, layer)
-    while queue:
-        _, leaf, layer = heapq.heappop(queue)
-        if found[leaf].split.values <= left:
-            left -= found[leaf].split.values
-            kept[leaf][layer] += 1
-            offer(leaf, layer)
-    return [k.reshape(f.energy.shape) for k, f in zip(kept, found, strict=True)]
-
-
-def _map_sums(function: Any, adapted: Any) -> Any:
-    """Applies `function(path, weight)` to every `KroneckerSum`, also inside other weights."""
-
-    def one(path: str, value: Any) -> Any:
-        if isinstance(value, KroneckerSum):
-            return function(path, value)
-        if is_weight(value):
-            return value.map_fields(lambda _, v: one(path, v) if isinstance(v, Weight) else v)
-        return value
-
-    return map_with_paths(one, adapted)
-
-
-def prune_terms(
-    adapted: Any, *, energy: float = 0.95, combine: Combine = "min", least: int = 1, most: int | None = None
-) -> Any:
-    r"""Retires the terms of SoKA that training has left small, without changing the function.
-
-    By the criteria of `soka`, on the terms' norms \(|\sigma_c| \|U_c\| \|V_c\|\) in place of singular values. What a
-    retired term contributes goes into the frozen base; it is masked, and gets no gradient any more. Shapes and
-    structure stay, so that a compiled step goes on.
-
-    Args:
-      adapted: the whole adapted tree (`combine` it first).
-      energy: as for `soka`.
-      combine: as for `soka`.
-      least: as for `soka`.
-      most: at most so many terms stay.
-
-    Returns:
-      The tree with other masks and bases. The optimiser's moments of retired terms may stay as they are.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, subspace_jax as sj
-      >>> w = jnp.kron(jnp.eye(4), jnp.ones((4, 4))) + 1e-3 * jax.random.normal(jax.random.key(1), (16, 16))
-      >>> adapted = sj.adapt({"w": w}, {"w": sj.soka(terms=3)}, key=jax.random.key(0))
-      >>> sj.prune_terms(adapted)["w"].mask.tolist()
-      [1.0, 0.0, 0.0]
-    """
-
-    def prune(path: str, weight: KroneckerSum) -> KroneckerSum:
-        del path
-        importance = weight.importance()
-        order = jnp.argsort(-importance, axis=-1)
-        ranked = jnp.take_along_axis(importance, order, axis=-1)
-        used = weight.mask > 0
-        kept = count_terms(ranked, energy, combine, least=least, most=most, count=jnp.sum(used, axis=-1))
-        stays = used & (jnp.argsort(order, axis=-1) < kept[..., None])
-        mask = stays.astype(weight.mask.dtype)
-        wide = wide_dtype(weight.base.dtype)
-        retired = kronecker_sum(weight.sigma * (weight.mask - mask), weight.left, weight.right)
-        base = weight.base.astype(wide) + weight.role.unmatrix(retired, weight.shape)
-        return dataclasses.replace(weight, mask=mask, base=base.astype(weight.base.dtype))
-
-    return _map_sums(prune, adapted)
-
-
-def normalize_terms(adapted: Any) -> Any:
-    r"""Moves the norms of SoKA's factors into their scales, without changing the function.
-
-    \(\sigma_c \leftarrow \sigma_c \|U_c\| \|V_c\|\), and both factors of norm 1; use it after each step, or never.
-
-    Args:
-      adapted: an adapted tree, or the trainable part of one.
-
-    Returns:
-      A tree of the same structure.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, subspace_jax as sj
-      >>> adapted = sj.adapt({"w": jnp.eye(16)}, {"w": sj.soka(terms=1)}, key=jax.random.key(0))
-      >>> doubled = jax.tree.map(lambda v: 2.0 * v, sj.partition(adapted)[0])
-      >>> scale = sj.normalize_terms(doubled)["w"].sigma / adapted["w"].sigma
-      >>> round(float(scale[0]), 4)
-      8.0
-    """
-
-    def normalize(path: str, weight: KroneckerSum) -> KroneckerSum:
-        del path
-        norms = (jnp.sqrt(jnp.sum(v * v, axis=(-2, -1))) for v in (weight.left, weight.right))
-        left, right = (jnp.where(n > 0, n, 1.0) for n in norms)
-        return dataclasses.replace(
-            weight,
-            sigma=weight.sigma * left * right,
-            left=weight.left / left[..., None, None],
-            right=weight.right / right[..., None, None],
-        )
-
-    return _map_sums(normalize, adapted)
+    short = sum(f.energy.size * least * f.split.values for f in found) - budget
+    if short > 0:
+        raise RankError(f"soka: budget={budget} is {short} values short of {least} term(s) for every weight.")
+    spectra = [_concrete(f.factors.s) for f in found]
+    return allocate_terms(spectra, [f.split.values for f in found], budget, least=least, most=most)
 
 
 def active_values(adapted: Any) -> int:
@@ -405,7 +295,7 @@ def active_values(adapted: Any) -> int:
         counts.append(int(jnp.sum(weight.mask)) * weight.split.values)
         return weight
 
-    _map_sums(count, adapted)
+    map_weights(KroneckerSum, count, adapted)
     return sum(counts)
 
 
@@ -460,7 +350,7 @@ def to_kronecker(adapted: Any, params: Any) -> Any:
         rest = {"start_sigma": None, "start_left": None, "start_right": None, "mask": jnp.ones_like(sigma)}
         return dataclasses.replace(weight, base=original, sigma=sigma, left=left, right=right, **rest)
 
-    return _map_sums(convert, adapted)
+    return map_weights(KroneckerSum, convert, adapted)
 
 
 register(

@@ -21,6 +21,7 @@ from subspace_jax.linalg._orthogonal import skew as skew
 from subspace_jax.linalg._orthogonal import skew_size as skew_size
 from subspace_jax.linalg._sharding import whole_matrices as whole_matrices
 from subspace_jax.linalg._spectrum import Combine as Combine
+from subspace_jax.linalg._spectrum import allocate_terms as allocate_terms
 from subspace_jax.linalg._spectrum import count_terms as count_terms
 from subspace_jax.linalg._spectrum import elbow_terms as elbow_terms
 from subspace_jax.linalg._spectrum import energy_terms as energy_terms
@@ -46,6 +47,7 @@ __all__ = [
     "Mode",
     "Residuals",
     "Side",
+    "allocate_terms",
     "balanced_split",
     "best_cosine_terms",
     "cayley",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Combine = Literal["min", "max", "energy", "elbow"]
 
@@ -103,3 +106,49 @@ def count_terms(
         "max": jnp.maximum(energy, elbow),
     }[combine]
     return jnp.clip(kept, least, values.shape[-1] if most is None else most)
+
+
+def allocate_terms(
+    spectra: Sequence[np.ndarray], costs: Sequence[int], budget: int, *, least: int, most: int
+) -> list[np.ndarray]:
+    r"""Returns how many terms every matrix gets of a budget that all share.
+
+    After `least` terms each, the term with the most energy for its cost, \(s_c^2\) per value, comes next; one that does
+    not fit any more is passed over.
+
+    Args:
+      spectra: singular values `[*stack, k]` of each kind of matrix, largest first, on the host.
+      costs: values of one term of each kind.
+      budget: values of all terms together; what `least` terms cost is there in any case.
+      least: at least so many terms of every matrix.
+      most: at most so many.
+
+    Returns:
+      `[*stack]` for each kind.
+
+    Example:
+      >>> import numpy as np
+      >>> steep, flat = np.array([9.0, 1.0, 0.5]), np.array([5.0, 4.0, 3.0])
+      >>> [int(n) for n in allocate_terms([steep, flat], [1, 1], 4, least=1, most=3)]
+      [1, 3]
+    """
+    rows = [s.reshape(-1, s.shape[-1]) for s in spectra]
+    kept = [np.full(len(s), least) for s in rows]
+    left = budget - sum(len(s) * least * cost for s, cost in zip(rows, costs, strict=True))
+    queue: list[tuple[float, int, int]] = []
+
+    def offer(kind: int, layer: int) -> None:
+        place = kept[kind][layer]
+        if place < min(most, rows[kind].shape[-1]):
+            heapq.heappush(queue, (-(float(rows[kind][layer, place]) ** 2) / costs[kind], kind, layer))
+
+    for kind, layers in enumerate(rows):
+        for layer in range(len(layers)):
+            offer(kind, layer)
+    while queue:
+        _, kind, layer = heapq.heappop(queue)
+        if costs[kind] <= left:
+            left -= costs[kind]
+            kept[kind][layer] += 1
+            offer(kind, layer)
+    return [k.reshape(s.shape[:-1]) for k, s in zip(kept, spectra, strict=True)]

@@ -90,7 +90,7 @@ def alternating(
             )
         return AlternatingState(jnp.zeros([], jnp.int32), first.init(_select(params, False)), second.init(places))
 
-    def update(updates: Any, state: AlternatingState, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("alternating: call update(updates, state, params); it needs the parameters.")
         ours, theirs = ((_select(updates, one), _select(params, one)) for one in (False, True))
@@ -109,7 +109,7 @@ def alternating(
         turn = (state.count > 0) & (state.count < cutoff_step) & (place >= coefficient_steps)
         one, other, *inner = jax.lax.cond(turn, move_locations, move_coefficients)
         joined = jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda v: v is None)
-        return joined, AlternatingState(optax.safe_increment(state.count), *inner)
+        return joined, AlternatingState(jnp.asarray(optax.safe_increment(state.count)), *inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -14,6 +14,7 @@ from subspace_jax.weights._low_rank import LowRank as LowRank
 from subspace_jax.weights._low_rank_core import LowRankCore as LowRankCore
 from subspace_jax.weights._low_rank_core import Route as Route
 from subspace_jax.weights._magnitude import Magnitude as Magnitude
+from subspace_jax.weights._map import map_weights as map_weights
 from subspace_jax.weights._nested_low_rank import NestedLowRank as NestedLowRank
 from subspace_jax.weights._nested_low_rank import RankScale as RankScale
 from subspace_jax.weights._nf4 import NF4 as NF4
@@ -73,6 +74,7 @@ __all__ = [
     "fuse_slices",
     "inverse_order",
     "largest_entries",
+    "map_weights",
     "migrate_entries",
     "quantize_nf4",
     "reordered",

@@ -174,8 +174,10 @@ def _take(path: str, leaf: Any, axis: int, order: np.ndarray, stack: int) -> Any
     axis %= leaf.ndim
     width = leaf.shape[axis] // order.shape[-1]
     entries = (order[..., None] * width + np.arange(width)).reshape(*order.shape[:-1], -1)
+    # Arrays of numpy stay with numpy: a checkpoint is permuted where it was loaded.
+    numpy: Any = np if isinstance(leaf, np.ndarray) else jnp
     if not stack:
-        return jnp.take(leaf, entries, axis=axis)
+        return numpy.take(leaf, entries, axis=axis)
     shape = [1] * leaf.ndim
     shape[:stack], shape[axis] = entries.shape[:-1], entries.shape[-1]
-    return jnp.take_along_axis(leaf, jnp.asarray(entries.reshape(shape)), axis=axis)
+    return numpy.take_along_axis(leaf, numpy.asarray(entries.reshape(shape)), axis=axis)

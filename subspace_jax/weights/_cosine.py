@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +122,9 @@ class CosineSpectrum(Weight):
             rows, columns = (self.cells()[..., i, :] for i in (0, 1))
             left, right = cosine_vectors(rows, inputs), cosine_vectors(columns, outputs)
         else:
-            left = located_vectors(self.locations[..., 0, :], inputs, self.highest)
-            right = located_vectors(self.locations[..., 1, :], outputs, self.highest)
+            rows, columns = (self.locations[..., i, :] for i in (0, 1))
+            left = cast(jax.Array, located_vectors(rows, inputs, self.highest))
+            right = cast(jax.Array, located_vectors(columns, outputs, self.highest))
         return jnp.swapaxes(left, -1, -2), right
 
     def _transformed(self, fft: bool) -> jax.Array:

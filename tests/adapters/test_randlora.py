@@ -67,8 +67,8 @@ def test_the_scales_that_do_not_start_at_zero_start_at_one_over_the_longer_axis(
     tree = adapt(params, sj.randlora(2, zero="feature_scales"))
     np.testing.assert_allclose(tree["many"].rank_scales, np.full((5, 2), 1 / 5))
     assert tree["many"].rank_scales.dtype == tree["many"].feature_scales.dtype == jnp.float32
-    narrow = adapt({"w": jnp.zeros((1, 12))}, sj.randlora(1))["w"]
-    np.testing.assert_allclose(narrow.feature_scales, 1.0)
+    narrow = adapt({"w": jnp.zeros((1, 12))}, sj.randlora(1, extra_basis=True))["w"]
+    np.testing.assert_allclose(narrow.feature_scales, np.full((2, 1), 0.5))
 
 
 @pytest.mark.parametrize(

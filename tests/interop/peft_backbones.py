@@ -233,12 +233,9 @@ def array(tensor):
 def moved(tree, size=0.1, seed=1):
     """Returns the tree as if trained: every trainable array moved by noise."""
     trainable, frozen = sj.partition(tree)
-    leaves, structure = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [
-        leaf + size * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return sj.combine(jax.tree.unflatten(structure, leaves), frozen)
+    rng = np.random.default_rng(seed)
+    trainable = jax.tree.map(lambda v: jnp.asarray(np.asarray(v) + size * rng.normal(size=v.shape), v.dtype), trainable)
+    return sj.combine(trainable, frozen)
 
 
 def move_torch(model, size=0.1):

@@ -302,7 +302,7 @@ def test_arrays_that_hold_something_else_are_kept(assert_same_bits):
 
 def test_a_traced_array_is_refused_by_path():
     tree = with_shared_bases()["a"]
-    with pytest.raises(ManifestError, match="a/basis_a: is traced"):
+    with pytest.raises(ManifestError, match="a/basis_.: is traced"):
         jax.jit(lambda basis: describe({"a": dataclasses.replace(tree, basis_a=basis)})[1])(tree.basis_a)
 
 
@@ -320,7 +320,10 @@ def test_a_traced_array_is_refused_by_path():
             lambda m: m["data"].update(feature_scales={**m["data"]["feature_scales"], "regenerated": "0" * 64}),
             "RandomBases cannot make 'feature_scales' of its static fields",
         ),
-        (lambda m: m["static"].update(bases_shape={"tuple": [8, 4, 40, -30]}), "a/basis_.: was saved as float32.* give float32"),
+        (
+            lambda m: m["static"].update(bases_shape={"tuple": [8, 4, 40, -30]}),
+            "a/basis_.: was saved as float32.* give float32",
+        ),
         (lambda m: m["static"].update(seed=-(2**70)), "a/basis_.: .*do not give it again"),
     ],
 )
