@@ -1,5 +1,45 @@
 """Scores that compare methods over ranks, tasks and representations."""
 
 from subspace_jax.metrics._aurac import aurac as aurac
+from subspace_jax.metrics._compatibility import average_compatibility as average_compatibility
+from subspace_jax.metrics._compatibility import average_multimodel_score as average_multimodel_score
+from subspace_jax.metrics._compatibility import backfilling_score as backfilling_score
+from subspace_jax.metrics._compatibility import is_compatible as is_compatible
+from subspace_jax.metrics._compatibility import update_gain as update_gain
+from subspace_jax.metrics._continual import MultiDomainScores as MultiDomainScores
+from subspace_jax.metrics._continual import accuracy_curve as accuracy_curve
+from subspace_jax.metrics._continual import average_accuracy as average_accuracy
+from subspace_jax.metrics._continual import backward_transfer as backward_transfer
+from subspace_jax.metrics._continual import forgetting as forgetting
+from subspace_jax.metrics._continual import forward_transfer as forward_transfer
+from subspace_jax.metrics._continual import incremental_accuracy as incremental_accuracy
+from subspace_jax.metrics._continual import intransigence as intransigence
+from subspace_jax.metrics._continual import learning_accuracy as learning_accuracy
+from subspace_jax.metrics._continual import multi_domain_scores as multi_domain_scores
+from subspace_jax.metrics._continual import normalized_accuracy as normalized_accuracy
+from subspace_jax.metrics._retrieval import RetrievalScores as RetrievalScores
+from subspace_jax.metrics._retrieval import class_means as class_means
+from subspace_jax.metrics._retrieval import retrieval_scores as retrieval_scores
 
-__all__ = ["aurac"]
+__all__ = [
+    "MultiDomainScores",
+    "RetrievalScores",
+    "accuracy_curve",
+    "aurac",
+    "average_accuracy",
+    "average_compatibility",
+    "average_multimodel_score",
+    "backfilling_score",
+    "backward_transfer",
+    "class_means",
+    "forgetting",
+    "forward_transfer",
+    "incremental_accuracy",
+    "intransigence",
+    "is_compatible",
+    "learning_accuracy",
+    "multi_domain_scores",
+    "normalized_accuracy",
+    "retrieval_scores",
+    "update_gain",
+]
