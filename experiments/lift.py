@@ -1,15 +1,17 @@
 """LIFT's selection where the truth is known: a weight with a low-rank signal, noise and large outliers.
 
-W is a signal of rank 4 with a few heavy rows, plus noise, plus outliers of magnitude 1.8 at 6 % of its entries, which are
-larger than the signal's. The task moves W by U R V^T, inside the signal's subspaces. Every selection has the same
+W is a signal of rank 4 with a few heavy rows, plus noise, plus outliers of magnitude 1.8 at 6 % of its entries, which
+are larger than the signal's. The task moves W by U R V^T, inside the signal's subspaces. Every selection has the same
 number of entries, and its best update is computed exactly (least squares on the selected rows of every column), so
 nothing is tuned.
 
     python -m experiments run lift
 
-Measured over 20 seeds, loss left of what there was before: LIFT MEASURED.
-Gaussian noise at LIFT's entries moves the output more than at the largest ones: ENERGY.
-What this does not show: small networks trained from scratch have no such structure, and there all selections tie.
+Measured over 20 seeds, loss left of what there was before: LIFT 19.1 ± 6.3 %, the largest entries of W 23.8 ± 10.0,
+random ones 28.2 ± 9.1, the largest of W - W_r 28.9 ± 8.5, the smallest of W_r 62.8 ± 8.4. LIFT's is 0.80 of the largest
+entries' and 0.68 of random ones'. Gaussian noise at LIFT's entries moves the output 2.2 times as much (in energy) as at
+the largest ones, and more in each of the 20 seeds. What this does not show: anything about trained networks; small ones
+trained from scratch have no such structure, and there all selections tie.
 """
 
 from __future__ import annotations

@@ -58,6 +58,9 @@ from subspace_jax.io import restore_checkpoint as restore_checkpoint
 from subspace_jax.io import save_adapter as save_adapter
 from subspace_jax.io import save_checkpoint as save_checkpoint
 from subspace_jax.metrics import aurac as aurac
+from subspace_jax.optim import galore as galore
+from subspace_jax.optim import in_complement as in_complement
+from subspace_jax.optim import in_subspace as in_subspace
 from subspace_jax.optim import project_momentum as project_momentum
 from subspace_jax.optim import project_orthogonal as project_orthogonal
 from subspace_jax.optim import replace_basis as replace_basis
@@ -107,6 +110,9 @@ __all__ = [
     "fold_ssf",
     "full",
     "fuse_slices",
+    "galore",
+    "in_complement",
+    "in_subspace",
     "is_weight",
     "keep_params_near_identity",
     "latest_step",

@@ -11,6 +11,9 @@ from subspace_jax.core._adapt import select_paths as select_paths
 from subspace_jax.core._apply import with_adapters as with_adapters
 from subspace_jax.core._capture import Statistics as Statistics
 from subspace_jax.core._capture import capture as capture
+from subspace_jax.core._catalogue import Source as Source
+from subspace_jax.core._catalogue import catalogue as catalogue
+from subspace_jax.core._catalogue import register as register
 from subspace_jax.core._errors import MaterializeError as MaterializeError
 from subspace_jax.core._errors import NonFiniteError as NonFiniteError
 from subspace_jax.core._errors import NotMergeableError as NotMergeableError
@@ -22,6 +25,7 @@ from subspace_jax.core._errors import StructureError as StructureError
 from subspace_jax.core._errors import SubspaceError as SubspaceError
 from subspace_jax.core._errors import nearest as nearest
 from subspace_jax.core._full import Full as Full
+from subspace_jax.core._labels import placed_like as placed_like
 from subspace_jax.core._labels import product as product
 from subspace_jax.core._links import resolve_links as resolve_links
 from subspace_jax.core._merge import Rounding as Rounding
@@ -67,6 +71,7 @@ __all__ = [
     "Role",
     "RoleError",
     "Rounding",
+    "Source",
     "Statistics",
     "StatisticsError",
     "StructureError",
@@ -77,6 +82,7 @@ __all__ = [
     "Weight",
     "adapt",
     "capture",
+    "catalogue",
     "combine",
     "dense",
     "full",
@@ -90,7 +96,9 @@ __all__ = [
     "nearest",
     "partition",
     "path_string",
+    "placed_like",
     "product",
+    "register",
     "require_matrix",
     "resolve_links",
     "roles",

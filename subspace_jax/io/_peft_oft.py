@@ -130,6 +130,10 @@ def _terms(settings: Settings) -> int | None:
     """The number of terms of the series, None for the exact transform."""
     if "oft_block_size" not in settings.values:
         raise ManifestError("the config has no oft_block_size: it is of PEFT before 0.14, whose OFT was another.")
+    if "use_cayley_neumann" not in settings.values:
+        raise ManifestError(
+            "the config has no use_cayley_neumann, by which releases of PEFT read it in different ways."
+        )
     if not settings.flag("use_cayley_neumann"):
         return None
     version = str(settings.values.get("peft_version", "0")).split(".")

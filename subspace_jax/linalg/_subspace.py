@@ -69,16 +69,32 @@ def from_coordinates(coordinates: jax.Array, basis: jax.Array, *, side: Side = "
     return _matmul(coordinates, jnp.swapaxes(basis, -1, -2), split=(-2, -1))
 
 
-def transport(coordinates: jax.Array, old: jax.Array, new: jax.Array, *, side: Side = "in") -> jax.Array:
-    r"""Returns coordinates in another basis: \((U_{new}^T U_{old})\,C\), or \(C\,(U_{old}^T U_{new})\).
+def transport(
+    coordinates: jax.Array, old: jax.Array, new: jax.Array, *, side: Side = "in", squares: bool = False
+) -> jax.Array:
+    r"""Returns coordinates in another basis: \(R C\) or \(C R^T\) with \(R = U_{new}^T U_{old}\).
 
     Args:
       coordinates: \(C\), in the old basis.
       old: `[*stack, d, k]`.
       new: `[*stack, d, k]`.
       side: which axis the subspaces lie in.
+      squares: the coordinates are means of squares, which mix by \(R \circ R\): exact where the coordinates that
+        were squared are uncorrelated with mean zero.
+
+    Returns:
+      Coordinates in the new basis, in float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> transport(jnp.array([[2.0]]), jnp.eye(2)[:, :1], -jnp.eye(2)[:, :1]).tolist()
+      [[-2.0]]
     """
-    return to_coordinates(from_coordinates(coordinates, old, side=side), new, side=side)
+    mixing = to_coordinates(old, new)
+    mixing = jnp.square(mixing) if squares else mixing
+    if side == "in":
+        return _matmul(mixing, coordinates, split=(None, -1))
+    return _matmul(coordinates, jnp.swapaxes(mixing, -1, -2), split=(-2, None))
 
 
 def _matmul(left: jax.Array, right: jax.Array, *, split: tuple[int | None, int | None]) -> jax.Array:
@@ -91,7 +107,9 @@ def _matmul(left: jax.Array, right: jax.Array, *, split: tuple[int | None, int |
         entries = [(*s.spec, *(None,) * (v.ndim - len(s.spec))) for s, v in zip(specs, (left, right), strict=True)]
         row = entries[0][-2] if split[0] is not None else None
         column = entries[1][-1] if split[1] is not None else None
-        stack = [a if a is not None else b for a, b in zip(entries[0][:-2], entries[1][:-2], strict=True)]
+        depth = max(left.ndim, right.ndim) - 2
+        stacks = [(*(None,) * (depth + 2 - len(e)), *e[:-2]) for e in entries]  # one matrix may serve a whole stack
+        stack = [a if a is not None else b for a, b in zip(*stacks, strict=True)]
         sharding = PartitionSpec(*stack, row, None if column == row else column)
     return jnp.matmul(left, right, precision=lax.Precision.HIGHEST, out_sharding=sharding)
 
@@ -100,10 +118,10 @@ def complete(basis: jax.Array) -> jax.Array:
     """Returns an orthonormal basis of everything orthogonal to the columns of `basis`.
 
     Args:
-      basis: `[d, k]`, concrete; zero columns do not count.
+      basis: `[*stack, d, k]`, concrete; zero columns do not count.
 
     Returns:
-      `[d, d - rank]` in float32.
+      `[*stack, d, d - rank]` in float32; of a stack with unequal ranks the smallest counts, and zero columns fill up.
 
     Example:
       >>> import jax.numpy as jnp
@@ -111,7 +129,10 @@ def complete(basis: jax.Array) -> jax.Array:
       (3, 2)
     """
     u, s, _ = np.linalg.svd(np.asarray(basis, np.float64), full_matrices=True)
-    return jnp.asarray(u[:, int((s > 0.5).sum()) :], jnp.float32)
+    ranks = (s > 0.5).sum(-1)
+    first = int(ranks.min(initial=basis.shape[-2]))
+    free = np.arange(first, basis.shape[-2]) >= ranks[..., None, None]
+    return jnp.asarray(np.where(free, u[..., first:], 0.0), jnp.float32)
 
 
 def orthonormalize(columns: jax.Array, tolerance: float = 1e-6) -> jax.Array:

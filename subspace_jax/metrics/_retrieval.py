@@ -38,7 +38,7 @@ def retrieval_scores(
     r"""Ranks the gallery by cosine similarity and scores what is found.
 
     Average precision of a query with \(m\) matches is \(\frac{1}{m} \sum_r rel_r \frac{1}{r} \sum_{j \le r} rel_j\),
-    over the whole list. Equal similarities keep the gallery's order. Queries without a match are left out and not counted.
+    over the whole list. Equal similarities keep the gallery's order. Queries without a match are left out.
 
     Args:
       queries: `[queries, features]`.

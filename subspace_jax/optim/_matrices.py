@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import PatternError, Role, RoleError, Weight, is_weight, leaves_with_paths, matches, nearest
+from subspace_jax.core import (
+    PatternError,
+    Role,
+    RoleError,
+    Weight,
+    is_weight,
+    leaves_with_paths,
+    matches,
+    nearest,
+    path_string,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +100,6 @@ def _of_array(path: str, leaf: Any, roles: Mapping[str, Role] | None) -> Matrice
     return Matrices(path, ("in", "out"), leaf.shape, role) if role.is_matrix else None
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """Returns arrays by path, of a dict by path, of globs' matches already resolved, or of a tree with holes."""
-    return dict(leaves_with_paths(tree))
-
-
 def check_paths(given: Mapping[str, Any], params: Any, what: str) -> None:
     """Raises PatternError where a path is neither a leaf of `params` nor masked there.
 
@@ -104,7 +109,9 @@ def check_paths(given: Mapping[str, Any], params: Any, what: str) -> None:
       what: what to call the given things.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_whole)
-    known = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    known = [path_string(path) for path, _ in leaves]
+    if not known:  # optax stands a placeholder without leaves for the parameters, to tell what of a state is like them
+        return
     inside = [p for p in known if any(p == g or g.startswith(f"{p}/") for g in given)]
     for path in given:
         if not any(path == p or path.startswith(f"{p}/") for p in inside):
@@ -138,7 +145,7 @@ def map_matrices(
     leaves, treedef = jax.tree.flatten(updates)
     seen = views(updates, roles)
     if paths is not None:
-        _refuse_unseen(updates, seen, paths)
+        refuse_unseen(updates, seen, paths)
     mapped = [
         leaf
         if view is None or (paths is not None and view.path not in paths)
@@ -148,7 +155,8 @@ def map_matrices(
     return jax.tree.unflatten(treedef, mapped)
 
 
-def _refuse_unseen(updates: Any, seen: list[Matrices | None], paths: Any) -> None:
+def refuse_unseen(updates: Any, seen: list[Matrices | None], paths: Any) -> None:
+    """Raises RoleError where a leaf of `paths` has no array that is seen as a matrix."""
     visible = {view.path for view in seen if view is not None}
     for path, leaf in leaves_with_paths(updates):
         if path in paths and path not in visible and jax.tree.leaves(leaf):

@@ -5,7 +5,7 @@ Gradient Projection Memory for Continual Learning (Saha, Garg, Roy, 2021) is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,9 +14,8 @@ import optax
 
 from subspace_jax.core import Role, StructureError
 from subspace_jax.linalg import Mode, project
-from subspace_jax.optim._matrices import Matrices, by_path, check_paths, map_matrices
-
-Place = Literal["in", "out", "both"]
+from subspace_jax.optim._bases import Place, bases_by_path, check_bases, check_orthonormal, of_sides
+from subspace_jax.optim._matrices import Matrices, map_matrices
 
 # What a projection leaves of a gradient inside the removed subspace is rounding of about this size.
 ROUNDING = 32 * float(jnp.finfo(jnp.float32).eps)
@@ -38,6 +37,7 @@ def project_orthogonal(
     side: Place = "in",
     *,
     rtol: float | None = None,
+    renorm: Literal["rms"] | None = None,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Removes a subspace from what passes, or keeps that alone.
@@ -64,6 +64,8 @@ def project_orthogonal(
       side: which axis the subspaces lie in.
       rtol: a matrix of which less than this share is left becomes zero: that is rounding, which Adam would blow up to
         full size. \(32\,\epsilon\) of float32 if None.
+      renorm: "rms" gives what is left of each matrix the norm that the whole had. A projection shortens; by default
+        it may.
       roles: how the model uses plain arrays with more than two axes, from `sj.roles`.
 
     Returns:
@@ -90,103 +92,80 @@ def project_orthogonal(
         raise ValueError(
             f'project_orthogonal: mode={mode!r} is "remove" or "keep", side={side!r} "in", "out" or "both".'
         )
-    given = _pairs(basis) if side == "both" else by_path(basis)
+    if renorm not in (None, "rms"):
+        raise ValueError(f'project_orthogonal: renorm={renorm!r} is None or "rms".')
+    given = bases_by_path(basis, side)
     tolerance = ROUNDING if rtol is None else rtol
 
     def init(params: Any) -> ProjectState:
-        check_paths(given, params, "basis")
-        map_matrices(lambda matrix, view: _check(matrix, view, given[view.path], side), params, roles, given)
+        check_bases(given, params, side, roles)
+        check_orthonormal(given, side)
         return ProjectState(dict(given))
 
     def update(
-        updates: Any, state: ProjectState, params: Any = None, *, basis: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, *, basis: Any = None, **extra: Any
     ) -> tuple[Any, ProjectState]:
         del params, extra
-        bases = state.basis if basis is None else (_pairs(basis) if side == "both" else by_path(basis))
+        bases = state.basis if basis is None else bases_by_path(basis, side)
+        check_bases(bases, updates, side, roles)
         bases = jax.lax.stop_gradient(bases)
 
         def one(matrix: jax.Array, view: Matrices) -> jax.Array:
-            return _without_rounding(_projected(matrix, view, bases[view.path], mode, side), matrix, tolerance)
+            found = _projected(matrix, view, of_sides(bases[view.path], side), mode)
+            return _scaled(found, matrix, tolerance, renorm is not None)
 
         return map_matrices(one, updates, roles, bases), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _pairs(basis: Any) -> dict[str, Any]:
-    """Pairs of bases by path, of a dict by path or of nested dicts."""
-    found: dict[str, Any] = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(basis, is_leaf=lambda v: isinstance(v, tuple)):
-        found[jax.tree_util.keystr(path, simple=True, separator="/")] = value
-    return found
-
-
-def _projected(matrix: jax.Array, view: Matrices, basis: Any, mode: Mode, side: Place) -> jax.Array:
+def _projected(matrix: jax.Array, view: Matrices, bases: Mapping[str, jax.Array], mode: Mode) -> jax.Array:
     wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-    bases = {"in": basis[0], "out": basis[1]} if side == "both" else {side: basis}
-    for name in view.sides:
-        if name in bases:
-            columns = bases[name]
-            wide = project(wide, columns, mode=mode, side=name)  # pyright: ignore[reportArgumentType]
-            if 2 * columns.shape[-1] > columns.shape[-2]:  # a large basis leaves rounding of its own
-                wide = project(wide, columns, mode=mode, side=name)  # pyright: ignore[reportArgumentType]
+    for side in view.sides:
+        if side in bases:
+            columns = bases[side]
+            times = 2 if 2 * columns.shape[-1] > columns.shape[-2] else 1  # a large basis leaves rounding of its own
+            for _ in range(times):
+                wide = project(wide, columns, mode=mode, side=side)  # pyright: ignore[reportArgumentType]
     return wide
 
 
-def _without_rounding(projected: jax.Array, matrix: jax.Array, tolerance: float) -> jax.Array:
-    """Zero where what is left of a matrix is no more than rounding."""
-    left, whole = (jnp.sum(jnp.square(v.astype(projected.dtype)), (-2, -1), keepdims=True) for v in (projected, matrix))
-    return jnp.where(left <= tolerance**2 * whole, 0.0, projected)
+def _scaled(projected: jax.Array, matrix: jax.Array, tolerance: float, renorm: bool) -> jax.Array:
+    """Zero where what is left of a matrix is no more than rounding; else as long as the matrix, if that is wanted."""
+    largest = jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True).astype(projected.dtype)
+    unit = jnp.where(largest == 0, 1.0, largest)  # squares of very small or large entries leave the range of floats
+    left, whole = (
+        jnp.sqrt(jnp.sum(jnp.square(v.astype(projected.dtype) / unit), (-2, -1), keepdims=True))
+        for v in (projected, matrix)
+    )
+    empty = left <= tolerance * whole
+    factor = whole / jnp.where(left == 0, 1.0, left) if renorm else 1.0
+    return jnp.where(empty, 0.0, factor * projected)
 
 
-def _check(matrix: jax.Array, view: Matrices, basis: Any, side: Place) -> jax.Array:
-    """Refuses a basis that does not fit the matrices of its leaf."""
-    bases = {"in": basis[0], "out": basis[1]} if side == "both" else {side: basis}
-    for name, columns in bases.items():
-        size = matrix.shape[-2 if name == "in" else -1]
-        if name not in view.sides:
-            continue
-        expected = f"[*{matrix.shape[:-2]}, {size}, k] in float32"
-        if columns.dtype not in (jnp.float32, jnp.float64):
-            raise StructureError(f"{view.path}: the basis is {columns.dtype}; expected {expected}.")
-        if columns.shape[-2] != size or columns.shape[:-2] not in ((), matrix.shape[:-2]):
-            raise StructureError(
-                f"{view.path}: the basis of side {name!r} has shape {columns.shape}; expected {expected} for matrices "
-                f"{matrix.shape}. Is it of the other side?"
-            )
-        if columns.shape[-1] > size:
-            raise StructureError(
-                f"{view.path}: {columns.shape[-1]} columns in {size} dimensions cannot be orthonormal; expected at "
-                f"most {size}."
-            )
-        _check_orthonormal(view.path, columns)
-    return matrix
-
-
-def _check_orthonormal(path: str, columns: jax.Array) -> None:
-    """Refuses columns that are neither orthonormal nor zero, where their values are known."""
-    if isinstance(columns, jax.core.Tracer):
-        return
-    gram = jnp.swapaxes(columns, -1, -2) @ columns
-    live = jnp.diagonal(gram, axis1=-2, axis2=-1) > 0.5
-    error = float(jnp.max(jnp.abs(gram - jnp.eye(columns.shape[-1]) * live[..., None, :]), initial=0.0))
-    if not error < 1e-3:
-        raise StructureError(
-            f"{path}: the basis is off orthonormal columns by {error:.2g}; expected columns of length one, or zero, at "
-            "right angles. sj.linalg.orthonormalize makes them."
-        )
-
-
-def sandwich(inner: optax.GradientTransformation, basis: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+def sandwich(
+    inner: optax.GradientTransformation,
+    basis: Any,
+    mode: Mode = "remove",
+    side: Place = "in",
+    *,
+    rtol: float | None = None,
+    renorm: Literal["rms"] | None = None,
+    roles: Mapping[str, Role] | None = None,
+) -> optax.GradientTransformationExtraArgs:
     r"""Projects the gradient before and the update after an optimiser: the place to choose for adaptive ones.
 
     The update has nothing of the removed directions, and without momentum
-    \(\langle g, u \rangle = (P g)^T D (P g) \ge 0\).
+    \(\langle g, u \rangle = (P g)^T D (P g) \ge 0\) for the step \(-u\).
 
     Args:
       inner: the optimiser; weight decay inside it is projected too.
       basis: as for `project_orthogonal`.
-      options: of `project_orthogonal`.
+      mode: as for `project_orthogonal`.
+      side: as for `project_orthogonal`.
+      rtol: as for `project_orthogonal`.
+      renorm: as for `project_orthogonal`, of the update only.
+      roles: as for `project_orthogonal`.
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
@@ -196,8 +175,9 @@ def sandwich(inner: optax.GradientTransformation, basis: Any, **options: Any) ->
       >>> updates["w"][0].tolist()
       [0.0, 0.0]
     """
-    projection = project_orthogonal(basis, **options)
-    return optax.chain(projection, inner, projection)
+    before = project_orthogonal(basis, mode, side, rtol=rtol, roles=roles)
+    after = project_orthogonal(basis, mode, side, rtol=rtol, renorm=renorm, roles=roles)
+    return optax.chain(before, inner, after)
 
 
 def replace_basis(state: Any, basis: Any) -> Any:
@@ -224,7 +204,7 @@ def replace_basis(state: Any, basis: Any) -> Any:
         if not isinstance(node, ProjectState):
             return node
         count += 1
-        new = _pairs(basis) if any(isinstance(v, tuple) for v in node.basis.values()) else by_path(basis)
+        new = bases_by_path(basis, "both" if any(isinstance(v, tuple) for v in node.basis.values()) else "in")
         old_shapes, new_shapes = (
             {p: jax.tree.map(lambda v: (v.shape, v.dtype), found) for p, found in bases.items()}
             for bases in (node.basis, new)
@@ -242,68 +222,3 @@ def replace_basis(state: Any, basis: Any) -> Any:
     if not count:
         raise StructureError("replace_basis: the optimiser state holds no project_orthogonal.")
     return replaced
-
-
-FIRST_MOMENTS = ("mu", "trace", "momentum", "m")
-
-
-def project_momentum(
-    state: Any, basis: Any, mode: Mode = "remove", side: Place = "in", *, roles: Mapping[str, Role] | None = None
-) -> Any:
-    """Returns an optimiser state whose first moments are projected, to be called when the basis changes.
-
-    Second moments are scales, not directions, and stay.
-
-    Args:
-      state: any optax state; fields called `mu`, `trace` or `momentum` are first moments.
-      basis: as for `project_orthogonal`.
-      mode: as for `project_orthogonal`.
-      side: as for `project_orthogonal`.
-      roles: as for `project_orthogonal`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, subspace_jax as sj
-      >>> state = optax.trace(0.9).init({"w": jnp.ones((3, 2))})._replace(trace={"w": jnp.ones((3, 2))})
-      >>> sj.project_momentum(state, {"w": jnp.eye(3)[:, :1]}).trace["w"].tolist()
-      [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
-    """
-    projection = project_orthogonal(basis, mode, side, roles=roles)
-
-    def moments(tree: Any) -> Any:
-        bases = projection.init(tree)
-        return projection.update(tree, bases)[0]
-
-    return _map_moments(state, moments)
-
-
-def reset_moments(state: Any) -> Any:
-    """Returns an optimiser state with first and second moments at zero; counts and everything else stay.
-
-    Args:
-      state: any optax state; moments are the fields called `mu`, `trace`, `momentum`, and `nu`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, subspace_jax as sj
-      >>> state = optax.scale_by_adam().init({"w": jnp.ones(2)})
-      >>> sj.reset_moments(state._replace(nu={"w": jnp.ones(2)})).nu["w"].tolist()
-      [0.0, 0.0]
-    """
-    return _map_moments(state, lambda tree: jax.tree.map(jnp.zeros_like, tree), (*FIRST_MOMENTS, "nu", "v"))
-
-
-def _map_moments(state: Any, function: Callable[[Any], Any], names: tuple[str, ...] = FIRST_MOMENTS) -> Any:
-    """Maps the trees in the fields of these names of every named tuple or dataclass in a state."""
-
-    def has_names(value: Any) -> bool:
-        return any(hasattr(value, n) for n in names) and hasattr(value, "_fields")
-
-    def one(node: Any) -> Any:
-        if not has_names(node):
-            return node
-        fields = {}
-        for name in node._fields:
-            value = getattr(node, name)
-            fields[name] = function(value) if name in names else _map_moments(value, function, names)
-        return type(node)(**fields)
-
-    return jax.tree.map(one, state, is_leaf=has_names)

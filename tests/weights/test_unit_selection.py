@@ -37,9 +37,7 @@ def test_draws_are_uniform_deterministic_and_differ_between_seeds_and_weights():
     draws = np.mean([np.concatenate(list(select_units(shapes, 0.3, seed=s).values())) for s in range(400)], axis=0)
     np.testing.assert_allclose(draws, 0.3, atol=0.1)
     np.testing.assert_array_equal(select_units(shapes, 0.3)["a"], select_units(shapes, 0.3)["a"])
-    assert any(
-        not np.array_equal(select_units({"v": (32,)}, 0.3)["v"], select_units({"o": (32,)}, 0.3)["o"]) for _ in "x"
-    )
+    assert not np.array_equal(select_units({"v": (32,)}, 0.3)["v"], select_units({"o": (32,)}, 0.3)["o"])
 
 
 @pytest.mark.parametrize("largest", [True, False])
