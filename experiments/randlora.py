@@ -145,7 +145,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="randlora",
-    claim="Full-rank updates of trained diagonals beat low-rank ones of equal size, unless the change has low rank.",
+    claim="Full-rank updates of trained diagonals beat low-rank ones of equal size unless the change has low rank.",
     config=RandloraConfig,
     run=run,
     rows=rows,

@@ -202,6 +202,6 @@ register(
         year=2025,
         public=("randlora",),
         experiment="randlora",
-        claim="Full-rank updates of trained diagonals beat low-rank ones of equal size, unless the change has low rank.",
+        claim="Full-rank updates of trained diagonals beat low-rank ones of equal size unless the change has low rank.",
     )
 )

@@ -24,12 +24,13 @@ from subspace_jax.io._peft_full import pack_full, unpack_full
 from subspace_jax.io._peft_lora import is_low_rank, pack_lora, unpack_lora
 from subspace_jax.io._peft_names import NameMap, Place, require_places
 from subspace_jax.io._peft_oft import pack_oft, unpack_oft
-from subspace_jax.io._peft_tensors import PREFIX, index_places, sort_tensors
+from subspace_jax.io._peft_randlora import pack_randlora, unpack_randlora
+from subspace_jax.io._peft_tensors import index_places, sort_tensors
 from subspace_jax.io._safetensors import read_safetensors, write_safetensors
-from subspace_jax.weights import Rotated
+from subspace_jax.weights import RandomBases, Rotated
 
-_PACK = {"LORA": pack_lora, "OFT": pack_oft}
-_UNPACK = {"LORA": unpack_lora, "OFT": unpack_oft}
+_PACK = {"LORA": pack_lora, "OFT": pack_oft, "RANDLORA": pack_randlora}
+_UNPACK = {"LORA": unpack_lora, "OFT": unpack_oft, "RANDLORA": unpack_randlora}
 
 
 def save_peft(
@@ -44,9 +45,9 @@ def save_peft(
 ) -> pathlib.Path:
     """Writes the adapters of a tree as a folder that PyTorch's PEFT loads.
 
-    LoRA (rank-stabilised or not), DoRA and OFT are written as they are; PiSSA and CorDA as the LoRA of twice the rank
-    that does the same to the untouched weights. Arrays under `full()` are `modules_to_save`, or `bias` in adapted
-    modules. The folder appears whole or not at all.
+    LoRA (rank-stabilised or not), DoRA, OFT, and RandLoRA with PEFT's pairing are written as they are; PiSSA and CorDA
+    as the LoRA of twice the rank that does the same to the untouched weights. Arrays under `full()` are
+    `modules_to_save`, or `bias` in adapted modules. The folder appears whole or not at all.
 
     Args:
       folder: where; its parent must exist.
@@ -83,7 +84,7 @@ def save_peft(
         raise AdapterFileError(f"{folder}: nothing was written: {error}") from error
     config |= {"base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True}
     config |= {"fan_in_fan_out": False, "peft_version": FORMAT_VERSION}
-    named = {PREFIX + name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    named = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with _replacing_folder(folder, overwrite) as temporary:
         write_safetensors(temporary / TENSORS_NAME, named, {"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
@@ -101,8 +102,8 @@ def load_peft(folder: str | os.PathLike[str], base_params: Any, names: NameMap) 
       names: what the modules are called in PyTorch, such as `bert_names()`.
 
     Returns:
-      A tree of the structure of `base_params` with stand-in weights: LoRA, DoRA, OFT, and `full()` for modules that
-      PEFT saved whole and for trained biases.
+      A tree of the structure of `base_params` with stand-in weights: LoRA, DoRA, OFT, RandLoRA, and `full()` for
+      modules that PEFT saved whole and for trained biases.
 
     Raises:
       AdapterFileError: a file is missing, damaged or hostile, a tensor has no place in the tree, is missing or is
@@ -154,8 +155,11 @@ def _method(leaves: Mapping[str, Any]) -> str:
     for path, leaf in leaves.items():
         if not is_weight(leaf) or isinstance(leaf, Full):
             continue
-        method = "LORA" if is_low_rank(leaf) else "OFT" if isinstance(leaf, Rotated) else None
-        if method is None:
+        if is_low_rank(leaf):
+            method = "LORA"
+        elif isinstance(leaf, Rotated | RandomBases):
+            method = "OFT" if isinstance(leaf, Rotated) else "RANDLORA"
+        else:
             raise ManifestError(
                 f"{path}: is a {type(leaf).__name__} made by {leaf.method!r}, which has no form in PEFT's files. Use "
                 "save_adapter, or merge() it."
@@ -172,12 +176,20 @@ def _check_frozen(leaves: Mapping[str, Any], base: BaseArrays) -> None:
     wrong = []
     for path, leaf in leaves.items():
         if is_weight(leaf):
-            want, have = tuple(base.leaves[path].shape), tuple(leaf.shape)
-            wrong += [f"{path!r} stands for {list(have)}, and base_params has {list(want)}"] if want != have else []
+            wrong += _misfit(path, leaf, base.leaves[path])
         elif not hasattr(leaf, "dtype") or not base.holds(path, leaf):
             wrong.append(f"{path!r} is no stand-in weight and differs from base_params")
     if wrong:
         raise ManifestError(f"the tree is not base_params with adapters:{listing(wrong)}\nTrain such arrays by full().")
+
+
+def _misfit(path: str, weight: Weight, original: Any) -> list[str]:
+    try:
+        have = tuple(weight.shape)
+    except AttributeError:
+        return [f"{path!r} is but a part of a {type(weight).__name__}; combine() the two trees of partition() first"]
+    want = tuple(original.shape)
+    return [] if have == want else [f"{path!r} stands for {list(have)}, and base_params has {list(want)}"]
 
 
 def _targets(modules: set[str], known: set[str]) -> list[str] | str:
@@ -196,7 +208,7 @@ def _unpack(
     found = sort_tensors(tensors, settings.method, index)
     if not found.adapters and not found.whole:
         raise ManifestError("the file holds no adapter.")
-    adapters = _UNPACK[settings.method](settings, found.adapters, index, base)
+    adapters = _UNPACK[settings.method](settings, found, index, base)
     return {**adapters, **unpack_full(found, index, base)}
 
 

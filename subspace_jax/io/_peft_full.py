@@ -14,7 +14,15 @@ from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError, listing
 from subspace_jax.io._peft_layout import stack, unstack, whole_from_torch, whole_shape, whole_to_torch
 from subspace_jax.io._peft_names import Place
-from subspace_jax.io._peft_tensors import Found, check_shapes, index_places, same_of_all, whole_per_leaf
+from subspace_jax.io._peft_tensors import (
+    Found,
+    check_shapes,
+    index_places,
+    require_parts,
+    same_of_all,
+    tensor_name,
+    whole_per_leaf,
+)
 
 _BIAS = {"LORA": "lora_only", "OFT": "oft_only", "RANDLORA": "randlora_only"}
 
@@ -42,6 +50,7 @@ def pack_full(
         if not isinstance(leaf, Full):
             continue
         place = places[path]
+        require_parts(path, leaf, "value")
         if place.rule.shared:
             raise ManifestError(
                 f"{path}: the model reads this array in several places, and PEFT trains only {place.modules[0]}. Leave "
@@ -49,7 +58,7 @@ def pack_full(
             )
         for module, array in zip(place.modules, unstack(leaf.value, place, path), strict=True):
             if place.tensor == "bias" and module in adapted:
-                tensors[f"{module}.base_layer.bias"] = whole_to_torch(array, place)
+                tensors[tensor_name(module, "base_layer.bias")] = whole_to_torch(array, place)
             else:
                 whole.add(module)
     settings: dict[str, Any] = {"bias": _BIAS[method] if tensors else "none"}
@@ -64,7 +73,7 @@ def pack_full(
                 "does either with a module: drop one of the two rules."
             )
         array = leaf.value if isinstance(leaf, Full) else leaf
-        tensors[f"{module}.{tensor}"] = whole_to_torch(unstack(array, place, place.path)[position], place)
+        tensors[tensor_name(module, tensor)] = whole_to_torch(unstack(array, place, place.path)[position], place)
     _check_names(whole, {module for module, _ in index}, adapted)
     return tensors, settings | {"modules_to_save": sorted(whole) or None}
 

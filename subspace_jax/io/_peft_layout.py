@@ -10,13 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from subspace_jax.io._array import on_host
+from subspace_jax.io._array import array_spec, on_host
 from subspace_jax.io._peft_names import Place
+
+
+def host_array(value: Any, where: str) -> np.ndarray:
+    """Returns an array as NumPy's; raises ManifestError for one that is traced, deleted or on other hosts."""
+    array_spec(value, where)
+    return on_host(value, where)
 
 
 def unstack(array: Any, place: Place, where: str) -> list[np.ndarray]:
     """Returns the part of each module of an array whose leading axes are the stacked ones."""
-    host = on_host(array, where)
+    host = host_array(array, where)
     return list(host.reshape(len(place.modules), *host.shape[place.depth :]))
 
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.core import Weight
-from subspace_jax.io._array import on_host
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
 from subspace_jax.io._peft_config import Settings, exact_pattern
 from subspace_jax.io._peft_layout import (
     factor_names,
     factor_shapes,
+    host_array,
     input_factor_from_torch,
     input_factor_to_torch,
     magnitude_shape,
@@ -29,7 +29,18 @@ from subspace_jax.io._peft_layout import (
     unstack,
 )
 from subspace_jax.io._peft_names import Place
-from subspace_jax.io._peft_tensors import check_role, check_shapes, per_leaf, same_of_all
+from subspace_jax.io._peft_tensors import (
+    ONE_SETTING,
+    Found,
+    check_original,
+    check_role,
+    check_shapes,
+    per_leaf,
+    require_parts,
+    same_of_all,
+    tensor_name,
+    whole_alpha,
+)
 from subspace_jax.weights import LowRank, Magnitude, NestedLowRank
 
 
@@ -51,7 +62,7 @@ def is_low_rank(weight: Any) -> bool:
 def pack_lora(
     weights: Mapping[str, Any], places: Mapping[str, Place], base: BaseArrays
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns the tensors of low-rank weights by name, without PEFT's prefix, and the settings that go with them.
+    """Returns the tensors of low-rank weights by name, and the settings that go with them.
 
     Raises:
       ManifestError: a weight has no equal in PEFT, or stands on another base than `base`.
@@ -62,7 +73,9 @@ def pack_lora(
     for path, weight in weights.items():
         place = places[path]
         check_role(weight, place)
-        inner = _plain(weight)
+        if isinstance(weight, Magnitude):
+            require_parts(path, weight, "magnitude")
+        inner = _plain(path, weight)
         _check_base(inner, path, base)
         a, b = _factors(inner, path)
         lengths: list[Any] = [None] * len(place.modules)
@@ -72,18 +85,17 @@ def pack_lora(
         for module, module_a, module_b, length in parts:
             ranks[module], scales[module] = module_a.shape[-1], inner.scale
             first, second = factor_names(place)
-            tensors[f"{module}.{first}"] = input_factor_to_torch(module_a, place)
-            tensors[f"{module}.{second}"] = output_factor_to_torch(module_b, place)
+            tensors[tensor_name(module, first)] = input_factor_to_torch(module_a, place)
+            tensors[tensor_name(module, second)] = output_factor_to_torch(module_b, place)
             if length is not None:
-                tensors[f"{module}.lora_magnitude_vector"] = magnitude_to_torch(length, place)
-    mend = "PEFT has one setting for all of a folder. Save them apart, or make them equal with dataclasses.replace."
+                tensors[tensor_name(module, "lora_magnitude_vector")] = magnitude_to_torch(length, place)
     kinds = {path: "DoRA" if isinstance(weight, Magnitude) else "LoRA" for path, weight in weights.items()}
-    dropouts = {path: _plain(weight).dropout for path, weight in weights.items()}
+    dropouts = {path: _plain(path, weight).dropout for path, weight in weights.items()}
     stabilized = all("rslora" in weight.method for weight in weights.values())
     return tensors, {
         "peft_type": "LORA",
-        "use_dora": same_of_all(kinds, "the form", mend) == "DoRA",
-        "lora_dropout": same_of_all(dropouts, "dropout", mend),
+        "use_dora": same_of_all(kinds, "the form", ONE_SETTING) == "DoRA",
+        "lora_dropout": same_of_all(dropouts, "dropout", ONE_SETTING),
         "init_lora_weights": True,
         **_ranks_and_alphas(ranks, scales, stabilized),
     }
@@ -94,8 +106,7 @@ def _ranks_and_alphas(ranks: Mapping[str, int], scales: Mapping[str, float], sta
     alphas = {}
     for module, scale in scales.items():
         alpha = scale * (math.sqrt(ranks[module]) if stabilized else ranks[module])
-        whole = round(alpha)
-        alphas[module] = whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
+        alphas[module] = whole_alpha(alpha)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
@@ -106,38 +117,30 @@ def _ranks_and_alphas(ranks: Mapping[str, int], scales: Mapping[str, float], sta
     }
 
 
-def _plain(weight: Any) -> LowRank:
+def _plain(path: str, weight: Any) -> LowRank:
     """The low-rank part of a weight that `is_low_rank`, gains multiplied in."""
     inner: Any = weight.direction if isinstance(weight, Magnitude) else weight
+    require_parts(path, inner, "base", "a", "b")
     return inner.plain() if isinstance(inner, NestedLowRank) else inner
 
 
 def _factors(weight: LowRank, path: str) -> tuple[np.ndarray, np.ndarray]:
     """The factors on the original weight: those of a residual base take the start away again, at twice the rank."""
-    a, b = on_host(weight.a, path), on_host(weight.b, path)
+    a, b = host_array(weight.a, path), host_array(weight.b, path)
     if weight.start_a is None or weight.start_b is None:
         return a, b
-    start_a, start_b = on_host(weight.start_a, path), on_host(weight.start_b, path)
+    start_a, start_b = host_array(weight.start_a, path), host_array(weight.start_b, path)
     return np.concatenate([a, start_a], axis=-1), np.concatenate([b, -start_b], axis=-2)
 
 
 def _check_base(weight: LowRank, path: str, base: BaseArrays) -> None:
     """Refuses a weight whose frozen part is not what PEFT will have under it."""
-    if isinstance(weight.base, Weight):
-        raise ManifestError(
-            f"{path}: stands on a {type(weight.base).__name__}, and PEFT puts adapters on the original array, so the "
-            "numbers would be others. merge() it and save the whole model, or use save_adapter."
-        )
-    if weight.start_a is None or weight.start_b is None:
-        if not base.holds(path, weight.base):
-            raise ManifestError(
-                f"{path}: stands on another array than base_params has there. Pass the parameters that adapt() was "
-                "given; a residual without its start (a checkpoint of another kind, say) has no form in PEFT."
-            )
+    if isinstance(weight.base, Weight) or weight.start_a is None or weight.start_b is None:
+        check_original(path, weight.base, base)
         return
     arrays = {"original": base.leaves[path], "residual": weight.base}
     matrices = {name: np.asarray(weight.role.matrix(array), np.float64) for name, array in arrays.items()}
-    a, b = (on_host(v, path).astype(np.float64) for v in (weight.start_a, weight.start_b))
+    a, b = (host_array(v, path).astype(np.float64) for v in (weight.start_a, weight.start_b))
     start = weight.scale * (a @ b)
     largest = max(float(np.abs(v).max(initial=0.0)) for v in (matrices["original"], start))
     coarsest = max(float(jnp.finfo(v.dtype).eps) for v in (*arrays.values(), weight.a))
@@ -151,7 +154,7 @@ def _check_base(weight: LowRank, path: str, base: BaseArrays) -> None:
 
 def unpack_lora(
     settings: Settings,
-    adapters: Mapping[str, Mapping[str, np.ndarray]],
+    found: Found,
     index: Mapping[tuple[str, str], tuple[Place, int]],
     base: BaseArrays,
 ) -> dict[str, Weight]:
@@ -160,7 +163,7 @@ def unpack_lora(
     Raises:
       ManifestError: tensors of a module are missing or misshapen, or layers of one stack differ in form.
     """
-    parts = {module: _part(settings, module, found, index[module, "weight"][0]) for module, found in adapters.items()}
+    parts = {module: _part(settings, module, own, index[module, "weight"][0]) for module, own in found.adapters.items()}
     stabilized, dropout = settings.flag("use_rslora"), settings.probability("lora_dropout")
     weights: dict[str, Weight] = {}
     for place, layers in per_leaf(parts, index).items():

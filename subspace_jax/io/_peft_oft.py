@@ -15,10 +15,18 @@ from subspace_jax.io._errors import ManifestError
 from subspace_jax.io._peft_config import Settings
 from subspace_jax.io._peft_layout import sizes, stack, unstack
 from subspace_jax.io._peft_names import Place
-from subspace_jax.io._peft_tensors import check_role, check_shapes, per_leaf, same_of_all
+from subspace_jax.io._peft_tensors import (
+    ONE_SETTING,
+    Found,
+    check_original,
+    check_role,
+    check_shapes,
+    per_leaf,
+    require_parts,
+    same_of_all,
+    tensor_name,
+)
 from subspace_jax.weights import Rotated
-
-_MEND = "PEFT has one setting for all of a folder. Save them apart."
 
 # PEFT's series has the terms of ours from four on; with fewer it is another one.
 _FEWEST_TERMS = 4
@@ -27,7 +35,7 @@ _FEWEST_TERMS = 4
 def pack_oft(
     weights: Mapping[str, Rotated], places: Mapping[str, Place], base: BaseArrays
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns the tensors of rotated weights by name, without PEFT's prefix, and the settings that go with them.
+    """Returns the tensors of rotated weights by name, and the settings that go with them.
 
     Raises:
       ManifestError: a weight has no equal in PEFT, or stands on another base than `base`.
@@ -35,15 +43,12 @@ def pack_oft(
     tensors: dict[str, np.ndarray] = {}
     for path, weight in weights.items():
         place = places[path]
+        require_parts(path, weight, "base", "skew_entries")
         check_role(weight, place)
         _check_kind(place)
         if weight.output_scale is not None:
             raise ManifestError(f"{path}: has a factor for every output, which PEFT's OFT has not. merge() it.")
-        if not base.holds(path, weight.base):
-            raise ManifestError(
-                f"{path}: stands on another array than base_params has there. Pass the parameters that adapt() was "
-                "given."
-            )
+        check_original(path, weight.base, base)
         if weight.terms is not None and weight.terms < _FEWEST_TERMS:
             raise ManifestError(
                 f"{path}: has terms={weight.terms}; PEFT's series is another one below {_FEWEST_TERMS}. merge() it."
@@ -51,16 +56,18 @@ def pack_oft(
         # The exact transform of PEFT is that of -Q, its series that of Q.
         sign = -1.0 if weight.terms is None else 1.0
         for module, entries in zip(place.modules, unstack(weight.skew_entries, place, path), strict=True):
-            tensors[f"{module}.oft_R.weight"] = (sign * entries).astype(entries.dtype)
-    terms = same_of_all({path: weight.terms for path, weight in weights.items()}, "terms", _MEND)
+            tensors[tensor_name(module, "oft_R.weight")] = (sign * entries).astype(entries.dtype)
+    terms = same_of_all({path: weight.terms for path, weight in weights.items()}, "terms", ONE_SETTING)
     # One block that is all there is may count as shared or not.
     shared = {path: weight.skew_entries.shape[-2] == 1 for path, weight in weights.items() if weight.blocks > 1}
     return tensors, {
         "peft_type": "OFT",
         "r": 0,
         "oft_block_size": _block_size({path: (sizes(places[path])[0], w.block_size) for path, w in weights.items()}),
-        "block_share": same_of_all(shared, "shared blocks:", _MEND) if shared else False,
-        "module_dropout": same_of_all({path: weight.dropout for path, weight in weights.items()}, "dropout", _MEND),
+        "block_share": same_of_all(shared, "shared blocks:", ONE_SETTING) if shared else False,
+        "module_dropout": same_of_all(
+            {path: weight.dropout for path, weight in weights.items()}, "dropout", ONE_SETTING
+        ),
         "use_cayley_neumann": terms is not None,
         "num_cayley_neumann_terms": 5 if terms is None else terms,
         "coft": False,
@@ -74,7 +81,7 @@ def _block_size(wanted: Mapping[str, tuple[int, int]]) -> int:
     for size in range(1, max(inputs for inputs, _ in wanted.values()) + 1):
         if all(_moved(size, inputs) == block for inputs, block in wanted.values()):
             return size
-    same_of_all({path: block for path, (_, block) in wanted.items()}, "block size", _MEND)
+    same_of_all({path: block for path, (_, block) in wanted.items()}, "block size", ONE_SETTING)
     path, (inputs, block) = next(iter(wanted.items()))
     raise ManifestError(f"{path}: PEFT makes no blocks of {block} for {inputs} inputs. merge() it.")
 
@@ -87,7 +94,7 @@ def _moved(size: int, inputs: int) -> int:
 
 def unpack_oft(
     settings: Settings,
-    adapters: Mapping[str, Mapping[str, np.ndarray]],
+    found: Found,
     index: Mapping[tuple[str, str], tuple[Place, int]],
     base: BaseArrays,
 ) -> dict[str, Weight]:
@@ -98,7 +105,7 @@ def unpack_oft(
     """
     terms = _terms(settings)
     shared = settings.flag("block_share")
-    parts = {module: found["entries"] for module, found in adapters.items()}
+    parts = {module: own["entries"] for module, own in found.adapters.items()}
     weights: dict[str, Weight] = {}
     for place, layers in per_leaf(parts, index).items():
         _check_kind(place)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
 from subspace_jax.core import Weight, nearest
+from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError, listing
 from subspace_jax.io._peft_names import Place
 
@@ -33,6 +35,11 @@ _ENDINGS: dict[str, dict[str, str]] = {
     },
 }
 
+# What PEFT's model has once, not in every module.
+SHARED = {"RANDLORA": {"base_model.randlora_A": "basis_a", "base_model.randlora_B": "basis_b"}}
+
+ONE_SETTING = "PEFT has one setting for all of a folder. Save them apart, or make them equal with dataclasses.replace."
+
 T = TypeVar("T")
 
 
@@ -42,13 +49,20 @@ class Found:
 
     Attributes:
       adapters: parts of each module's adapter, by the module's name.
+      shared: parts that all of them have in common.
       whole: arrays that stand in the file themselves, by module and tensor.
       base: arrays of the base model that came along.
     """
 
     adapters: dict[str, dict[str, np.ndarray]]
+    shared: dict[str, np.ndarray]
     whole: dict[tuple[str, str], np.ndarray]
     base: dict[tuple[str, str], np.ndarray]
+
+
+def tensor_name(module: str, ending: str) -> str:
+    """Returns what a tensor of a module is called in the file."""
+    return f"{PREFIX}{module}.{ending}"
 
 
 def index_places(places: Iterable[Place]) -> dict[tuple[str, str], tuple[Place, int]]:
@@ -67,10 +81,13 @@ def sort_tensors(tensors: Mapping[str, np.ndarray], method: str, index: Mapping[
     Raises:
       ManifestError: names every tensor that has no place in the tree, or that holds no floating-point numbers.
     """
-    found = Found({}, {}, {})
+    found = Found({}, {}, {}, {})
     unknown = []
     known = sorted(f"{module}.{tensor}" for module, tensor in index)
     for name, tensor in tensors.items():
+        if name in SHARED.get(method, {}):
+            found.shared[SHARED[method][name]] = tensor
+            continue
         if not name.startswith(PREFIX):
             unknown.append(f"{name!r}, which does not begin with {PREFIX!r}")
             continue
@@ -157,6 +174,36 @@ def same_of_all(values: Mapping[str, T], what: str, mend: str) -> T:
         if values[name] != values[names[0]]:
             raise ManifestError(f"{names[0]!r} has {what} {values[names[0]]} and {name!r} has {values[name]}; {mend}")
     return values[names[0]]
+
+
+def whole_alpha(alpha: float) -> float:
+    """Returns an alpha as an integer where it is one but for rounding, as configs have it."""
+    whole = round(alpha)
+    return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
+
+
+def require_parts(path: str, weight: Weight, *names: str) -> None:
+    """Raises ManifestError unless a weight holds these of its fields."""
+    absent = [name for name in names if getattr(weight, name) is None]
+    if absent:
+        raise ManifestError(
+            f"{path}: {', '.join(absent)} of the {type(weight).__name__} are missing. combine() the two trees of "
+            "partition() first."
+        )
+
+
+def check_original(path: str, array: Any, base: BaseArrays) -> None:
+    """Raises ManifestError unless the frozen part of a weight is the array that PEFT will have there."""
+    if isinstance(array, Weight):
+        raise ManifestError(
+            f"{path}: stands on a {type(array).__name__}, and PEFT puts adapters on the original array, so the numbers "
+            "would be others. merge() it and save the whole model, or use save_adapter."
+        )
+    if not base.holds(path, array):
+        raise ManifestError(
+            f"{path}: stands on another array than base_params has there. Pass the parameters that adapt() was given; "
+            "a residual whose start is not kept has no form in PEFT."
+        )
 
 
 def check_role(weight: Weight, place: Place) -> None:

@@ -78,7 +78,7 @@ def refresh_due(step: jax.Array | int, every: int) -> Any:
       >>> [n for n in range(1, 13) if refresh_due(n, 5)]
       [4, 9]
     """
-    return step % every == 0
+    return (step + 1) % every == 0
 
 
 @dataclasses.dataclass(frozen=True)

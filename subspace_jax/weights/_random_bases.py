@@ -146,7 +146,7 @@ class RandomBases(Weight):
         return base + (use.apply(kept, self.update(use.dtype)) if formed else self._factored(kept, use))
 
     def _factored(self, x: jax.Array, use: Use) -> jax.Array:
-        """The operation on the bases, one after the other; nothing but operands is kept for the backward pass."""
+        """The operation on the bases, one after the other; the backward pass keeps no scaled copies."""
 
         def run(weight: RandomBases, x: jax.Array) -> jax.Array:
             if not weight.role.stack_axes:
@@ -156,7 +156,8 @@ class RandomBases(Weight):
             return use.apply(x, weight.update(use.dtype)) if y is None else y
 
         # The scaled copies are as large as a square kernel: made again from the scales, at no product's cost.
-        return jax.checkpoint(run)(dataclasses.replace(self, dropout_key=None), x)
+        again = jax.checkpoint(run, policy=jax.checkpoint_policies.dots_saveable)
+        return again(dataclasses.replace(self, dropout_key=None), x)
 
     def multiply(self, rows: jax.Array, use: Use, transposed: bool = False) -> jax.Array:
         """Returns rows `[*stack, n, in]` times the scaled sum over bases (transposed: rows `[*stack, n, out]`)."""

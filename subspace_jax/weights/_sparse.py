@@ -57,6 +57,11 @@ class SparseDelta(Weight):
         return self.base.shape
 
     @property
+    def formed(self) -> bool:
+        """True for vectors: biases and scales cost nothing to form, and are added rather than multiplied."""
+        return self.ndim - len(self.role.stack_axes) <= 1
+
+    @property
     def count(self) -> int:
         r"""\(k\), the number of slots of one layer."""
         return self.indices.shape[-1]

@@ -37,7 +37,7 @@ def adapted(side, params, rules, **options):
     return pb.moved(sj.adapt(params, rules, key=jax.random.key(0), roles=side.roles(params), **options))
 
 
-STACKED = ("lora", "dora(pissa)", "ranks", "oft")
+STACKED = ("lora", "dora(pissa)", "ranks", "oft", "randlora")
 OURS = {
     "lora": {KERNELS: sj.lora(4, alpha=7)},
     "rslora": {KERNELS: sj.lora(4, alpha=7, rank_stabilized=True)},
@@ -54,6 +54,8 @@ OURS = {
     "oft": {KERNELS: sj.oft(8)},
     "oft series": {KERNELS: sj.oft(8, terms=5)},
     "oft shared": {KERNELS: sj.oft(8, share_blocks=True, terms=4)},
+    "randlora": {"**/{query,fc1,fc2}/kernel": sj.randlora(5, pairing="peft")},
+    "randlora of one shape": {"**/query/kernel": sj.randlora(4, pairing="peft", scaling="peft", basis="sparse")},
     "oft sizes": {"**/query/kernel": sj.oft(32), "**/fc2/kernel": sj.oft(64)},
 }
 
@@ -147,13 +149,15 @@ THEIRS = {
     "oft count": lambda: peft.OFTConfig(r=5, oft_block_size=0, target_modules=[*Q, "dense"]),
     "oft moved size": lambda: peft.OFTConfig(oft_block_size=7, target_modules=[*Q, "dense"]),
     "oft shared": lambda: peft.OFTConfig(oft_block_size=8, target_modules=Q, block_share=True, bias="oft_only"),
+    "randlora": lambda: peft.RandLoraConfig(r=5, randlora_alpha=50, target_modules=[*Q, "dense"]),
+    "randlora biases": lambda: peft.RandLoraConfig(r=4, target_modules=Q, very_sparse=True, bias="randlora_only"),
     "coft": lambda: peft.OFTConfig(oft_block_size=8, target_modules=Q, coft=True, eps=0.5),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "scan_layers"),
-    [*((n, False) for n in THEIRS), *((n, True) for n in ("dora", "biases", "saved", "oft shared"))],
+    [*((n, False) for n in THEIRS), *((n, True) for n in ("dora", "biases", "saved", "oft shared", "randlora"))],
 )
 def test_what_peft_writes_is_loaded(name, scan_layers, tmp_path):
     side = pb.Bert(scan_layers)
@@ -188,6 +192,15 @@ def test_converted_pissa(rslora, tmp_path):
     assert_close(side.logits(tree), expected, side.torch_logits(side.make()))
     with pytest.raises(AdapterFileError, match=r"init_lora_weights='pissa'.*path_initial_model"):
         load_peft(tmp_path / "raw", side.params(), side.names)
+
+
+def test_randlora_without_its_bases(tmp_path):
+    side = pb.Bert()
+    with pb.quiet():
+        config = peft.RandLoraConfig(r=4, target_modules=Q, save_projection=False)
+        peft.get_peft_model(side.make(), config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"has not both random bases.*save_projection=True"):
+        load_peft(tmp_path, side.params(), side.names)
 
 
 def test_same_tensors_as_peft_itself(tmp_path):

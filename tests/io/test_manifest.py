@@ -302,7 +302,7 @@ def test_arrays_that_hold_something_else_are_kept(assert_same_bits):
 
 def test_a_traced_array_is_refused_by_path():
     tree = with_shared_bases()["a"]
-    with pytest.raises(ManifestError, match="a/basis_.: is traced"):
+    with pytest.raises(ManifestError, match=r"a/basis_.: is traced"):
         jax.jit(lambda basis: describe({"a": dataclasses.replace(tree, basis_a=basis)})[1])(tree.basis_a)
 
 

@@ -129,6 +129,16 @@ def test_values_that_are_not_active_stay_in_use_and_get_no_gradient():
         assert jax.grad(function)(trainable)["w"].values.tolist() == [2.0, 0.0, 2.0]
 
 
+def test_biases_are_served_by_the_same_weight():
+    bias = sparse((5,), Role("bias"), [1, 4], [3.0, -2.0])
+    trainable, frozen = sj.partition({"bias": bias})
+    apply = sj.with_adapters(lambda p, x: jnp.sin(x + p["bias"]).sum())
+    x = jax.random.normal(jax.random.key(0), (4, 5))
+    found = jax.grad(lambda t: apply(sj.combine(t, frozen), x))(trainable)["bias"].values
+    expected = np.cos(np.asarray(x) + np.asarray(bias.materialize())).sum(0)[[1, 4]]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def layers(count, size, stacked):
     """Square layers of which a few entries learn, and the model that applies them."""
     kernels = jax.random.normal(jax.random.key(0), (count, size, size)) / np.sqrt(size)

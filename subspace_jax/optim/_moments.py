@@ -1,0 +1,94 @@
+"""What becomes of an optimiser's moments when the subspace changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.core import Role
+from subspace_jax.linalg import Mode
+from subspace_jax.optim._bases import Place
+from subspace_jax.optim._project import project_orthogonal
+
+FIRST_MOMENTS = ("mu", "trace", "momentum", "m")
+SECOND_MOMENTS = ("nu", "v", "nu_max")
+
+
+def project_momentum(
+    state: Any, basis: Any, mode: Mode = "remove", side: Place = "in", *, roles: Mapping[str, Role] | None = None
+) -> Any:
+    """Returns an optimiser state whose first moments are projected, to be called when the basis changes.
+
+    Second moments are scales, not directions, and stay.
+
+    Args:
+      state: any optax state; fields called `mu`, `trace`, `momentum` or `m` are first moments.
+      basis: as for `project_orthogonal`.
+      mode: as for `project_orthogonal`.
+      side: as for `project_orthogonal`.
+      roles: as for `project_orthogonal`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, subspace_jax as sj
+      >>> state = optax.trace(0.9).init({"w": jnp.ones((3, 2))})._replace(trace={"w": jnp.ones((3, 2))})
+      >>> sj.project_momentum(state, {"w": jnp.eye(3)[:, :1]}).trace["w"].tolist()
+      [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    projection = project_orthogonal(basis, mode, side, roles=roles)
+
+    def moments(tree: Any) -> Any:
+        return projection.update(tree, projection.init(tree))[0]
+
+    return map_moments(state, dict.fromkeys(FIRST_MOMENTS, moments))
+
+
+def reset_moments(state: Any) -> Any:
+    """Returns an optimiser state whose moments start again.
+
+    First and second moments become zero, and so does the count beside them that corrects their bias: with the old
+    count Adam's next step would be 3 times its usual size. Counts of schedules and everything else stay.
+
+    Args:
+      state: any optax state; moments are the fields called `mu`, `trace`, `momentum`, `m`, `nu`, `v` and `nu_max`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, subspace_jax as sj
+      >>> state = optax.scale_by_adam().init({"w": jnp.ones(2)})
+      >>> sj.reset_moments(state._replace(nu={"w": jnp.ones(2)})).nu["w"].tolist()
+      [0.0, 0.0]
+    """
+
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, tree)
+
+    return map_moments(state, dict.fromkeys((*FIRST_MOMENTS, *SECOND_MOMENTS, "count"), zeros))
+
+
+def map_moments(state: Any, functions: Mapping[str, Callable[[Any], Any]]) -> Any:
+    """Maps what the fields of named tuples with moments hold.
+
+    Args:
+      state: any optax state.
+      functions: what to map a field of this name with; only named tuples with a moment among their fields count.
+    """
+    moments = {*FIRST_MOMENTS, *SECOND_MOMENTS}
+
+    def has_moments(value: Any) -> bool:
+        return not moments.isdisjoint(getattr(value, "_fields", ()))
+
+    def one(node: Any) -> Any:
+        if not has_moments(node):
+            return node
+        fields = {}
+        for name, value in zip(node._fields, node, strict=True):
+            mapped = functions.get(name)
+            if mapped is None:
+                fields[name] = value if name in moments else map_moments(value, functions)
+            else:
+                fields[name] = mapped(value)
+        return type(node)(**fields)
+
+    return jax.tree.map(one, state, is_leaf=has_moments)
