@@ -107,18 +107,28 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def best_rates(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Returns a table of the learning rate with the best mean accuracy of every method."""
-    table = [["method", "adapter values", "learning rate", "test accuracy %", "loss of steps 20-30"]]
+def best_runs(
+    runs: Sequence[Mapping[str, Any]], key: str, *, smallest: bool = False
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Returns every method's runs at the learning rate whose mean of `key` over seeds is best."""
+    best: dict[str, list[Mapping[str, Any]]] = {}
     for method in dict.fromkeys(r["method"] for r in runs):
         by_rate: dict[float, list[Mapping[str, Any]]] = {}
         for r in runs:
             if r["method"] == method:
                 by_rate.setdefault(r["learning_rate"], []).append(r)
-        rate, best = max(by_rate.items(), key=lambda item: mean_and_spread([r["accuracy"] for r in item[1]])[0])
+        choose = min if smallest else max
+        best[method] = choose(by_rate.values(), key=lambda found: mean_and_spread([r[key] for r in found])[0])
+    return best
+
+
+def best_rates(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns a table of the learning rate with the best mean accuracy of every method."""
+    table = [["method", "adapter values", "learning rate", "test accuracy %", "loss of steps 20-30"]]
+    for method, best in best_runs(runs, "accuracy").items():
         table.append(
             [
-                *(method, f"{best[0]['adapter_values']:,}", f"{rate:g}"),
+                *(method, f"{best[0]['adapter_values']:,}", f"{best[0]['learning_rate']:g}"),
                 with_spread([r["accuracy"] for r in best]),
                 with_spread([r["early_loss"] for r in best], 2, 1.0),
             ]

@@ -29,7 +29,7 @@ import optax
 import subspace_jax as sj
 from experiments import _digits
 from experiments._experiment import Context, Experiment
-from experiments._results import mean_and_spread, with_spread
+from experiments._results import best_runs, with_spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,21 +151,9 @@ def _accuracy(adapted: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean(_digits.apply(adapted, x).argmax(-1) == y)
 
 
-def best_runs(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Returns every method's runs at the rate of its best mean area under the log curve."""
-    best = {}
-    for method in dict.fromkeys(r["method"] for r in results["runs"]):
-        by_rate: dict[float, list[Mapping[str, Any]]] = {}
-        for r in results["runs"]:
-            if r["method"] == method:
-                by_rate.setdefault(r["learning_rate"], []).append(r)
-        best[method] = max(by_rate.values(), key=lambda found: mean_and_spread([r["aurac_log"] for r in found])[0])
-    return best
-
-
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
     """Returns accuracy at every rank and both areas, in percent."""
-    best = best_runs(results)
+    best = best_runs(results["runs"], "aurac_log")
     ranks = next(iter(best.values()))[0]["ranks"]
     table = [["method", "rate", *(f"r = {r}" for r in ranks), "AURAC (log)", "AURAC"]]
     for method, found in best.items():
@@ -180,7 +168,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for method, found in best_runs(results).items():
+    for method, found in best_runs(results["runs"], "aurac_log").items():
         scores = 100 * np.asarray([r["accuracies"] for r in found])
         axes.errorbar(found[0]["ranks"], scores.mean(0), scores.std(0, ddof=1), marker="o", capsize=3, label=method)
     axes.set(xlabel="rank in use", ylabel="test accuracy %", xscale="log", title="One adapter used at every rank")

@@ -24,7 +24,7 @@ import optax
 
 import subspace_jax as sj
 from experiments._experiment import Context, Experiment
-from experiments._results import mean_and_spread
+from experiments._results import best_runs, mean_and_spread
 from experiments._training import Trainer
 
 
@@ -106,12 +106,8 @@ def _batch(teacher: np.ndarray, inputs: int, size: int, generator: np.random.Gen
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
     """Returns the best rate of each method."""
     table = [["method", "trainable", "learning rate", "test error / start", "largest change of a singular value"]]
-    for method in dict.fromkeys(r["method"] for r in results["runs"]):
-        by_rate: dict[float, list[Mapping[str, Any]]] = {}
-        for r in results["runs"]:
-            if r["method"] == method:
-                by_rate.setdefault(r["learning_rate"], []).append(r)
-        rate, best = min(by_rate.items(), key=lambda item: mean_and_spread([r["relative_error"] for r in item[1]])[0])
+    for method, best in best_runs(results["runs"], "relative_error", smallest=True).items():
+        rate = best[0]["learning_rate"]
         error, spread = mean_and_spread([r["relative_error"] for r in best])
         change = max(r["singular_value_change"] for r in best)
         table.append([method, str(best[0]["trainable"]), f"{rate:g}", f"{error:.2g} ± {spread:.1g}", f"{change:.1g}"])

@@ -25,7 +25,7 @@ import optax
 import subspace_jax as sj
 from experiments import _digits
 from experiments._experiment import Context, Experiment
-from experiments._results import mean_and_spread
+from experiments._results import best_runs, mean_and_spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,16 +152,11 @@ def run(config: SsfConfig, context: Context) -> dict[str, Any]:
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
     """Returns the best rate of each arm."""
     table = [["method", "trainable", "rate", "test error / start", "folded logits differ by"]]
-    for method in dict.fromkeys(r["method"] for r in results["runs"]):
-        by_rate: dict[float, list[Mapping[str, Any]]] = {}
-        for r in results["runs"]:
-            if r["method"] == method:
-                by_rate.setdefault(r["learning_rate"], []).append(r)
-        rate, best = min(by_rate.items(), key=lambda item: mean_and_spread([r["error"] for r in item[1]])[0])
+    for method, best in best_runs(results["runs"], "error", smallest=True).items():
         mean, spread = mean_and_spread([r["error"] for r in best])
         largest = max(r["folded_difference"] for r in best)
         cells = (f"{mean:.4f} ± {spread:.4f}", f"{largest:.1g}")
-        table.append([method, f"{best[0]['trainable']:,}", f"{rate:g}", *cells])
+        table.append([method, f"{best[0]['trainable']:,}", f"{best[0]['learning_rate']:g}", *cells])
     return table
 
 

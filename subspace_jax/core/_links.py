@@ -47,6 +47,8 @@ def _filled(path: str, weight: Weight, weights: Mapping[str, Weight]) -> Weight:
     inner = {n: _filled(path, v, weights) for n, v in weight.data_items() if isinstance(v, Weight)}
     linked = {}
     for field, owner, source in weight.links:
+        if getattr(weight, field) is not None:  # filled in before, and perhaps taken out of its tree
+            continue
         # Inside a larger tree ({"params": ...}) paths are longer; of two adapted trees, the reader's own counts.
         found = [(p, w) for p, w in weights.items() if p == owner or p.endswith(f"/{owner}")]
         found.sort(key=lambda item: _common(item[0], path))

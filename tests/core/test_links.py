@@ -116,6 +116,12 @@ def test_a_part_of_the_tree_is_refused_by_name():
         resolve_links({"b": tree["b"]})
 
 
+def test_a_weight_that_was_filled_in_stands_alone():
+    tree = resolve_links(with_factor(adapted(), 2.0))
+    assert tree["b"].links
+    np.testing.assert_allclose(sj.merge({"b": tree["b"]})["b"], 2 * PARAMS["b"], rtol=1e-6)
+
+
 def test_trees_without_links_come_back_as_they_are():
     tree = sj.adapt(PARAMS, {"*": sj.lora(2)}, key=jax.random.key(0))
     assert all(one is other for one, other in zip(resolve_links(tree).values(), tree.values(), strict=True))
