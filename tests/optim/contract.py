@@ -98,8 +98,8 @@ def rest(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(v, np.float64) for name, v in found.items()}
 
 
-def adam_sgd(learning_rate):
-    """Without momentum, so that it can come to rest."""
+def adam(learning_rate):
+    """With a short memory, so that it comes to rest within a test."""
     return optax.chain(optax.scale_by_adam(0.5, 0.9), optax.scale_by_learning_rate(learning_rate))
 
 
@@ -116,10 +116,10 @@ def projection(**options):
 
 CASES = (
     Case("project_before_sgd", lambda rate: optax.chain(projection(), optax.sgd(rate, 0.5)), "complement"),
-    Case("project_before_adam", lambda rate: optax.chain(projection(), adam_sgd(rate)), None),
-    Case("project_after_adam", lambda rate: optax.chain(adam_sgd(rate), projection()), "complement", converges=False),
+    Case("project_before_adam", lambda rate: optax.chain(projection(), adam(rate)), None),
+    Case("project_after_adam", lambda rate: optax.chain(adam(rate), projection()), "complement", converges=False),
     Case("keep_after_sgd", lambda rate: optax.chain(optax.sgd(rate), projection(mode="keep")), "subspace"),
-    Case("sandwich", lambda rate: sj.sandwich(adam_sgd(rate), bases(), roles=ROLES), "complement"),
+    Case("sandwich", lambda rate: sj.sandwich(adam(rate), bases(), roles=ROLES), "complement"),
     Case("in_subspace", lambda rate: coordinates(rate, basis=bases()), "subspace"),
     Case("in_subspace_refreshed", lambda rate: coordinates(rate, rank=4, every=5, moments="transport")),
     Case("galore_longer_side", lambda rate: sj.galore(rate, 4, every=7, side="longer", scale=1.0, roles=ROLES)),
@@ -134,7 +134,7 @@ CASES = (
     Case(
         "alternating",
         lambda rate: sj.alternating(
-            adam_sgd(rate), optax.adam(1e-3), cutoff_step=10**6, coefficient_steps=2, location_steps=1
+            adam(rate), optax.adam(1e-3), cutoff_step=10**6, coefficient_steps=2, location_steps=1
         ),
     ),
 )
