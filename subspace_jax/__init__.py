@@ -54,25 +54,27 @@ from subspace_jax.core import with_dropout as with_dropout
 from subspace_jax.io import Checkpointer as Checkpointer
 from subspace_jax.io import latest_step as latest_step
 from subspace_jax.io import load_adapter as load_adapter
+from subspace_jax.io import load_peft as load_peft
 from subspace_jax.io import restore_checkpoint as restore_checkpoint
 from subspace_jax.io import save_adapter as save_adapter
 from subspace_jax.io import save_checkpoint as save_checkpoint
+from subspace_jax.io import save_peft as save_peft
 from subspace_jax.metrics import aurac as aurac
+from subspace_jax.optim import alternating as alternating
 from subspace_jax.optim import galore as galore
 from subspace_jax.optim import in_complement as in_complement
 from subspace_jax.optim import in_subspace as in_subspace
+from subspace_jax.optim import lift_adam as lift_adam
+from subspace_jax.optim import normalize_terms as normalize_terms
 from subspace_jax.optim import project_momentum as project_momentum
 from subspace_jax.optim import project_orthogonal as project_orthogonal
+from subspace_jax.optim import prune_terms as prune_terms
+from subspace_jax.optim import refresh_due as refresh_due
 from subspace_jax.optim import replace_basis as replace_basis
+from subspace_jax.optim import reselect_principal as reselect_principal
 from subspace_jax.optim import reset_moments as reset_moments
 from subspace_jax.optim import sandwich as sandwich
-from subspace_jax.optimizers import alternating as alternating
-from subspace_jax.optimizers import lift_adam as lift_adam
-from subspace_jax.optimizers import normalize_terms as normalize_terms
-from subspace_jax.optimizers import prune_terms as prune_terms
-from subspace_jax.optimizers import refresh_due as refresh_due
-from subspace_jax.optimizers import reselect_principal as reselect_principal
-from subspace_jax.optimizers import scale_by_lift_adam as scale_by_lift_adam
+from subspace_jax.optim import scale_by_lift_adam as scale_by_lift_adam
 from subspace_jax.weights import Coupling as Coupling
 from subspace_jax.weights import co_permute as co_permute
 from subspace_jax.weights import coupled_order as coupled_order
@@ -119,6 +121,7 @@ __all__ = [
     "lift",
     "lift_adam",
     "load_adapter",
+    "load_peft",
     "loca",
     "loldu",
     "lora",
@@ -148,6 +151,7 @@ __all__ = [
     "sandwich",
     "save_adapter",
     "save_checkpoint",
+    "save_peft",
     "scale_by_lift_adam",
     "scale_by_optimal_core",
     "select_units",

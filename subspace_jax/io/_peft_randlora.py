@@ -159,8 +159,8 @@ def _read_bases(found: Found, rank: int) -> tuple[np.ndarray, np.ndarray]:
     a, b = one["basis_a"], one["basis_b"]
     if a is None or b is None:
         raise ManifestError(
-            f"module {first!r}: the file has not both random bases, which only PyTorch's generator would give again. Write "
-            "it in PEFT with save_projection=True."
+            f"module {first!r}: the file has not both random bases, which only PyTorch's generator would give again. "
+            "Write it in PEFT with save_projection=True."
         )
     for module, own in found.adapters.items():
         if any(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -70,7 +70,9 @@ def index_places(places: Iterable[Place]) -> dict[tuple[str, str], tuple[Place, 
     return {(module, one.tensor): (one, i) for one in places for i, module in enumerate(one.modules)}
 
 
-def sort_tensors(tensors: Mapping[str, np.ndarray], method: str, index: Mapping[tuple[str, str], Any]) -> Found:
+def sort_tensors(
+    tensors: Mapping[str, np.ndarray], method: str, index: Mapping[tuple[str, str], tuple[Place, int]]
+) -> Found:
     """Returns the tensors of a file by module.
 
     Args:
@@ -91,17 +93,17 @@ def sort_tensors(tensors: Mapping[str, np.ndarray], method: str, index: Mapping[
         if not name.startswith(PREFIX):
             unknown.append(f"{name!r}, which does not begin with {PREFIX!r}")
             continue
-        module, part = _split(name.removeprefix(PREFIX), method)
-        if part is not None and (module, "weight") in index:
-            found.adapters.setdefault(module, {})[part] = tensor
+        target = _target(name.removeprefix(PREFIX), method, index)
+        if target is None:
+            unknown.append(f"{name!r}; nearest of the tree are {nearest(name.removeprefix(PREFIX), known)}")
             continue
-        if part is None:
-            module, _, last = module.rpartition(".")
-            key = (module.removesuffix(_BASE), last)
-            if key in index:
-                (found.base if module.endswith(_BASE) and last == "weight" else found.whole)[key] = tensor
-                continue
-        unknown.append(f"{name!r}; nearest of the tree are {nearest(name.removeprefix(PREFIX), known)}")
+        into: Any = getattr(found, target.group)
+        if target.group == "adapters":
+            into = into.setdefault(target.module, {})
+        key = target.part if target.group == "adapters" else (target.module, target.part)
+        if key in into:
+            unknown.append(f"{name!r}, where another tensor has its place")
+        into[key] = tensor
     if unknown:
         raise ManifestError(
             f"these tensors have no place in the tree by the NameMap:{listing(unknown)}\nCorrect the map, or the tree; "
@@ -111,12 +113,31 @@ def sort_tensors(tensors: Mapping[str, np.ndarray], method: str, index: Mapping[
     return found
 
 
-def _split(name: str, method: str) -> tuple[str, str | None]:
-    """The module of an adapter's tensor and what it holds there; None for a tensor that is no adapter's."""
+class _Target(NamedTuple):
+    """Where a tensor goes: the field of `Found`, the module, and the part of its adapter or the name of its array."""
+
+    group: str
+    module: str
+    part: str
+
+
+def _target(name: str, method: str, index: Mapping[tuple[str, str], tuple[Place, int]]) -> _Target | None:
+    """Where a tensor goes by its name without PEFT's prefix; None if nowhere."""
     for ending, part in _ENDINGS[method].items():
-        if name.endswith(f".{ending}"):
-            return name.removesuffix(f".{ending}"), part
-    return name, None
+        if not name.endswith(f".{ending}"):
+            continue
+        module = name.removesuffix(f".{ending}")
+        if (module, "weight") not in index:
+            return None
+        kind = index[module, "weight"][0].rule.kind
+        if part in ("a", "b") and (kind == "embedding") != ending.startswith("lora_embedding"):
+            return None
+        return _Target("adapters", module, part)
+    module, _, last = name.rpartition(".")
+    plain = module.removesuffix(_BASE)
+    if (plain, last) not in index:
+        return None
+    return _Target("base" if module.endswith(_BASE) and last == "weight" else "whole", plain, last)
 
 
 def _check_floating(tensors: Mapping[str, np.ndarray]) -> None:

@@ -1,9 +1,17 @@
 """Gradient transformations for optax that know subspaces and stand-in weights."""
 
+from subspace_jax.optim._alternating import AlternatingState as AlternatingState
+from subspace_jax.optim._alternating import alternating as alternating
 from subspace_jax.optim._galore import galore as galore
 from subspace_jax.optim._in_subspace import InSubspaceState as InSubspaceState
 from subspace_jax.optim._in_subspace import in_complement as in_complement
 from subspace_jax.optim._in_subspace import in_subspace as in_subspace
+from subspace_jax.optim._kronecker_terms import normalize_terms as normalize_terms
+from subspace_jax.optim._kronecker_terms import prune_terms as prune_terms
+from subspace_jax.optim._lift_adam import EpsMode as EpsMode
+from subspace_jax.optim._lift_adam import ScaleByLiftAdamState as ScaleByLiftAdamState
+from subspace_jax.optim._lift_adam import lift_adam as lift_adam
+from subspace_jax.optim._lift_adam import scale_by_lift_adam as scale_by_lift_adam
 from subspace_jax.optim._matrices import Matrices as Matrices
 from subspace_jax.optim._matrices import map_matrices as map_matrices
 from subspace_jax.optim._matrices import views as views
@@ -13,19 +21,31 @@ from subspace_jax.optim._project import ProjectState as ProjectState
 from subspace_jax.optim._project import project_orthogonal as project_orthogonal
 from subspace_jax.optim._project import replace_basis as replace_basis
 from subspace_jax.optim._project import sandwich as sandwich
+from subspace_jax.optim._reselect import refresh_due as refresh_due
+from subspace_jax.optim._reselect import reselect_principal as reselect_principal
 
 __all__ = [
+    "AlternatingState",
+    "EpsMode",
     "InSubspaceState",
     "Matrices",
     "ProjectState",
+    "ScaleByLiftAdamState",
+    "alternating",
     "galore",
     "in_complement",
     "in_subspace",
+    "lift_adam",
     "map_matrices",
+    "normalize_terms",
     "project_momentum",
     "project_orthogonal",
+    "prune_terms",
+    "refresh_due",
     "replace_basis",
+    "reselect_principal",
     "reset_moments",
     "sandwich",
+    "scale_by_lift_adam",
     "views",
 ]

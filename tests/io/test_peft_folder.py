@@ -253,6 +253,9 @@ class TestRefusing:
             PREFIX + "out.oft_R.weight",
             PREFIX + "conv.bias",
             PREFIX + "lora_A.weight",
+            PREFIX + "out.lora_embedding_A",
+            PREFIX + "table.lora_A.weight",
+            PREFIX + "out.oft_embedding_R.weight",
             "model.net.out.lora_A.weight",
             "lora_A.weight",
         ],
@@ -260,6 +263,10 @@ class TestRefusing:
     def test_unknown_tensors(self, params, tmp_path, name):
         folder = write(tmp_path / "x", {**lora_pair("out"), name: normal(2, 8), PREFIX + "other": normal(2)})
         refused(params, folder, rf"(?s)no place in the tree(?=.*'{name}')(?=.*'{PREFIX}other')")
+
+    def test_two_tensors_of_one_place(self, params, tmp_path):
+        tensors = {**lora_pair("out"), PREFIX + "out.base_layer.bias": normal(6), PREFIX + "out.bias": normal(6)}
+        refused(params, write(tmp_path / "x", tensors), "out.bias', where another tensor has its place")
 
     def test_a_missing_factor(self, params, tmp_path):
         tensors = lora_pair("out")
