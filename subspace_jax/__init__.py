@@ -23,6 +23,10 @@ from subspace_jax.adapters import lora_sb as lora_sb
 from subspace_jax.adapters import lora_xs as lora_xs
 from subspace_jax.adapters import matryoshka as matryoshka
 from subspace_jax.adapters import oft as oft
+from subspace_jax.adapters import osf as osf
+from subspace_jax.adapters import osf_importance as osf_importance
+from subspace_jax.adapters import osf_ranks as osf_ranks
+from subspace_jax.adapters import osf_schedule as osf_schedule
 from subspace_jax.adapters import pissa as pissa
 from subspace_jax.adapters import qpissa as qpissa
 from subspace_jax.adapters import randlora as randlora
@@ -35,6 +39,12 @@ from subspace_jax.adapters import svfit as svfit
 from subspace_jax.adapters import to_kronecker as to_kronecker
 from subspace_jax.adapters import to_lora as to_lora
 from subspace_jax.adapters import truncate_rank as truncate_rank
+from subspace_jax.continual import conv_patches as conv_patches
+from subspace_jax.continual import finish_task as finish_task
+from subspace_jax.continual import gpm_memory as gpm_memory
+from subspace_jax.continual import gpm_update as gpm_update
+from subspace_jax.continual import o_lora as o_lora
+from subspace_jax.continual import o_lora_penalty as o_lora_penalty
 from subspace_jax.core import Method as Method
 from subspace_jax.core import Role as Role
 from subspace_jax.core import Weight as Weight
@@ -66,6 +76,8 @@ from subspace_jax.optim import in_complement as in_complement
 from subspace_jax.optim import in_subspace as in_subspace
 from subspace_jax.optim import lift_adam as lift_adam
 from subspace_jax.optim import normalize_terms as normalize_terms
+from subspace_jax.optim import osf_next_task as osf_next_task
+from subspace_jax.optim import osf_projection as osf_projection
 from subspace_jax.optim import project_momentum as project_momentum
 from subspace_jax.optim import project_orthogonal as project_orthogonal
 from subspace_jax.optim import prune_terms as prune_terms
@@ -75,6 +87,8 @@ from subspace_jax.optim import reselect_principal as reselect_principal
 from subspace_jax.optim import reset_moments as reset_moments
 from subspace_jax.optim import sandwich as sandwich
 from subspace_jax.optim import scale_by_lift_adam as scale_by_lift_adam
+from subspace_jax.optim import scale_by_lora_pro as scale_by_lora_pro
+from subspace_jax.optim import scale_by_lora_pro_adam as scale_by_lora_pro_adam
 from subspace_jax.weights import Coupling as Coupling
 from subspace_jax.weights import co_permute as co_permute
 from subspace_jax.weights import coupled_order as coupled_order
@@ -101,11 +115,13 @@ __all__ = [
     "channel_scores",
     "co_permute",
     "combine",
+    "conv_patches",
     "corda",
     "cosine_values",
     "coupled_order",
     "damped_covariance",
     "dora",
+    "finish_task",
     "fix_locations",
     "flora",
     "flora_to_lora",
@@ -113,6 +129,8 @@ __all__ = [
     "full",
     "fuse_slices",
     "galore",
+    "gpm_memory",
+    "gpm_update",
     "in_complement",
     "in_subspace",
     "is_weight",
@@ -131,7 +149,15 @@ __all__ = [
     "merge",
     "merge_rounding",
     "normalize_terms",
+    "o_lora",
+    "o_lora_penalty",
     "oft",
+    "osf",
+    "osf_importance",
+    "osf_next_task",
+    "osf_projection",
+    "osf_ranks",
+    "osf_schedule",
     "partition",
     "pissa",
     "project_momentum",
@@ -153,6 +179,8 @@ __all__ = [
     "save_checkpoint",
     "save_peft",
     "scale_by_lift_adam",
+    "scale_by_lora_pro",
+    "scale_by_lora_pro_adam",
     "scale_by_optimal_core",
     "select_units",
     "serve_slices",

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "weights": {"core", "linalg"},
     "adapters": {"core", "linalg", "weights"},
     "optim": {"core", "linalg", "weights"},
+    "continual": {"core", "linalg", "weights", "optim"},
     "metrics": set(),
     "models": {"assets", "core"},
     "data": {"assets"},

@@ -22,6 +22,10 @@ from subspace_jax.adapters._matryoshka import sample_rank as sample_rank
 from subspace_jax.adapters._matryoshka import truncate_rank as truncate_rank
 from subspace_jax.adapters._oft import keep_params_near_identity as keep_params_near_identity
 from subspace_jax.adapters._oft import oft as oft
+from subspace_jax.adapters._osf import osf as osf
+from subspace_jax.adapters._osf import osf_ranks as osf_ranks
+from subspace_jax.adapters._osf import osf_schedule as osf_schedule
+from subspace_jax.adapters._osf_importance import osf_importance as osf_importance
 from subspace_jax.adapters._pissa import pissa as pissa
 from subspace_jax.adapters._pissa import qpissa as qpissa
 from subspace_jax.adapters._pissa import to_lora as to_lora
@@ -60,6 +64,10 @@ __all__ = [
     "lora_xs",
     "matryoshka",
     "oft",
+    "osf",
+    "osf_importance",
+    "osf_ranks",
+    "osf_schedule",
     "pissa",
     "qpissa",
     "randlora",

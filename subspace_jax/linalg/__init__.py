@@ -33,6 +33,7 @@ from subspace_jax.linalg._subspace import orthonormalize as orthonormalize
 from subspace_jax.linalg._subspace import project as project
 from subspace_jax.linalg._subspace import to_coordinates as to_coordinates
 from subspace_jax.linalg._subspace import transport as transport
+from subspace_jax.linalg._subspace import wide_matmul as wide_matmul
 from subspace_jax.linalg._svd import SVD as SVD
 from subspace_jax.linalg._svd import fix_signs as fix_signs
 from subspace_jax.linalg._svd import randomized_svd as randomized_svd
@@ -77,4 +78,5 @@ __all__ = [
     "truncated_svd",
     "unrearrange",
     "wide_dtype",
+    "wide_matmul",
 ]

@@ -52,8 +52,8 @@ def to_coordinates(matrix: jax.Array, basis: jax.Array, *, side: Side = "in") ->
       side: which axis the subspace lies in.
     """
     if side == "in":
-        return _matmul(jnp.swapaxes(basis, -1, -2), matrix, split=(None, -1))
-    return _matmul(matrix, basis, split=(-2, None))
+        return wide_matmul(jnp.swapaxes(basis, -1, -2), matrix, split=(None, -1))
+    return wide_matmul(matrix, basis, split=(-2, None))
 
 
 def from_coordinates(coordinates: jax.Array, basis: jax.Array, *, side: Side = "in") -> jax.Array:
@@ -65,8 +65,8 @@ def from_coordinates(coordinates: jax.Array, basis: jax.Array, *, side: Side = "
       side: which axis the subspace lies in.
     """
     if side == "in":
-        return _matmul(basis, coordinates, split=(-2, -1))
-    return _matmul(coordinates, jnp.swapaxes(basis, -1, -2), split=(-2, -1))
+        return wide_matmul(basis, coordinates, split=(-2, -1))
+    return wide_matmul(coordinates, jnp.swapaxes(basis, -1, -2), split=(-2, -1))
 
 
 def transport(
@@ -93,12 +93,18 @@ def transport(
     mixing = to_coordinates(old, new)
     mixing = jnp.square(mixing) if squares else mixing
     if side == "in":
-        return _matmul(mixing, coordinates, split=(None, -1))
-    return _matmul(coordinates, jnp.swapaxes(mixing, -1, -2), split=(-2, None))
+        return wide_matmul(mixing, coordinates, split=(None, -1))
+    return wide_matmul(coordinates, jnp.swapaxes(mixing, -1, -2), split=(-2, None))
 
 
-def _matmul(left: jax.Array, right: jax.Array, *, split: tuple[int | None, int | None]) -> jax.Array:
-    """A product in at least float32; `split` names the axes of the operands whose split the result inherits."""
+def wide_matmul(left: jax.Array, right: jax.Array, *, split: tuple[int | None, int | None] = (-2, -1)) -> jax.Array:
+    """Returns a product of stacked matrices in at least float32, also over axes that are split between devices.
+
+    Args:
+      left: `[*stack, m, k]`.
+      right: `[*stack, k, n]`.
+      split: the axis of each operand whose split over explicit mesh axes the result inherits; None replicates it.
+    """
     wide = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
     left, right = left.astype(wide), right.astype(wide)
     specs = [jax.typeof(v).sharding for v in (left, right)]

@@ -12,12 +12,25 @@ from subspace_jax.optim._lift_adam import EpsMode as EpsMode
 from subspace_jax.optim._lift_adam import ScaleByLiftAdamState as ScaleByLiftAdamState
 from subspace_jax.optim._lift_adam import lift_adam as lift_adam
 from subspace_jax.optim._lift_adam import scale_by_lift_adam as scale_by_lift_adam
+from subspace_jax.optim._lora_pro import Adjusted as Adjusted
+from subspace_jax.optim._lora_pro import LoraProAdamState as LoraProAdamState
+from subspace_jax.optim._lora_pro import Pair as Pair
+from subspace_jax.optim._lora_pro import adjust_pair as adjust_pair
+from subspace_jax.optim._lora_pro import equivalent_gradient as equivalent_gradient
+from subspace_jax.optim._lora_pro import low_rank_pairs as low_rank_pairs
+from subspace_jax.optim._lora_pro import plain_pair as plain_pair
+from subspace_jax.optim._lora_pro import scale_by_lora_pro as scale_by_lora_pro
+from subspace_jax.optim._lora_pro import scale_by_lora_pro_adam as scale_by_lora_pro_adam
 from subspace_jax.optim._matrices import Matrices as Matrices
 from subspace_jax.optim._matrices import map_matrices as map_matrices
 from subspace_jax.optim._matrices import views as views
 from subspace_jax.optim._moments import project_momentum as project_momentum
 from subspace_jax.optim._moments import reset_moments as reset_moments
+from subspace_jax.optim._osf import OSFState as OSFState
+from subspace_jax.optim._osf import osf_next_task as osf_next_task
+from subspace_jax.optim._osf import osf_projection as osf_projection
 from subspace_jax.optim._project import ProjectState as ProjectState
+from subspace_jax.optim._project import SandwichState as SandwichState
 from subspace_jax.optim._project import project_orthogonal as project_orthogonal
 from subspace_jax.optim._project import replace_basis as replace_basis
 from subspace_jax.optim._project import sandwich as sandwich
@@ -25,19 +38,30 @@ from subspace_jax.optim._reselect import refresh_due as refresh_due
 from subspace_jax.optim._reselect import reselect_principal as reselect_principal
 
 __all__ = [
+    "Adjusted",
     "AlternatingState",
     "EpsMode",
     "InSubspaceState",
+    "LoraProAdamState",
     "Matrices",
+    "OSFState",
+    "Pair",
     "ProjectState",
+    "SandwichState",
     "ScaleByLiftAdamState",
+    "adjust_pair",
     "alternating",
+    "equivalent_gradient",
     "galore",
     "in_complement",
     "in_subspace",
     "lift_adam",
+    "low_rank_pairs",
     "map_matrices",
     "normalize_terms",
+    "osf_next_task",
+    "osf_projection",
+    "plain_pair",
     "project_momentum",
     "project_orthogonal",
     "prune_terms",
@@ -47,5 +71,7 @@ __all__ = [
     "reset_moments",
     "sandwich",
     "scale_by_lift_adam",
+    "scale_by_lora_pro",
+    "scale_by_lora_pro_adam",
     "views",
 ]

@@ -65,7 +65,9 @@ def place_of(view: Matrices | None, array: jax.Array, rule: SideRule) -> Coordin
     return Coordinates(view, "in" if inputs == outputs or (inputs < outputs) == (rule == "shorter") else "out")
 
 
-def places_of(tree: Any, bases: list[Any], rule: SideRule, roles: Mapping[str, Role] | None) -> list[Coordinates | None]:
+def places_of(
+    tree: Any, bases: list[Any], rule: SideRule, roles: Mapping[str, Role] | None
+) -> list[Coordinates | None]:
     """The place of each array that has a basis."""
     found = zip(views(tree, roles), jax.tree.leaves(tree), bases, strict=True)
     return [None if isinstance(b, optax.MaskedNode) else place_of(view, leaf, rule) for view, leaf, b in found]

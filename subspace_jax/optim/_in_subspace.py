@@ -123,7 +123,7 @@ def in_subspace(
             if place is None or place.view.path not in wanted:
                 found.append(optax.MaskedNode())
             elif rank is None:
-                found.append(jnp.asarray(given[place.view.path]))
+                found.append(jnp.copy(given[place.view.path]))  # a step that donates its state frees it
             else:
                 size = min(rank, *matrix_shape(leaf, place.view)[-2:])
                 found.append(place.empty(leaf, size, basis=True))

@@ -100,7 +100,7 @@ def project_orthogonal(
     def init(params: Any) -> ProjectState:
         check_bases(given, params, side, roles)
         check_orthonormal(given, side)
-        return ProjectState(dict(given))
+        return ProjectState(_copied(given))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, basis: Any = None, **extra: Any
@@ -117,6 +117,11 @@ def project_orthogonal(
         return map_matrices(one, updates, roles, bases), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _copied(bases: Mapping[str, Any]) -> dict[str, Any]:
+    """Bases of the state's own: a training step that donates its state must not free the caller's."""
+    return jax.tree.map(jnp.copy, dict(bases))
 
 
 def _projected(matrix: jax.Array, view: Matrices, bases: Mapping[str, jax.Array], mode: Mode) -> jax.Array:
@@ -141,6 +146,18 @@ def _scaled(projected: jax.Array, matrix: jax.Array, tolerance: float, renorm: b
     empty = left <= tolerance * whole
     factor = whole / jnp.where(left == 0, 1.0, left) if renorm else 1.0
     return jnp.where(empty, 0.0, factor * projected)
+
+
+class SandwichState(NamedTuple):
+    """State of `sandwich`.
+
+    Attributes:
+      projection: the bases, of both projections.
+      inner: state of the optimiser between them.
+    """
+
+    projection: ProjectState
+    inner: Any
 
 
 def sandwich(
@@ -177,7 +194,17 @@ def sandwich(
     """
     before = project_orthogonal(basis, mode, side, rtol=rtol, roles=roles)
     after = project_orthogonal(basis, mode, side, rtol=rtol, renorm=renorm, roles=roles)
-    return optax.chain(before, inner, after)
+    extended = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> SandwichState:
+        return SandwichState(before.init(params), extended.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SandwichState]:
+        projected, _ = before.update(updates, state.projection, params, **extra)
+        directions, held = extended.update(projected, state.inner, params, **extra)
+        return after.update(directions, state.projection, params, **extra)[0], SandwichState(state.projection, held)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def replace_basis(state: Any, basis: Any) -> Any:
@@ -216,7 +243,7 @@ def replace_basis(state: Any, basis: Any) -> Any:
                 f"{old_shapes.get(changed[0])}. "
                 "Shapes must stay, so that nothing compiles again: make room from the start, with zero columns."
             )
-        return ProjectState(new)
+        return ProjectState(_copied(new))
 
     replaced = jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, ProjectState))
     if not count:

@@ -36,6 +36,7 @@ from subspace_jax.weights._sparse import entries_at as entries_at
 from subspace_jax.weights._sparse import flat_entries as flat_entries
 from subspace_jax.weights._sparse import migrate_entries as migrate_entries
 from subspace_jax.weights._sparse import unflat_entries as unflat_entries
+from subspace_jax.weights._split_svd import SplitSVD as SplitSVD
 from subspace_jax.weights._tucker import Tucker as Tucker
 from subspace_jax.weights._tucker import tucker_in_factors as tucker_in_factors
 from subspace_jax.weights._unit_selection import PerLayer as PerLayer
@@ -65,6 +66,7 @@ __all__ = [
     "ShiftedBias",
     "SparseDelta",
     "SparseMode",
+    "SplitSVD",
     "Tucker",
     "co_permute",
     "coupled_order",

@@ -1,0 +1,243 @@
+"""OSF: Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning (Nayak et al., 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from subspace_jax.adapters._catalogue import Source, register
+from subspace_jax.core import (
+    Leaf,
+    Method,
+    PatternError,
+    RankError,
+    Role,
+    leaves_with_paths,
+    matches,
+    require_matrix,
+)
+from subspace_jax.linalg import truncated_svd, wide_dtype
+from subspace_jax.weights import Route, SplitSVD
+
+Preserved = float | int | Callable[[int, int], int]
+Width = Literal["exact", "common"]
+
+
+def osf(preserved: Preserved | Mapping[str, Any] = 0.5, *, width: Width = "exact", route: Route = "auto") -> Method:
+    r"""Splits a weight by its singular values; the large part is frozen and the factors of the small part learn.
+
+    \(K = L_h\,\mathrm{diag}(s_h)\,R_h + L\,\mathrm{diag}(s)\,R\), where the first term holds the \(k\) largest
+    singular values. Train with `osf_projection` around the optimiser, which keeps the factors orthogonal to
+    \(L_h\) and \(R_h\): then the weight's output is unchanged for inputs in the span of \(L_h\), and no output changes
+    along the rows of \(R_h\). Before the next task `sj.merge`, and adapt again with a larger \(k\).
+
+    Trains \((q - k)(d_{in} + d_{out} + 1)\) values of each matrix, where \(q = \min(d_{in}, d_{out})\). The factors are
+    in float32 whatever the weight's dtype: in bfloat16 they would not be orthogonal.
+
+    Args:
+      preserved: \(k\): an int, a fraction of \(q\) that is rounded down, a function of the input and the output size,
+        or a dict of ints or of arrays `[*stack]` by path. `osf_schedule` and `osf_ranks` are published policies; the
+        one of the authors' T5 runs at task `t` is `lambda inputs, outputs: int(0.07 * t * max(inputs, outputs))`,
+        cut off at \(q\), which freezes a 1024 x 4096 kernel whole at the fourth task.
+      width: "exact" gives the factors \(k\) and \(q - k\) columns (of a stack with unequal ranks as many as one of its
+        layers needs). "common" gives both \(q\) columns, most of them zero, so that every rank has the same shapes and
+        no task of a stream compiles again, at up to twice the cost.
+      route: how the weight is used; see `SplitSVD`.
+
+    Returns:
+      A method whose weights are `SplitSVD`. Everything that no rule selects stays as it is: give
+      `sj.full()` for embeddings, norms, biases and heads that are to learn, as the authors' code lets them; PEFT
+      freezes them.
+
+    Raises:
+      RankError: a rank is not in 0 .. q.
+      PatternError: a weight is not in the dict.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> w = jax.random.normal(jax.random.key(1), (6, 4))
+      >>> adapted = sj.adapt({"w": w}, {"w": sj.osf(1)}, key=jax.random.key(0))
+      >>> adapted["w"].high_left.shape, adapted["w"].left.shape, sj.summary(adapted).trainable
+      ((6, 1), (6, 3), 33)
+      >>> bool(jnp.allclose(sj.merge(adapted)["w"], w, atol=1e-5))
+      True
+
+    References:
+      Nayak, Killamsetty, Han, Bhandwaldar, Chanda, Xu, Wang, Pareja, Silkin, Eyceoz, Srivastava, Sculpting Subspaces:
+      Constrained Full Fine-Tuning in LLMs for Continual Learning, 2025.
+    """
+    if width not in ("exact", "common"):
+        raise ValueError(f'osf: width={width!r} is "exact" or "common".')
+    if not isinstance(preserved, Mapping):
+        count_rank(preserved, 1, 1)
+
+    def make_with(chosen: Any) -> Any:
+        def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> SplitSVD:
+            del key, stats
+            require_matrix(array, role)
+            ranks = _ranks_of(chosen, role.sizes(array.shape), role.stack_shape(array.shape))
+            return _split(array, role, ranks, width, route)
+
+        return make
+
+    def plan(key: jax.Array, leaves: Mapping[str, Leaf]) -> dict[str, Any]:
+        del key
+        by_path: Mapping[str, Any] = preserved  # pyright: ignore[reportAssignmentType]
+        missing = [path for path in leaves if path not in by_path]
+        if missing:
+            raise PatternError(f"{missing[0]}: osf: preserved has no rank for it, only for {sorted(by_path)[:5]}.")
+        return {path: make_with(by_path[path]) for path in leaves}
+
+    if isinstance(preserved, Mapping):
+        return Method("osf", make_with(None), plan=plan)
+    return Method("osf", make_with(preserved))
+
+
+def count_rank(preserved: Preserved, inputs: int, outputs: int) -> int:
+    """Returns the preserved rank of a matrix of these sizes, not above the smaller one for a function."""
+    smaller = min(inputs, outputs)
+    if callable(preserved):
+        return min(int(preserved(inputs, outputs)), smaller)
+    if isinstance(preserved, bool) or not isinstance(preserved, (int, float, np.integer, np.floating)):
+        raise RankError(f"osf: preserved={preserved!r}; expected an int, a fraction of 1, a function, or a dict.")
+    if isinstance(preserved, (float, np.floating)):
+        if not 0.0 <= preserved <= 1.0:
+            raise RankError(f"osf: preserved={preserved}; expected a fraction in [0, 1], or an int for a rank.")
+        return int(preserved * smaller + 1e-9)  # (t - 1) / n is not exact
+    if preserved < 0:
+        raise RankError(f"osf: preserved={preserved}; expected a rank of at least 0.")
+    return int(preserved)
+
+
+def _ranks_of(chosen: Any, sizes: tuple[int, int], stack: tuple[int, ...]) -> np.ndarray:
+    """The rank of every layer, `[*stack]`."""
+    if isinstance(chosen, (np.ndarray, jax.Array, list)):
+        found = np.asarray(chosen)
+        if not np.issubdtype(found.dtype, np.integer) or found.shape not in ((), stack):
+            raise RankError(f"osf: ranks {found.dtype}{found.shape} for a stack {stack}; expected one int per layer.")
+    else:
+        found = np.asarray(count_rank(chosen, *sizes))
+    wrong = found[(found < 0) | (found > min(sizes))]
+    if wrong.size:
+        raise RankError(f"osf: the preserved rank {int(wrong[0])} is not in 0 .. {min(sizes)}, the smaller side.")
+    return np.broadcast_to(found, stack)
+
+
+def _split(array: jax.Array, role: Role, ranks: np.ndarray, width: Width, route: Route) -> SplitSVD:
+    matrix = role.matrix(array).astype(wide_dtype(array.dtype))
+    smaller = min(matrix.shape[-2:])
+    most, least = (smaller, 0) if width == "common" else (int(ranks.max(initial=0)), int(ranks.min(initial=smaller)))
+    u, s, vt = truncated_svd(matrix, smaller)
+    place = np.arange(smaller)
+    high = jnp.asarray(place < ranks[..., None], u.dtype)
+    low = 1.0 - high
+    left, core, right = (
+        (u * low[..., None, :])[..., least:],
+        (s * low)[..., least:],
+        (vt * low[..., :, None])[..., least:, :],
+    )
+    small = jnp.matmul(left * core[..., None, :], right, precision=jax.lax.Precision.HIGHEST)
+    uneven = width == "common" or most != least
+    return SplitSVD(
+        base=role.unmatrix(matrix - small, array.shape).astype(array.dtype),
+        high_left=(u * high[..., None, :])[..., :most],
+        high_right=(vt * high[..., :, None])[..., :most, :],
+        left=left,
+        core=core,
+        right=right,
+        live=low[..., least:] if uneven else None,
+        route=route,
+        role=role,
+        dtype=array.dtype,
+        trainable=("left", "core", "right"),
+    )
+
+
+def osf_schedule(task: int, tasks: int) -> float:
+    r"""Returns the share \((t - 1) / n\) of the singular values to preserve before task \(t = 1, \ldots, n\).
+
+    Args:
+      task: \(t\), counted from 1.
+      tasks: \(n\).
+
+    Raises:
+      RankError: the task is not one of them.
+
+    Example:
+      >>> [osf_schedule(task, 4) for task in (1, 2, 3, 4)]
+      [0.0, 0.25, 0.5, 0.75]
+    """
+    if not 1 <= task <= tasks:
+        raise RankError(f"osf_schedule: task={task} of {tasks}; expected 1 .. {tasks}, counted from 1.")
+    return (task - 1) / tasks
+
+
+def osf_ranks(
+    importance: Mapping[str, Any],
+    params: Any,
+    *,
+    floor: float = 0.1,
+    target: float = 0.8,
+    roles: Mapping[str, Role] | None = None,
+) -> dict[str, np.ndarray]:
+    r"""Returns the ranks to preserve by the importance of each layer: the adaptive policy of the paper.
+
+    \(\rho_l = \mathrm{floor} + I_l\,(\mathrm{target} - \mathrm{floor})\), where \(I_l\) is divided by its mean over all
+    layers, and \(k_l = \mathrm{clip}(\mathrm{round}(\rho_l\,q), 1, q)\).
+
+    Args:
+      importance: \(I_l\) by path, a number or `[*stack]`, from `osf_importance`.
+      params: the tree of those arrays; shapes suffice.
+      floor: the paper's minimum retention ratio; the defaults are recalled from the paper, a public variant has 0.5.
+      target: the paper's target retention ratio, which a layer of mean importance has; the variant has 1.0.
+      roles: how the model uses arrays with more than two axes.
+
+    Returns:
+      Ranks by path, `[*stack]` int, for `osf`.
+
+    Raises:
+      PatternError: a path is not in the tree.
+      RankError: the mean importance is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> found = osf_ranks({"v": 0.1, "w": 0.2}, {"v": jnp.ones((10, 10)), "w": jnp.ones((10, 20))})
+      >>> found["v"].item(), found["w"].item()  # 0.1 + 2/3 * 0.7, and 0.1 + 4/3 * 0.7 cut off at the whole
+      (6, 10)
+    """
+    values = {path: np.asarray(value, np.float64) for path, value in importance.items()}
+    mean = np.mean(np.concatenate([v.ravel() for v in values.values()]))
+    if not mean > 0:
+        raise RankError(f"osf_ranks: the mean importance is {mean:.3g}; expected a positive one to divide by.")
+    smaller = _smaller_sides(values, params, roles)
+    ratio = {path: floor + value / mean * (target - floor) for path, value in values.items()}
+    return {p: np.clip(np.round(r * smaller[p]), 1, smaller[p]).astype(np.int32) for p, r in ratio.items()}
+
+
+def _smaller_sides(paths: Mapping[str, Any], params: Any, roles: Mapping[str, Role] | None) -> dict[str, int]:
+    found = {}
+    for path, leaf in leaves_with_paths(params):
+        role = next((r for pattern, r in (roles or {}).items() if pattern == path or matches(pattern, path)), None)
+        if path in paths:
+            found[path] = min((role or Role.dense()).sizes(leaf.shape))
+    missing = sorted(set(paths) - set(found))
+    if missing:
+        raise PatternError(f"{missing[0]}: osf_ranks: has an importance but is no leaf of the tree.")
+    return found
+
+
+register(
+    Source(
+        name="osf",
+        title="Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning",
+        authors="Nayak et al.",
+        year=2025,
+        public=("osf", "osf_projection"),
+        experiment="osf",
+        claim="Training only what is orthogonal to a weight's large singular directions halves forgetting at least.",
+    )
+)

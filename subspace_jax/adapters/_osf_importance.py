@@ -1,0 +1,165 @@
+"""How much a layer leaves of its inputs in its outputs, which OSF takes for the layer's importance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from subspace_jax.core import (
+    Role,
+    StatisticsError,
+    Use,
+    Weight,
+    leaves_with_paths,
+    map_with_paths,
+    select_paths,
+    with_adapters,
+)
+from subspace_jax.core import roles as find_roles
+
+EPSILON = 1e-8
+
+
+@jax.custom_vjp
+def _tap(rows: jax.Array, found: jax.Array, zeros: jax.Array) -> jax.Array:
+    """Returns the rows; in the backward pass the zeros receive what was found in place of a cotangent."""
+    del found, zeros
+    return rows
+
+
+def _tap_backward(found: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return cotangent, jnp.zeros_like(found), found
+
+
+_tap.defvjp(lambda rows, found, zeros: (rows, found), _tap_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compared(Weight):
+    """An array whose outputs are compared with its inputs.
+
+    Attributes:
+      value: the array.
+      sums: zeros `[*stack, 2]`, whose gradient is the sum of the cosines and the number of rows.
+    """
+
+    value: jax.Array
+    sums: jax.Array
+
+    axes: ClassVar[Mapping[str, str]] = {"value": "array", "sums": "stack rank"}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `value`."""
+        return self.value.shape
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        """Returns `value`."""
+        return self.value if dtype is None else self.value.astype(dtype)
+
+    def contract(self, x: jax.Array, use: Use) -> jax.Array:
+        """Returns the operation on `value`, row by row where its inputs and outputs can be compared."""
+        matrix = self.role.matrix(self.value)
+
+        def compared(rows: jax.Array) -> jax.Array:
+            outputs = rows @ matrix.astype(rows.dtype)
+            return _tap(outputs, lax.stop_gradient(_cosines(rows, outputs)), self.sums)
+
+        found = None
+        if use.contracts_inputs:
+            found = use.linear(x, compared, lambda rows: rows @ jnp.swapaxes(matrix, -1, -2).astype(rows.dtype))
+        return use.apply(x, self.value) if found is None else found
+
+
+def _cosines(inputs: jax.Array, outputs: jax.Array) -> jax.Array:
+    """The sum over rows of the cosine of inputs and outputs, cut to one length, and the number of rows."""
+    size = min(inputs.shape[-1], outputs.shape[-1])
+    x, y = (v[..., :size].astype(jnp.float32) for v in (inputs, outputs))
+    norms = [jnp.maximum(jnp.linalg.norm(v, axis=-1), EPSILON) for v in (x, y)]
+    cosines = jnp.sum(x * y, axis=-1) / (norms[0] * norms[1])
+    return jnp.stack([jnp.sum(cosines, axis=-1), jnp.full(cosines.shape[:-1], cosines.shape[-1], jnp.float32)], -1)
+
+
+def osf_importance(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    select: Any = None,
+    roles: Mapping[str, Role] | None = None,
+) -> dict[str, np.ndarray]:
+    r"""Returns the mean cosine of a layer's inputs and outputs, which OSF takes for its importance.
+
+    \(I = \frac{1}{N} \sum_n \cos(x_n, x_n K)\) over rows, where the longer of the two is cut to the shorter's length.
+    Each batch is one compiled call, through scan, remat and jit as `sj.capture`; the backward pass is dead code.
+
+    Args:
+      fn: `fn(params, batch)`; any floating output that depends on the weights.
+      params: a tree of arrays.
+      batches: calibration inputs of the previous task; the authors take 128 of at most 512 tokens, 8 at a time.
+      select: globs or a predicate of path and array; every dense kernel if None.
+      roles: what `sj.roles` found; found from the first batch if None.
+
+    Returns:
+      Importance by path, `[*stack]`, for `osf_ranks`.
+
+    Raises:
+      StatisticsError: there are no batches, or no row reached a selected weight.
+      PatternError: a glob matches nothing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"same": jnp.eye(3), "turned": -jnp.eye(3)}
+      >>> found = osf_importance(lambda p, x: x @ p["same"] + x @ p["turned"], params, [jnp.ones((4, 3))])
+      >>> [round(v.item(), 4) for v in found.values()]
+      [1.0, -1.0]
+
+    References:
+      Nayak et al., Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning, 2025.
+    """
+    batches = iter(batches)
+    batch = next(batches, None)
+    if batch is None:
+        raise StatisticsError("osf_importance: there are no batches to compare inputs and outputs on.")
+    known = find_roles(fn, params, batch) if roles is None else roles
+    wanted = [p for p, _ in leaves_with_paths(params)] if select is None else select_paths(params, select)
+    shapes = {p: leaf.shape for p, leaf in leaves_with_paths(params)}
+    chosen = {p: known[p] for p in wanted if p in known and known[p].kind == "dense"}
+
+    @jax.jit
+    def step(zeros: dict[str, jax.Array], params: Any, batch: Any) -> dict[str, jax.Array]:
+        def total(sums: dict[str, jax.Array]) -> jax.Array:
+            def place(path: str, leaf: Any) -> Any:
+                if path not in chosen:
+                    return leaf
+                return Compared(
+                    value=leaf, sums=sums[path], role=chosen[path], dtype=leaf.dtype, trainable=("value", "sums")
+                )
+
+            out = with_adapters(fn)(map_with_paths(place, params), batch)
+            floating = [v for v in jax.tree.leaves(out) if jnp.issubdtype(v.dtype, jnp.floating)]
+            return sum((jnp.sum(v.astype(jnp.float32)) for v in floating), jnp.zeros(()))
+
+        return jax.grad(total)(zeros)
+
+    zeros = {p: jnp.zeros((*role.stack_shape(shapes[p]), 2), jnp.float32) for p, role in chosen.items()}
+    sums = {p: np.zeros(v.shape) for p, v in zeros.items()}
+    while batch is not None:
+        sums = {p: sums[p] + np.asarray(v, np.float64) for p, v in step(zeros, params, batch).items()}
+        batch = next(batches, None)
+    if not sums:
+        raise StatisticsError("osf_importance: no selected leaf is the kernel of a dense layer. Widen select.")
+    for path, found in sums.items():
+        if not (found[..., 1] > 0).all():
+            raise StatisticsError(
+                f"{path}: osf_importance: no rows met this weight, or its output does not reach the function's result. "
+                "Narrow select."
+            )
+    return {path: found[..., 0] / found[..., 1] for path, found in sums.items()}
