@@ -45,7 +45,7 @@ def osf(preserved: Preserved | Mapping[str, Any] = 0.5, *, width: Width = "exact
         cut off at \(q\), which freezes a 1024 x 4096 kernel whole at the fourth task.
       width: "exact" gives the factors \(k\) and \(q - k\) columns (of a stack with unequal ranks as many as one of its
         layers needs). "common" gives both \(q\) columns, most of them zero, so that every rank has the same shapes and
-        no task of a stream compiles again, at up to twice the cost.
+        no task of a stream compiles again, for more operations a step (see `osf_projection`).
       route: how the weight is used; see `SplitSVD`.
 
     Returns:
@@ -118,12 +118,12 @@ def _ranks_of(chosen: Any, sizes: tuple[int, int], stack: tuple[int, ...]) -> np
     if isinstance(chosen, (np.ndarray, jax.Array, list)):
         found = np.asarray(chosen)
         if not np.issubdtype(found.dtype, np.integer) or found.shape not in ((), stack):
-            raise RankError(f"osf: ranks {found.dtype}{found.shape} for a stack {stack}; expected one int per layer.")
+            raise RankError(f"ranks {found.dtype}{found.shape} for a stack {stack}; expected one int per layer.")
     else:
         found = np.asarray(count_rank(chosen, *sizes))
     wrong = found[(found < 0) | (found > min(sizes))]
     if wrong.size:
-        raise RankError(f"osf: the preserved rank {int(wrong[0])} is not in 0 .. {min(sizes)}, the smaller side.")
+        raise RankError(f"the preserved rank {int(wrong[0])} is not in 0 .. {min(sizes)}, the smaller side.")
     return np.broadcast_to(found, stack)
 
 

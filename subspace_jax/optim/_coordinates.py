@@ -30,7 +30,8 @@ class Coordinates:
         return to_coordinates(self.view.unfold(array), basis, side=self.side).astype(array.dtype)
 
     def lifted(self, coordinates: jax.Array, basis: jax.Array, scale: Any, like: jax.Array) -> jax.Array:
-        return self.view.fold(scale * from_coordinates(coordinates, basis, side=self.side)).astype(like.dtype)
+        whole = scale * from_coordinates(coordinates, basis, side=self.side)
+        return placed_like(self.view.fold(whole).astype(like.dtype), like)
 
     def leading(self, gradient: jax.Array, old: jax.Array, key: jax.Array | None) -> jax.Array:
         """The leading singular vectors of a gradient, placed as the basis was."""

@@ -20,6 +20,7 @@ from subspace_jax.core import (
     matches,
     nearest,
     path_string,
+    placed_like,
 )
 
 
@@ -134,7 +135,7 @@ def map_matrices(
     """Maps `function(matrix, view)` over the arrays that are matrices; it returns one of the same shape.
 
     Args:
-      function: gets `[*stack, in, out]`; its result is cast to the array's dtype.
+      function: gets `[*stack, in, out]`; its result gets the array's dtype and layout.
       updates: a tree.
       roles: as for `views`.
       paths: a container of the paths to map; all of them if None.
@@ -149,7 +150,7 @@ def map_matrices(
     mapped = [
         leaf
         if view is None or (paths is not None and view.path not in paths)
-        else view.fold(function(view.unfold(leaf), view)).astype(leaf.dtype)
+        else placed_like(view.fold(function(view.unfold(leaf), view)).astype(leaf.dtype), leaf)
         for leaf, view in zip(leaves, seen, strict=True)
     ]
     return jax.tree.unflatten(treedef, mapped)

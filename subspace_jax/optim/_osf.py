@@ -64,9 +64,10 @@ def osf_projection(
     Decoupled weight decay in the inner optimiser shrinks the trained part to zero, which is not decay of the weight:
     keep it at 0.01 and below.
 
-    With a weight of width d, all triples, half of them frozen, this costs \(4 d^3\) multiplications a step, and forming
-    the weight and its gradient \(3 d^3\), where a plain step of n rows has \(3 n d^2\) (two operations each). As
-    compiled at d = 512 with Adam: {FLOPS}.
+    Operations of a step with a square weight of width d: with half of the triples frozen \(4 d^3\) for the projections
+    and \(3 d^3\) for forming the weight and its gradient, where a plain step of n rows has \(6 n d^2\). As compiled at
+    d = 512 and n = 4096, with Adam: 1.15 times the plain step with half of the triples frozen, 0.95 times with seven
+    eighths, COMMON times with half and the common width, whose columns of zeros are multiplied too.
 
     Args:
       inner: the optimiser; AdamW at 1e-5 in the authors' runs.
@@ -120,7 +121,7 @@ def osf_projection(
         updates: Any, state: Any, params: Any = None, *, frozen: Any = None, **extra: Any
     ) -> tuple[Any, OSFState]:
         if params is None and project_params and mode == "factored":
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("osf_projection: update needs params=, the current parameters, to project them.")
         high = jax.lax.stop_gradient(state.high if frozen is None else _high_of(frozen))
         _check(high, updates, mode)
         gradients = projected(updates, high) if project_gradients else updates

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from subspace_jax.core import Dot, Use
+from subspace_jax.core import Dot, Use, Weight
 from subspace_jax.weights._low_rank_core import LowRankCore
 
 
@@ -50,6 +50,8 @@ class SplitSVD(LowRankCore):
 
     def contract(self, x: jax.Array, use: Use) -> jax.Array:
         """Returns the operation on the sum, or on its parts where that costs less."""
+        if not self.rank and not isinstance(self.base, Weight):
+            return use.apply(x, jax.lax.stop_gradient(self.base))
         return LowRankCore.contract(self.masked(), x, use)
 
     def masked(self) -> SplitSVD:

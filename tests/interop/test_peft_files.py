@@ -289,15 +289,18 @@ def test_minilm(tmp_path):
 
     names = pb.bert_names()
     base = theirs(make())
-    for method in (sj.lora(8), sj.dora(sj.lora(8)), sj.pissa(8), sj.oft(32)):
-        tree = pb.moved(sj.adapt(minilm.params, {"encoder/**/kernel": method}, key=jax.random.key(0)), 0.02)
+    for method, kernels in (
+        (sj.dora(sj.lora(8)), "encoder/**/kernel"),
+        (sj.pissa(8), "encoder/layer_[01]/**/query/kernel"),
+        (sj.oft(32), "encoder/**/{query,fc2}/kernel"),
+    ):
+        tree = pb.moved(sj.adapt(minilm.params, {kernels: method}, key=jax.random.key(0)), 0.02)
         save_peft(tmp_path / method.name, tree, minilm.params, names)
         with pb.quiet():
             loaded = peft.PeftModel.from_pretrained(make(), tmp_path / method.name).eval()
         assert_close(theirs(loaded), ours(tree), base)
     for config_ in (
         peft.LoraConfig(r=8, target_modules=["query", "value"], use_rslora=True),
-        peft.LoraConfig(r=8, target_modules=["query", "value"], use_dora=True),
         peft.OFTConfig(target_modules=["query", "value"]),
     ):
         with pb.quiet():
