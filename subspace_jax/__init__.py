@@ -71,6 +71,8 @@ from subspace_jax.io import save_checkpoint as save_checkpoint
 from subspace_jax.io import save_peft as save_peft
 from subspace_jax.metrics import aurac as aurac
 from subspace_jax.optim import alternating as alternating
+from subspace_jax.optim import coso as coso
+from subspace_jax.optim import coso_end_task as coso_end_task
 from subspace_jax.optim import galore as galore
 from subspace_jax.optim import in_complement as in_complement
 from subspace_jax.optim import in_subspace as in_subspace
@@ -86,9 +88,11 @@ from subspace_jax.optim import replace_basis as replace_basis
 from subspace_jax.optim import reselect_principal as reselect_principal
 from subspace_jax.optim import reset_moments as reset_moments
 from subspace_jax.optim import sandwich as sandwich
+from subspace_jax.optim import scale_by_dct_adam as scale_by_dct_adam
 from subspace_jax.optim import scale_by_lift_adam as scale_by_lift_adam
 from subspace_jax.optim import scale_by_lora_pro as scale_by_lora_pro
 from subspace_jax.optim import scale_by_lora_pro_adam as scale_by_lora_pro_adam
+from subspace_jax.optim import scale_by_trion as scale_by_trion
 from subspace_jax.weights import Coupling as Coupling
 from subspace_jax.weights import co_permute as co_permute
 from subspace_jax.weights import coupled_order as coupled_order
@@ -118,6 +122,8 @@ __all__ = [
     "conv_patches",
     "corda",
     "cosine_values",
+    "coso",
+    "coso_end_task",
     "coupled_order",
     "damped_covariance",
     "dora",
@@ -178,10 +184,12 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "save_peft",
+    "scale_by_dct_adam",
     "scale_by_lift_adam",
     "scale_by_lora_pro",
     "scale_by_lora_pro_adam",
     "scale_by_optimal_core",
+    "scale_by_trion",
     "select_units",
     "serve_slices",
     "soka",

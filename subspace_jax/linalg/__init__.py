@@ -1,5 +1,12 @@
 """Numerical linear algebra that adapters, optimisers and merging share."""
 
+from subspace_jax.linalg._column_selection import FixedBasis as FixedBasis
+from subspace_jax.linalg._column_selection import Selected as Selected
+from subspace_jax.linalg._column_selection import Transform as Transform
+from subspace_jax.linalg._column_selection import chosen_columns as chosen_columns
+from subspace_jax.linalg._column_selection import fixed_basis as fixed_basis
+from subspace_jax.linalg._column_selection import select_columns as select_columns
+from subspace_jax.linalg._column_selection import transform_rows as transform_rows
 from subspace_jax.linalg._cosine_transform import Residuals as Residuals
 from subspace_jax.linalg._cosine_transform import best_cosine_terms as best_cosine_terms
 from subspace_jax.linalg._cosine_transform import compare_residuals as compare_residuals
@@ -43,16 +50,20 @@ from subspace_jax.linalg._svd import wide_dtype as wide_dtype
 __all__ = [
     "SVD",
     "Combine",
+    "FixedBasis",
     "KroneckerSVD",
     "KroneckerSplit",
     "Mode",
     "Residuals",
+    "Selected",
     "Side",
+    "Transform",
     "allocate_terms",
     "balanced_split",
     "best_cosine_terms",
     "cayley",
     "cayley_neumann",
+    "chosen_columns",
     "compare_residuals",
     "complete",
     "cosine_matrix",
@@ -62,6 +73,7 @@ __all__ = [
     "elbow_terms",
     "energy_terms",
     "fix_signs",
+    "fixed_basis",
     "from_coordinates",
     "inverse_cosine_transform",
     "kronecker_rows",
@@ -71,9 +83,11 @@ __all__ = [
     "project",
     "randomized_svd",
     "rearrange",
+    "select_columns",
     "skew",
     "skew_size",
     "to_coordinates",
+    "transform_rows",
     "transport",
     "truncated_svd",
     "unrearrange",

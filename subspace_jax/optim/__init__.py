@@ -2,6 +2,14 @@
 
 from subspace_jax.optim._alternating import AlternatingState as AlternatingState
 from subspace_jax.optim._alternating import alternating as alternating
+from subspace_jax.optim._coso import CosoState as CosoState
+from subspace_jax.optim._coso import coso as coso
+from subspace_jax.optim._coso import coso_end_task as coso_end_task
+from subspace_jax.optim._dct import DctAdamState as DctAdamState
+from subspace_jax.optim._dct import TrionState as TrionState
+from subspace_jax.optim._dct import newton_schulz as newton_schulz
+from subspace_jax.optim._dct import scale_by_dct_adam as scale_by_dct_adam
+from subspace_jax.optim._dct import scale_by_trion as scale_by_trion
 from subspace_jax.optim._galore import galore as galore
 from subspace_jax.optim._in_subspace import InSubspaceState as InSubspaceState
 from subspace_jax.optim._in_subspace import in_complement as in_complement
@@ -40,6 +48,8 @@ from subspace_jax.optim._reselect import reselect_principal as reselect_principa
 __all__ = [
     "Adjusted",
     "AlternatingState",
+    "CosoState",
+    "DctAdamState",
     "EpsMode",
     "InSubspaceState",
     "LoraProAdamState",
@@ -49,8 +59,11 @@ __all__ = [
     "ProjectState",
     "SandwichState",
     "ScaleByLiftAdamState",
+    "TrionState",
     "adjust_pair",
     "alternating",
+    "coso",
+    "coso_end_task",
     "equivalent_gradient",
     "galore",
     "in_complement",
@@ -58,6 +71,7 @@ __all__ = [
     "lift_adam",
     "low_rank_pairs",
     "map_matrices",
+    "newton_schulz",
     "normalize_terms",
     "osf_next_task",
     "osf_projection",
@@ -70,8 +84,10 @@ __all__ = [
     "reselect_principal",
     "reset_moments",
     "sandwich",
+    "scale_by_dct_adam",
     "scale_by_lift_adam",
     "scale_by_lora_pro",
     "scale_by_lora_pro_adam",
+    "scale_by_trion",
     "views",
 ]

@@ -46,8 +46,10 @@ def project_orthogonal(
     change; \(G - G U U^T\) for "out"; both one after the other for "both". With `mode="keep"` what would be removed
     stays. In front of an optimiser it projects the gradient, behind it the update.
 
-    **Before, after or both.** For anything linear in the gradient (SGD, momentum, accumulation, clipping by the global
-    norm, schedules) the places are one. Adam scales every entry on its own and does not commute with the projection:
+    **Before, after or both.** For anything linear in the gradient (SGD, momentum, accumulation, schedules) the places
+    are one; clipping by the global norm gives one direction, but what comes first decides the norm. Adam scales every
+    entry on its own, as signs, elementwise clipping and other roots of squares do, and does not commute with the
+    projection:
 
     - before Adam: the moments hold nothing of the removed directions, but the update does: on a 12 x 7 kernel with
       three random directions removed, about a seventh of the accumulated update of 50 steps lies in them (none where
@@ -55,6 +57,9 @@ def project_orthogonal(
     - after Adam: \(U^T u = 0\) to rounding, whatever came earlier in the chain, weight decay included; the moments are
       those of the whole gradient, and the update need not descend.
     - both, which is `sandwich`: \(U^T u = 0\), and without momentum \(\langle g, u \rangle \ge 0\).
+
+    Other ways back into the subspace: weight decay that is chained behind the last projection, and parameters in
+    bfloat16, which are rounded by up to \(2^{-9}\) of their size at every step; keep a float32 copy where that matters.
 
     Args:
       basis: \(U\) by path, or a tree with holes: `[*stack, d, k]` with orthonormal columns, zero columns beyond its

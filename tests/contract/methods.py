@@ -52,6 +52,8 @@ METHODS = (
     Case("oft_series", lambda rank: sj.oft(None, blocks=1, terms=5, magnitude=True)),
     Case("svfit", lambda rank: sj.svfit(rank), start=1e-5),
     Case("svfit_formed", lambda rank: sj.svfit(rank, route="materialized"), start=1e-5),
+    Case("osf", lambda rank: sj.osf(0.5), start=1e-5),
+    Case("osf_common", lambda rank: sj.osf(0.5, width="common", route="factored"), start=1e-5),
     Case("lift", lambda rank: sj.lift(rank, filter_rank=rank)),
     Case("s2ft_rows", lambda rank: sj.s2ft(0.5), refuses=("conv_strided", "conv_dilated", "conv_grouped")),
     Case("s2ft_columns", lambda rank: sj.s2ft(0.5, side="columns", parameterization="in_place")),

@@ -84,7 +84,8 @@ def test_adam_leaks_without_the_parameter_projection_and_not_with_it():
     both = train(w, 4, lambda f: sj.osf_projection(optax.adam(1e-2), f))
     only_after = train(w, 4, lambda f: sj.osf_projection(optax.adam(1e-2), f, project_gradients=False))
     assert 0.1 < overlap(only_before[2]) < 1.5
-    assert overlap(both[2]) < 2e-6 and overlap(only_after[2]) < 2e-6
+    assert overlap(both[2]) < 2e-6
+    assert overlap(only_after[2]) < 2e-6
     assert max(leaks(*only_before[:2], 4)) > 0.05
 
 
@@ -147,7 +148,8 @@ def test_a_stream_of_tasks_keeps_one_program_and_every_tasks_span():
         adapted = adapt(w, k, width="common")
         trainable, frozen = sj.partition(adapted)
         state = sj.osf_next_task(state, frozen)
-        assert int(state.inner[0].count) == 0 and not np.asarray(state.inner[0].mu["w"].left).any()
+        assert int(state.inner[0].count) == 0
+        assert not np.asarray(state.inner[0].mu["w"].left).any()
         for _ in range(5):
             trainable, state = step(trainable, frozen, state, jnp.asarray(matrix((12, 8), 20 + task)))
         after = np.asarray(sj.merge(sj.combine(trainable, frozen))["w"])
@@ -216,7 +218,7 @@ def test_bad_trees_are_refused_by_name():
     with pytest.raises(StructureError, match="w: factors of sizes"):
         sj.osf_projection(optax.sgd(1.0), adapt(matrix((9, 8)), 3)).init(trainable)
     optimizer = sj.osf_projection(optax.sgd(1.0), frozen)
-    with pytest.raises(StructureError, match='w: the new weight has .*width="common"'):
+    with pytest.raises(StructureError, match=r'w: the new weight has .*width="common"'):
         sj.osf_next_task(optimizer.init(trainable), adapt(w, 5))
     with pytest.raises(StructureError, match="holds no osf_projection"):
         sj.osf_next_task(optax.sgd(1.0).init(trainable), frozen)
@@ -244,6 +246,10 @@ def test_cost_of_a_step_at_width_512():
 
     make = lambda method: jax.eval_shape(lambda p: sj.adapt(p, {"w": method}, key=jax.random.key(0)), params)
     plain = cost(make(sj.full()), lambda frozen: optax.adam(1e-3))
-    for method, least, most in ((sj.osf(256), 1.1, 1.2), (sj.osf(448), 0.9, 1.0), (sj.osf(256, width="common"), 1.4, 1.5)):
+    for method, least, most in (
+        (sj.osf(256), 1.1, 1.2),
+        (sj.osf(448), 0.9, 1.0),
+        (sj.osf(256, width="common"), 1.4, 1.5),
+    ):
         ratio = cost(make(method), lambda frozen: sj.osf_projection(optax.adam(1e-3), frozen)) / plain
         assert least <= ratio <= most, ratio

@@ -58,7 +58,8 @@ def test_signs_of_matched_vectors_do_not_matter():
 
 def test_a_wholly_frozen_weight_has_nothing_to_train():
     adapted = split(matrix((12, 8)), 8)
-    assert isinstance(adapted["w"], SplitSVD) and sj.summary(adapted).trainable == 0
+    assert isinstance(adapted["w"], SplitSVD)
+    assert sj.summary(adapted).trainable == 0
     x = jnp.asarray(matrix((3, 12), 2))
     np.testing.assert_allclose(sj.with_adapters(lambda p, x: x @ p["w"])(adapted, x), x @ matrix((12, 8)), atol=1e-4)
 
@@ -73,5 +74,7 @@ def flops(weight, rows):
 
 @pytest.mark.parametrize(("k", "rows"), [(4, 16), (4, 2048), (60, 16), (60, 2048)])
 def test_the_automatic_route_is_the_cheaper_one(k, rows):
-    cost = {route: flops(split(matrix((64, 64)), k, route=route), rows) for route in ("factored", "materialized", "auto")}
+    cost = {
+        route: flops(split(matrix((64, 64)), k, route=route), rows) for route in ("factored", "materialized", "auto")
+    }
     assert cost["auto"] == min(cost["factored"], cost["materialized"])

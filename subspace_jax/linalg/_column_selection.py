@@ -1,0 +1,101 @@
+"""A few columns of one fixed orthonormal matrix in place of a decomposition."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.fft
+from jax import lax
+
+from subspace_jax.linalg._cosine_transform import cosine_matrix
+from subspace_jax.linalg._subspace import wide_matmul
+
+FixedBasis = Literal["dct", "random_qr"]
+Transform = Literal["matmul", "fft"]
+
+
+class Selected(NamedTuple):
+    """What a matrix is in the columns that fit it best.
+
+    Attributes:
+      indices: which columns, `[*stack, rank]` int32, ascending.
+      coordinates: the matrix times them, `[*stack, N, rank]` in float32.
+    """
+
+    indices: jax.Array
+    coordinates: jax.Array
+
+
+def fixed_basis(size: int, basis: FixedBasis = "dct") -> jax.Array:
+    """Returns an orthonormal matrix `[size, size]` that depends on nothing but its size.
+
+    Args:
+      size: number of rows and columns.
+      basis: "dct" has cosine waves as columns, so that a product with it is the DCT-II of every row; "random_qr" is a
+        random orthonormal matrix, to compare with.
+
+    Example:
+      >>> fixed_basis(4).shape
+      (4, 4)
+    """
+    if basis == "dct":
+        return cosine_matrix(size).T
+    return jnp.linalg.qr(jax.random.normal(jax.random.key(size), (size, size)))[0]
+
+
+def transform_rows(matrix: jax.Array, *, basis: FixedBasis = "dct", transform: Transform = "matmul") -> jax.Array:
+    """Returns `matrix @ fixed_basis`, by a product or, for cosines, by fast Fourier transforms of the rows.
+
+    Args:
+      matrix: `[*stack, N, n]`.
+      basis: as for `fixed_basis`.
+      transform: "matmul" or "fft".
+    """
+    if transform == "fft":
+        return jax.scipy.fft.dct(matrix.astype(jnp.float32), type=2, norm="ortho", axis=-1)
+    return wide_matmul(matrix, fixed_basis(matrix.shape[-1], basis), split=(-2, None))
+
+
+def select_columns(
+    matrix: jax.Array,
+    rank: int,
+    *,
+    basis: FixedBasis = "dct",
+    transform: Transform = "matmul",
+    norm: Literal[1, 2] = 1,
+) -> Selected:
+    r"""Returns the columns of a fixed basis that a matrix has most of itself in.
+
+    With `norm=2` no other `rank` columns approximate the matrix better, and the squared error is at most
+    \((1 - r / n)\,\|B\|^2\).
+
+    Args:
+      matrix: \(B\), `[*stack, N, n]`.
+      rank: \(r\), at most n.
+      basis: as for `fixed_basis`.
+      transform: as for `transform_rows`.
+      norm: of the columns of \(B Q\), by which they are ranked.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> select_columns(jnp.ones((3, 4)), 1).indices.tolist()
+      [0]
+    """
+    spectrum = transform_rows(matrix, basis=basis, transform=transform)
+    scores = jnp.sum(jnp.abs(spectrum) if norm == 1 else spectrum * spectrum, axis=-2)
+    # Ascending, so that equal choices have equal coordinates.
+    indices = jnp.sort(lax.top_k(scores, rank)[1].astype(jnp.int32), axis=-1)
+    return Selected(indices, jnp.take_along_axis(spectrum, indices[..., None, :], axis=-1))
+
+
+def chosen_columns(indices: jax.Array, size: int, basis: FixedBasis = "dct") -> jax.Array:
+    """Returns columns of the fixed basis, `[*stack, size, rank]`.
+
+    Args:
+      indices: `[*stack, rank]`.
+      size: of the basis.
+      basis: as for `fixed_basis`.
+    """
+    return jnp.swapaxes(jnp.take(fixed_basis(size, basis).T, indices, axis=0), -1, -2)

@@ -1,0 +1,73 @@
+"""Matrices with orthonormal columns.
+
+The Geometry of Algorithms with Orthogonality Constraints (Edelman, Arias, Smith, 1998).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import expm
+
+from subspace_jax.manifolds._frames import frobenius, gram, product, symmetric, widened
+from subspace_jax.manifolds._manifold import Manifold
+
+
+@dataclasses.dataclass(frozen=True)
+class Stiefel(Manifold):
+    r"""Matrices \(X\), `[*stack, n, k]`, with \(X^T X = I\), and the metric of the surrounding matrices.
+
+    Tangent vectors have \(X^T V + V^T X = 0\). The distance is the length of the straight line \(|X - Y|_F\), since the
+    geodesic one has no closed form. Transport is the projection onto the new tangent space, which may shorten.
+
+    Example:
+      >>> import jax, subspace_jax as sj
+      >>> point = sj.Stiefel().random_point(jax.random.key(0), (5, 3, 2))
+      >>> sj.Stiefel().check_point(point), sj.Stiefel().check_point(2 * point)
+      (True, False)
+
+    References:
+      Edelman, Arias, Smith, The Geometry of Algorithms with Orthogonality Constraints, 1998.
+    """
+
+    def to_tangent(self, point: jax.Array, vector: jax.Array) -> jax.Array:
+        r"""Returns \(A - X\,\mathrm{sym}(X^T A)\).
+
+        Args:
+          point: \(X\), `[*stack, n, k]`.
+          vector: \(A\), of the same shape.
+        """
+        self._check_shapes(point, vector)
+        point, vector = widened(point, vector)
+        return vector - product(point, symmetric(gram(point, vector)))
+
+    def _exponential(self, point: jax.Array, tangent: jax.Array) -> jax.Array:
+        inside, squares = gram(point, tangent), gram(tangent, tangent)
+        eye = jnp.broadcast_to(jnp.eye(point.shape[-1], dtype=point.dtype), inside.shape)
+        generator = jnp.block([[inside, -squares], [eye, inside]])
+        columns = expm(generator)[..., :, : point.shape[-1]]
+        return product(jnp.concatenate([point, tangent], -1), columns, expm(-inside))
+
+    def transport(self, point: jax.Array, tangent: jax.Array, new_point: jax.Array) -> jax.Array:
+        """Returns the projection of the vector onto the tangent space of the new point.
+
+        Args:
+          point: where the vector is tangent.
+          tangent: the vector.
+          new_point: where to bring it.
+        """
+        self._check_shapes(point, tangent, new_point)
+        return self.to_tangent(new_point, tangent)
+
+    def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        r"""Returns \(|A - B|_F\), `[*stack]`.
+
+        Args:
+          a: `[*stack, n, k]`.
+          b: of the same shape.
+        """
+        self._check_shapes(a, b)
+        a, b = widened(a, b)
+        return jnp.sqrt(frobenius(a - b, a - b))
