@@ -29,11 +29,14 @@ def skew(entries: jax.Array, size: int) -> jax.Array:
     return upper - jnp.swapaxes(upper, -1, -2)
 
 
+@jax.custom_jvp
 def cayley(matrix: jax.Array) -> jax.Array:
-    r"""Returns \((I + Q)(I - Q)^{-1}\): a rotation for skew-symmetric \(Q\), by a solve in float32.
+    r"""Returns \((I + Q)(I - Q)^{-1}\): a rotation \(R\) for skew-symmetric \(Q\), in float32.
+
+    Its derivative is \(\frac{1}{2} (I + R)\,dQ\,(I + R)\), so that no step solves anything backwards.
 
     Args:
-      matrix: \(Q\), `[..., n, n]`.
+      matrix: \(Q\), skew-symmetric, `[..., n, n]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -42,8 +45,37 @@ def cayley(matrix: jax.Array) -> jax.Array:
     """
     wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
     eye = jnp.eye(wide.shape[-1], dtype=wide.dtype)
-    # (I + Q) and (I - Q)^-1 commute, so that a left solve serves.
-    return jnp.linalg.solve(eye - wide, eye + wide)
+    # (I + Q) = 2 I - (I - Q), so an inverse is all that is needed.
+    return 2.0 * lax.platform_dependent(eye - wide, cpu=_inverse_by_sweeps, default=jnp.linalg.inv) - eye
+
+
+@cayley.defjvp
+def _cayley_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    rotation = cayley(*primals)
+    half = rotation + jnp.eye(rotation.shape[-1], dtype=rotation.dtype)
+    change = tangents[0].astype(rotation.dtype)
+    precision = lax.Precision.HIGHEST
+    return rotation, 0.5 * jnp.matmul(jnp.matmul(half, change, precision=precision), half, precision=precision)
+
+
+def _inverse_by_sweeps(matrix: jax.Array) -> jax.Array:
+    """The inverse of matrices with a positive definite symmetric part, which need no pivoting.
+
+    On CPU many decompositions beside products in one program can wait for each other for ever (jax 0.10, two cores);
+    this is made of elementwise operations alone.
+    """
+    size = matrix.shape[-1]
+    places = jnp.arange(size)
+
+    def sweep(k: jax.Array, current: jax.Array) -> jax.Array:
+        row = lax.dynamic_index_in_dim(current, k, axis=-2)
+        column = lax.dynamic_index_in_dim(current, k, axis=-1)
+        pivot = lax.dynamic_index_in_dim(row, k, axis=-1)
+        in_row, in_column = (places == k)[:, None], (places == k)[None, :]
+        inside = jnp.where(in_row, row / pivot, current - column * (row / pivot))
+        return jnp.where(in_column, jnp.where(in_row, 1.0 / pivot, -column / pivot), inside)
+
+    return lax.fori_loop(0, size, sweep, matrix)
 
 
 def cayley_neumann(matrix: jax.Array, terms: int) -> jax.Array:
