@@ -50,7 +50,7 @@ def _listed(value: Any) -> Any:
 
 def experiments_table() -> str:
     """Returns every experiment with its claim and its command."""
-    names = [name for name in _registry.names() if name != "quickstart"]
+    names = [name for name in _registry.names() if name not in ("quickstart", "adapters")]
     rows = [["experiment", "what it shows"], *([f"`{name}`", _registry.find(name).claim] for name in names)]
     return markdown_table(rows)
 
@@ -87,6 +87,7 @@ def _ratio(measured: dict[str, Any], name: str) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "experiments": experiments_table,
+    "adapters": lambda: experiment_table("adapters"),
     "quickstart": lambda: experiment_table("quickstart"),
     "lora_step": step_table,
 }

@@ -69,11 +69,16 @@ from subspace_jax.io import restore_checkpoint as restore_checkpoint
 from subspace_jax.io import save_adapter as save_adapter
 from subspace_jax.io import save_checkpoint as save_checkpoint
 from subspace_jax.io import save_peft as save_peft
+from subspace_jax.manifolds import Grassmann as Grassmann
+from subspace_jax.manifolds import Manifold as Manifold
+from subspace_jax.manifolds import SpecialOrthogonal as SpecialOrthogonal
+from subspace_jax.manifolds import Stiefel as Stiefel
 from subspace_jax.metrics import aurac as aurac
 from subspace_jax.optim import alternating as alternating
 from subspace_jax.optim import coso as coso
 from subspace_jax.optim import coso_end_task as coso_end_task
 from subspace_jax.optim import galore as galore
+from subspace_jax.optim import grassmann_sgd as grassmann_sgd
 from subspace_jax.optim import in_complement as in_complement
 from subspace_jax.optim import in_subspace as in_subspace
 from subspace_jax.optim import lift_adam as lift_adam
@@ -87,6 +92,7 @@ from subspace_jax.optim import refresh_due as refresh_due
 from subspace_jax.optim import replace_basis as replace_basis
 from subspace_jax.optim import reselect_principal as reselect_principal
 from subspace_jax.optim import reset_moments as reset_moments
+from subspace_jax.optim import riemannian as riemannian
 from subspace_jax.optim import sandwich as sandwich
 from subspace_jax.optim import scale_by_dct_adam as scale_by_dct_adam
 from subspace_jax.optim import scale_by_lift_adam as scale_by_lift_adam
@@ -104,9 +110,13 @@ from subspace_jax.weights import switch_slices as switch_slices
 __all__ = [
     "Checkpointer",
     "Coupling",
+    "Grassmann",
+    "Manifold",
     "Method",
     "Role",
     "Source",
+    "SpecialOrthogonal",
+    "Stiefel",
     "Weight",
     "activation_scores",
     "active_values",
@@ -137,6 +147,7 @@ __all__ = [
     "galore",
     "gpm_memory",
     "gpm_update",
+    "grassmann_sgd",
     "in_complement",
     "in_subspace",
     "is_weight",
@@ -177,6 +188,7 @@ __all__ = [
     "reset_moments",
     "resolve_links",
     "restore_checkpoint",
+    "riemannian",
     "roles",
     "s2ft",
     "sample_rank",

@@ -110,8 +110,8 @@ def _check(memory: GPMMemory, activations: jax.Array | None, gram: jax.Array | N
     if not fits or (gram is not None and given.shape[-2] != size):
         axes = [*map(str, stack), "n" if gram is None else str(size), str(size)]
         raise StructureError(
-            f"gpm_update: {'activations' if gram is None else 'gram'} of shape {given.shape}; a memory of {size} inputs "
-            f"needs [{', '.join(axes)}]. Convolutions need patches, not pixels: see conv_patches."
+            f"gpm_update: {'activations' if gram is None else 'gram'} of shape {given.shape}; a memory of {size} "
+            f"inputs needs [{', '.join(axes)}]. Convolutions need patches, not pixels: see conv_patches."
         )
 
 

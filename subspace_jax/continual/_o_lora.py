@@ -107,7 +107,9 @@ def _weights(adapted: Any) -> list[tuple[str, LowRank]]:
 
 
 def _is_ours(weight: Any) -> bool:
-    return isinstance(weight, LowRank) and isinstance(weight.base, LowRank) and weight.base.method == NAME
+    if not isinstance(weight, LowRank) or not isinstance(weight.base, LowRank) or weight.base.method != NAME:
+        return False
+    return weight.a is not None and weight.base.a is not None
 
 
 def o_lora_penalty(adapted: Any, lam1: float = 0.5, lam2: float = 0.0) -> jax.Array:

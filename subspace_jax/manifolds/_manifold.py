@@ -119,7 +119,7 @@ class Manifold(abc.ABC):
         Raises:
           StructureError: no shape of this manifold, or a narrower dtype.
         """
-        self._check_shape(tuple(shape))
+        self.check_shape(tuple(shape))
         if jnp.dtype(dtype) != wide_dtype(dtype):
             raise StructureError(f"{self.name}.random_point: dtype={jnp.dtype(dtype)}; points need float32 or float64.")
         return self._oriented(qr_frame(jax.random.normal(key, shape, dtype)))
@@ -132,9 +132,7 @@ class Manifold(abc.ABC):
     @overload
     def check_point(self, matrix: Any, *, explain: Literal[True], tolerance: float = ...) -> tuple[bool, str]: ...
 
-    def check_point(
-        self, matrix: Any, *, explain: bool = False, tolerance: float = 1e-4
-    ) -> bool | tuple[bool, str]:
+    def check_point(self, matrix: Any, *, explain: bool = False, tolerance: float = 1e-4) -> bool | tuple[bool, str]:
         """Tells whether every matrix of a stack is a point; not for use under jit.
 
         Args:
@@ -161,7 +159,7 @@ class Manifold(abc.ABC):
         return ""
 
     def _check_shapes(self, first: Any, *others: Any) -> None:
-        self._check_shape(jnp.shape(first))
+        self.check_shape(jnp.shape(first))
         for other in others:
             if jnp.shape(other)[-2:] != jnp.shape(first)[-2:]:
                 raise StructureError(
@@ -169,7 +167,8 @@ class Manifold(abc.ABC):
                     "vectors have one shape."
                 )
 
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises StructureError if no point has this shape."""
         reason = self._reason(shape)
         if reason:
             raise StructureError(f"{self.name}: {reason}")

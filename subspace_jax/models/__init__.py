@@ -15,6 +15,9 @@ from ._decode import greedy_decode as greedy_decode
 from ._gguf import GgufFile as GgufFile
 from ._gguf import GgufTensor as GgufTensor
 from ._gguf import read_gguf as read_gguf
+from ._grassmann_head import GrassmannHead as GrassmannHead
+from ._grassmann_head import NNXGrassmannHead as NNXGrassmannHead
+from ._grassmann_head import grassmann_logits as grassmann_logits
 from ._layers import stack_layers as stack_layers
 from ._layers import unstack_layers as unstack_layers
 from ._llama import Llama as Llama
@@ -47,9 +50,11 @@ __all__ = [
     "BertConfig",
     "GgufFile",
     "GgufTensor",
+    "GrassmannHead",
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "NNXGrassmannHead",
     "OnnxGraph",
     "OnnxNode",
     "PretrainedModel",
@@ -62,6 +67,7 @@ __all__ = [
     "chat_prompt",
     "cubic_resize_matrix",
     "encode_texts",
+    "grassmann_logits",
     "greedy_decode",
     "init_cache",
     "load_minilm",

@@ -44,6 +44,9 @@ from subspace_jax.optim._project import replace_basis as replace_basis
 from subspace_jax.optim._project import sandwich as sandwich
 from subspace_jax.optim._reselect import refresh_due as refresh_due
 from subspace_jax.optim._reselect import reselect_principal as reselect_principal
+from subspace_jax.optim._riemannian import RiemannianState as RiemannianState
+from subspace_jax.optim._riemannian import grassmann_sgd as grassmann_sgd
+from subspace_jax.optim._riemannian import riemannian as riemannian
 
 __all__ = [
     "Adjusted",
@@ -57,6 +60,7 @@ __all__ = [
     "OSFState",
     "Pair",
     "ProjectState",
+    "RiemannianState",
     "SandwichState",
     "ScaleByLiftAdamState",
     "TrionState",
@@ -66,6 +70,7 @@ __all__ = [
     "coso_end_task",
     "equivalent_gradient",
     "galore",
+    "grassmann_sgd",
     "in_complement",
     "in_subspace",
     "lift_adam",
@@ -83,6 +88,7 @@ __all__ = [
     "replace_basis",
     "reselect_principal",
     "reset_moments",
+    "riemannian",
     "sandwich",
     "scale_by_dct_adam",
     "scale_by_lift_adam",

@@ -68,6 +68,7 @@ METHODS = (
     Case("lora_xs", lambda rank: sj.lora_xs(rank, alpha=3.0), start=1e-3),
     Case("lora_sb", lambda rank: _with_gradient(sj.lora_sb(rank, learning_rate=1e-3, alpha=3.0)), start=1e-1),
     Case("soka", lambda rank: sj.soka(rank), start=1e-5),
+    Case("o_lora", lambda rank: sj.o_lora(rank, tasks=2, alpha=3.0)),
     Case("loca", lambda rank: sj.loca(5 * rank, alpha=0.5)),
     Case("loca_transformed", lambda rank: sj.loca(5 * rank, evaluation="fast")),
 )

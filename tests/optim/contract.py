@@ -69,6 +69,13 @@ def bases() -> dict[str, jax.Array]:
 
 
 @functools.cache
+def split() -> dict[str, Any]:
+    """The leaves with a basis that are plain arrays, half of their singular values frozen by OSF."""
+    params = {n: v for n, v in make_tree().items() if n in SIZES and n not in METHODS}
+    return sj.adapt(params, {"**": sj.osf(0.5)}, key=jax.random.key(0), roles=ROLES)
+
+
+@functools.cache
 def make_tree(seed: int = 0) -> dict[str, Any]:
     """Trainable leaves of every kind: plain arrays, stand-in weights with holes, a hole, a bfloat16 array."""
     rng = np.random.default_rng(seed)
@@ -131,6 +138,13 @@ CASES = (
         "complement",
     ),
     Case("lift_adam", lambda rate: sj.lift_adam(rate)),
+    Case("coso", lambda rate: sj.coso(rate, 4, 6, 5, "input", b1=0.5, b2=0.9, roles=ROLES)),
+    Case(
+        "osf_dense",
+        lambda rate: sj.osf_projection(adam(rate), split(), mode="dense", roles=ROLES),
+        None,
+        converges=False,
+    ),
     Case(
         "alternating",
         lambda rate: sj.alternating(

@@ -212,6 +212,8 @@ def test_frequent_directions_stay_below_and_within_their_bound(rank, width):
         ((1, 1, 1, 1), 0.6, 0, 2),
         ((10, 1), 0.98, 0, 0),
         ((10, 1), 0.98, 1, 1),
+        ((10, 1), 0.9900, 0, 0),
+        ((10, 1), 0.9902, 0, 1),
         ((3, 2, 1), 2.0, 0, 3),
         ((0, 0), 0.98, 1, 0),
     ],
@@ -335,6 +337,29 @@ def test_keeps_dtypes_inside_other_transformations_and_ends_tasks_there():
             chex.assert_trees_all_equal_shapes_and_dtypes(found, state)
 
 
+@pytest.mark.parametrize("spec", [("a", "b"), (None, "b"), ("a",)])
+@pytest.mark.parametrize("side", SIDES)
+def test_works_where_mesh_axes_are_explicit(spec, side):
+    """The types of split arrays are checked as a program is traced, on one device too."""
+    mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    optimizer, grads = sj.coso(1e-2, 3, 4, 1, side, tasks=2, rotate_moments=True), list(gradients((12, 9), 2))
+
+    def tasks(state, place):
+        for g in grads:
+            updates, state = jax.jit(optimizer.update)({"w": place(jnp.asarray(g, jnp.float32))}, state)
+            state = jax.jit(sj.coso_end_task)(state)
+        return updates["w"], state.subspaces["w"].history
+
+    expected = tasks(start(optimizer, (12, 9)), lambda g: g)
+    with jax.set_mesh(mesh):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        place = lambda g: jax.device_put(g, sharding)
+        found = tasks(optimizer.init({"w": place(jnp.zeros((12, 9)))}), place)
+        assert found[0].sharding.is_equivalent_to(sharding, 2)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_bad_options_are_refused_by_name():
     for options in ({"r1": 0}, {"r2": 1}, {"gap": 0}, {"tasks": 1.5}):
         with pytest.raises(RankError, match=next(iter(options))):
@@ -349,7 +374,7 @@ def test_bad_options_are_refused_by_name():
     state = start(optimizer, (9, 9))
     _, state = run(optimizer, state, gradients((9, 9), 3))
     _, state = run(optimizer, sj.coso_end_task(state, 2.0), gradients((9, 9), 3, 1))
-    with pytest.raises(StructureError, match="w: the history would have 6 directions and has room for 3.*tasks="):
+    with pytest.raises(StructureError, match=r"w: the history would have 6 directions and has room for 3.*tasks="):
         sj.coso_end_task(state, 2.0)
 
 
@@ -369,5 +394,4 @@ def test_cost_of_an_ordinary_step_at_width_512():
 
     ordinary = lambda state: state._replace(count=jnp.ones([], jnp.int32))  # a known count: the branch folds away
     ratio = cost(sj.coso(1e-3, 70, 160, 20), ordinary) / cost(optax.adam(1e-3))
-    print(f"CoSO {ratio:.3f}")
-    assert ratio <= 1.2
+    assert 1.005 < ratio < 1.02

@@ -204,6 +204,24 @@ def test_works_beside_others():
         assert np.abs(np.asarray(updates["head"].value)).max() > 0
 
 
+@pytest.mark.parametrize("spec", [("a", "b"), (None, "b"), ("a",)])
+def test_works_where_mesh_axes_are_explicit(spec):
+    """The types of split arrays are checked as a program is traced, on one device too."""
+    mesh, w = jax.make_mesh((1, 1), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2), matrix((12, 8))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(w, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+        adapted = jax.jit(lambda v: adapt(v, 4))(placed)
+        trainable, frozen = sj.partition(adapted)
+        for params, mode in ((trainable, "factored"), ({"w": placed}, "dense")):
+            optimizer = sj.osf_projection(optax.adam(1e-2), frozen, mode=mode)
+            updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+            same = jax.tree.map(lambda u, p: u.sharding.is_equivalent_to(p.sharding, u.ndim), updates, params)
+            assert all(jax.tree.leaves(same))
+    expected = sj.osf_projection(optax.adam(1e-2), adapt(w, 4), mode="dense")
+    params = {"w": jnp.asarray(w)}
+    np.testing.assert_allclose(updates["w"], expected.update(params, expected.init(params))[0]["w"], atol=1e-5)
+
+
 def test_bad_trees_are_refused_by_name():
     w = matrix((12, 8))
     trainable, frozen = sj.partition(adapt(w, 3))

@@ -1,0 +1,327 @@
+"""Optimisers on manifolds, and the one that trains class subspaces.
+
+Optimization Algorithms on Matrix Manifolds (Absil, Mahony, Sepulchre, 2008) has the scheme; Get the Best of Both
+Worlds: Improving Accuracy and Transferability by Grassmann Class Representation (Wang, Li, Zhang, 2023) the SGD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from subspace_jax.core import (
+    Full,
+    PatternError,
+    RankError,
+    Source,
+    StructureError,
+    is_weight,
+    leaves_with_paths,
+    matches,
+    nearest,
+    path_string,
+    placed_like,
+    register,
+)
+from subspace_jax.linalg import wide_dtype
+from subspace_jax.manifolds import Grassmann, Manifold, Retraction
+from subspace_jax.optim._moments import FIRST_MOMENTS, map_moments
+
+Transport = Literal["project", "isometric", "none"]
+
+
+class RiemannianState(NamedTuple):
+    """State of `riemannian`.
+
+    Attributes:
+      count: number of steps, an int32 scalar.
+      inner: state of the inner optimiser; it knows only the leaves on manifolds.
+    """
+
+    count: jax.Array
+    inner: Any
+
+
+def riemannian(
+    manifold: Manifold | Mapping[str, Manifold],
+    inner: optax.GradientTransformation,
+    *,
+    retraction: Retraction = "exponential",
+    transport: Transport = "project",
+    renormalize_every: int = 5,
+    tolerance: float = 1e-4,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps parameters on a manifold, whatever the inner optimiser does.
+
+    The gradient is projected onto the tangent space at \(X\), the inner optimiser makes a direction of it, which is
+    projected again to a tangent vector \(V\), and the update is \(\mathrm{retract}(X, V) - X\), so that
+    `optax.apply_updates` lands on the manifold. It has to be the last for its leaves: scaling, clipping or decay behind
+    it leaves the manifold. What comes earlier in a chain is free, clipping by the global norm for one.
+
+    First moments (momentum, Adam's `mu`) are vectors at \(X\); with the parameters they move to the new point. Second
+    moments are scales and stay, so that Adam depends on the basis of a subspace, as in the plane it depends on axes.
+
+    Args:
+      manifold: of all leaves, or by path or glob; leaves without one pass as they are.
+      inner: any optimiser with its learning rate, of the leaves on manifolds alone. Weight decay in it has no effect
+        on a subspace or a rotation, since the projection takes it out.
+      retraction: "exponential", along the geodesic; "qr" or "polar", the orthonormal factor of \(X + V\).
+      transport: "project" projects first moments onto the new tangent space; "isometric" carries them by the
+        manifold's `transport`; "none" gives the inner optimiser the gradient as it is and leaves its moments alone, so
+        that only the direction is projected.
+      renormalize_every: steps from one QR factorisation against rounding to the next; it keeps signs of columns.
+      tolerance: largest error of a point that `init` accepts, where it sees concrete arrays.
+
+    Returns:
+      A transformation whose `update` needs `params`; structure, shapes and dtypes are kept.
+
+    Raises:
+      ValueError: an unknown option, or `update` without parameters.
+      PatternError: a path or glob matches nothing.
+      StructureError: at `init` or `update`, a leaf has a shape or dtype that no point has; at `init`, it is no point.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
+      >>> params = {"turn": jnp.eye(3), "scale": jnp.ones(())}
+      >>> optimizer = sj.riemannian({"turn": sj.SpecialOrthogonal()}, optax.adam(0.1))
+      >>> gradient = {"turn": jnp.arange(9.0).reshape(3, 3), "scale": jnp.ones(())}
+      >>> updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+      >>> sj.SpecialOrthogonal().check_point(optax.apply_updates(params, updates)["turn"])
+      True
+
+    References:
+      Absil, Mahony, Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008.
+    """
+    _check_options(retraction, transport, renormalize_every)
+
+    def mask(tree: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(tree), [m is not None for _, m in _places(tree, manifold)])
+
+    masked = optax.with_extra_args_support(optax.masked(inner, mask))
+
+    def init(params: Any) -> RiemannianState:
+        _check_patterns(manifold, params)
+        for (path, space), leaf in zip(_places(params, manifold), jax.tree.leaves(params), strict=True):
+            if space is not None:
+                _check_leaf(path, space, leaf)
+                _check_on_manifold(path, space, leaf, tolerance)
+        return RiemannianState(jnp.zeros([], jnp.int32), masked.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, RiemannianState]:
+        if params is None:
+            raise ValueError("riemannian: update needs params; call optimizer.update(gradients, state, params).")
+        count = jnp.asarray(optax.safe_increment(state.count))
+        points = _points(params, manifold)
+        if transport != "none":
+            updates = _map_points(lambda p, space, g: space.to_tangent(p, g), updates, points)
+        directions, held = masked.update(updates, state.inner, params, **extra)
+        moved: dict[str, jax.Array] = {}
+
+        def step(point: jax.Array, space: Manifold, direction: jax.Array, path: str) -> jax.Array:
+            new = space.retract(point, space.to_tangent(point, direction), retraction)
+            if retraction == "exponential":
+                new = _renormalized(new, space, count % renormalize_every == 0, renormalize_every == 1)
+            moved[path] = new
+            return placed_like(new.astype(point.dtype), point) - point
+
+        found = _map_points(step, directions, points, with_path=True)
+        return found, RiemannianState(count, _transported(held, points, moved, transport))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def grassmann_sgd(
+    learning_rate: Any,
+    momentum: float = 0.9,
+    *,
+    paths: str | Sequence[str] | None = None,
+    transport: Literal["project", "none"] = "project",
+    retraction: Literal["exponential", "qr"] = "exponential",
+    renormalize_every: int = 5,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Riemannian SGD with momentum on subspaces, as published for class subspaces.
+
+    \(V \leftarrow \mu P_S(V) + P_S(G)\) with \(P_S(A) = A - S S^T A\), then along the geodesic: with the thin SVD
+    \(V = U \Sigma W^T\), \(S \leftarrow (S W \cos \eta\Sigma - U \sin \eta\Sigma) W^T\). No dampening, no Nesterov, no
+    weight decay: that has no meaning for subspaces. Give it the head of `models.GrassmannHead`, and the backbone
+    any other optimiser, in one chain.
+
+    Args:
+      learning_rate: \(\eta\), a number or schedule; the authors' is that of the backbone's SGD, and reaches 0.1 beside
+        AdamW and 0.3 beside LAMB.
+      momentum: \(\mu\).
+      paths: globs of the leaves that are subspaces; all of them if None. Others pass as they are.
+      transport: "project" is the paper's form above; "none" the authors' code, which sums Euclidean gradients and
+        projects their sum. They differ at second order in the step.
+      retraction: "exponential" is the method; "qr" is cheaper and first-order.
+      renormalize_every: steps from one QR factorisation to the next; the authors' 5, and 1 beside AdamW and LAMB.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
+      >>> classes = sj.Grassmann().random_point(jax.random.key(0), (3, 6, 2))
+      >>> params = {"backbone": jnp.ones((4, 6)), "subspaces": classes}
+      >>> optimizer = optax.chain(
+      ...     optax.clip_by_global_norm(1.0),
+      ...     optax.partition({"head": sj.grassmann_sgd(0.1), "rest": optax.adamw(1e-3)},
+      ...                     {"backbone": "rest", "subspaces": "head"}),
+      ... )
+      >>> updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+      >>> sj.Grassmann().check_point(optax.apply_updates(params, updates)["subspaces"])
+      True
+
+    References:
+      Wang, Li, Zhang, Get the Best of Both Worlds: Improving Accuracy and Transferability by Grassmann Class
+      Representation, 2023.
+    """
+    globs = [paths] if isinstance(paths, str) else paths
+    if transport not in ("project", "none") or retraction not in ("exponential", "qr"):
+        raise ValueError(
+            f'grassmann_sgd: transport={transport!r} is "project" or "none", retraction={retraction!r} "exponential" '
+            'or "qr"; sj.riemannian offers others.'
+        )
+    return riemannian(
+        Grassmann() if globs is None else dict.fromkeys(globs, Grassmann()),
+        optax.sgd(learning_rate, momentum or None),
+        retraction=retraction,
+        transport=transport,
+        renormalize_every=renormalize_every,
+    )
+
+
+def _names(tree: Any) -> list[str]:
+    """A path for each of `jax.tree.leaves(tree)`; fields of stand-in weights have the weight's path before theirs."""
+    found: list[str] = []
+    for path, leaf in leaves_with_paths(tree):
+        if is_weight(leaf) and not isinstance(leaf, Full):
+            found.extend(f"{path}/{path_string(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(leaf))
+        else:
+            found.extend(path for _ in jax.tree.leaves(leaf))
+    return found
+
+
+def _places(tree: Any, manifold: Manifold | Mapping[str, Manifold]) -> list[tuple[str, Manifold | None]]:
+    """Path and manifold of every leaf; the first pattern that fits counts."""
+    if isinstance(manifold, Manifold):
+        return [(path, manifold) for path in _names(tree)]
+    return [
+        (path, next((space for pattern, space in manifold.items() if _fits(pattern, path)), None))
+        for path in _names(tree)
+    ]
+
+
+def _fits(pattern: str, path: str) -> bool:
+    return pattern == path or matches(pattern, path)
+
+
+def _points(params: Any, manifold: Manifold | Mapping[str, Manifold]) -> dict[str, tuple[jax.Array, Manifold]]:
+    found = {}
+    for (path, space), leaf in zip(_places(params, manifold), jax.tree.leaves(params), strict=True):
+        if space is not None:
+            _check_leaf(path, space, leaf)
+            found[path] = leaf, space
+    return found
+
+
+def _map_points(
+    function: Callable[..., jax.Array],
+    tree: Any,
+    points: Mapping[str, tuple[jax.Array, Manifold]],
+    *,
+    with_path: bool = False,
+) -> Any:
+    """Maps `function(point, manifold, leaf)` over the leaves that have a point; others stay."""
+    leaves, treedef = jax.tree.flatten(tree)
+    mapped = []
+    for path, leaf in zip(_names(tree), leaves, strict=True):
+        if path in points:
+            new = function(*points[path], leaf, *([path] if with_path else []))
+            mapped.append(placed_like(new.astype(leaf.dtype), leaf))
+        else:
+            mapped.append(leaf)
+    return jax.tree.unflatten(treedef, mapped)
+
+
+def _renormalized(point: jax.Array, space: Manifold, due: jax.Array, always: bool) -> jax.Array:
+    def frame() -> jax.Array:
+        return space.retract(point, jnp.zeros_like(point), "qr")
+
+    return frame() if always else lax.cond(due, frame, lambda: point)
+
+
+def _transported(
+    held: Any, points: Mapping[str, tuple[jax.Array, Manifold]], moved: Mapping[str, jax.Array], transport: Transport
+) -> Any:
+    """An inner state whose first moments are vectors at the new points."""
+    if transport == "none":
+        return held
+
+    def one(point: jax.Array, space: Manifold, vector: jax.Array, path: str) -> jax.Array:
+        if transport == "project":
+            return space.to_tangent(moved[path], vector)
+        return space.transport(point, vector, moved[path])
+
+    def moments(tree: Any) -> Any:
+        return _map_points(one, tree, points, with_path=True)
+
+    return map_moments(held, dict.fromkeys(FIRST_MOMENTS, moments))
+
+
+def _check_leaf(path: str, space: Manifold, leaf: Any) -> None:
+    if leaf.dtype != wide_dtype(leaf.dtype):
+        raise StructureError(
+            f"{path}: dtype {leaf.dtype} cannot hold a point of {space.name}, nor a step on it; keep this leaf in "
+            "float32 and cast inside the model."
+        )
+    try:
+        space.check_shape(leaf.shape)
+    except StructureError as error:
+        raise StructureError(f"{path}: {error}") from None
+
+
+def _check_on_manifold(path: str, space: Manifold, leaf: Any, tolerance: float) -> None:
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return  # entries are not known
+    good, reason = space.check_point(leaf, explain=True, tolerance=tolerance)
+    if not good:
+        raise StructureError(f"{path}: {reason}")
+
+
+def _check_patterns(manifold: Manifold | Mapping[str, Manifold], params: Any) -> None:
+    """Refuses a pattern that matches neither a leaf nor what optax masks because another optimiser serves it."""
+    hidden = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda v: isinstance(v, optax.MaskedNode))
+    known = [*_names(params), *(path_string(p) for p, v in hidden if isinstance(v, optax.MaskedNode))]
+    if isinstance(manifold, Manifold) or not known:
+        return
+    for pattern in manifold:
+        if not any(_fits(pattern, path) for path in known):
+            raise PatternError(
+                f"{pattern}: no leaf of the parameters has such a path; nearest are {nearest(pattern, known)}."
+            )
+
+
+def _check_options(retraction: Any, transport: Any, renormalize_every: Any) -> None:
+    if retraction not in ("exponential", "qr", "polar") or transport not in ("project", "isometric", "none"):
+        raise ValueError(
+            f'riemannian: retraction={retraction!r} is "exponential", "qr" or "polar", transport={transport!r} '
+            '"project", "isometric" or "none".'
+        )
+    if isinstance(renormalize_every, bool) or not isinstance(renormalize_every, int) or renormalize_every < 1:
+        raise RankError(f"riemannian: renormalize_every={renormalize_every!r}; expected a positive Python int.")
+
+
+register(
+    Source(
+        name="gcr",
+        title="Get the Best of Both Worlds: Improving Accuracy and Transferability by Grassmann Class Representation",
+        authors="Wang, Li, Zhang",
+        year=2023,
+        public=("grassmann_sgd", "riemannian"),
+        experiment="gcr",
+        claim="Classes as subspaces: features of a class spread further apart, and accuracy does not fall.",
+    )
+)
