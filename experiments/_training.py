@@ -81,17 +81,43 @@ class Trainer:
         losses, seconds = [], []
         for batch in batches:
             batch = jax.tree.map(jnp.asarray, batch)
-            if self._compiled is None:
-                start = time.perf_counter()
-                self._compiled = self._step.lower(trainable, state, frozen, batch).compile()
-                self.compile_seconds = time.perf_counter() - start
-                self.flops = float(self._compiled.cost_analysis().get("flops", 0.0))
+            self._compile(trainable, state, frozen, batch)
             start = time.perf_counter()
             trainable, state, value = self._compiled(trainable, state, frozen, batch)
             losses.append(float(value))
             seconds.append(time.perf_counter() - start)
             on_step(losses[-1], seconds[-1])
         return Trained(sj.combine(trainable, frozen), losses, statistics.median(seconds), state_bytes)
+
+    def timed_step(self, adapted: Any, batch: Any) -> Callable[[], float]:
+        """Returns a function that takes one more step on the same batch and returns its seconds.
+
+        Args:
+          adapted: tree with stand-in weights.
+          batch: what every step sees.
+        """
+        trainable, frozen = sj.partition(adapted)
+        carry = jax.tree.map(jnp.copy, trainable)
+        carry, batch = (carry, self._optimizer.init(carry)), jax.tree.map(jnp.asarray, batch)
+        self._compile(*carry, frozen, batch)
+
+        def step() -> float:
+            nonlocal carry
+            start = time.perf_counter()
+            trainable, state, value = self._compiled(*carry, frozen, batch)
+            jax.block_until_ready(value)
+            carry = trainable, state
+            return time.perf_counter() - start
+
+        return step
+
+    def _compile(self, *arguments: Any) -> None:
+        """Compiles the step once, for all runs of the same shapes."""
+        if self._compiled is None:
+            start = time.perf_counter()
+            self._compiled = self._step.lower(*arguments).compile()
+            self.compile_seconds = time.perf_counter() - start
+            self.flops = float(self._compiled.cost_analysis().get("flops", 0.0))
 
 
 def warmup_linear(learning_rate: float, steps: int, warmup_share: float = 0.06) -> optax.Schedule:

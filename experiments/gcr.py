@@ -8,7 +8,12 @@ regression on its frozen features the digits 5 to 9.
 
     python -m experiments run gcr
 
-MEASURED
+Measured over five seeds at the better rate of each, test accuracy, angle and transfer: softmax 96.3 ± 0.3 %,
+37.4 ± 0.2°, 92.8 ± 1.7 %; k=1 96.5 ± 0.2, 36.9 ± 1.0, 91.7 ± 1.3; k=4 96.5 ± 0.5, 37.8 ± 0.7, 92.8 ± 1.1;
+k=8 96.8 ± 0.4, 38.3 ± 1.3, 93.3 ± 0.8. From k=1 to k=8 the angle grows in all five seeds at both rates, transfer in
+four of five.
+What does not show: the angle grows by 1.5 to 1.8° only, at k=2 by less than its spread; and against softmax the gain
+of k=8, 0.5 points in accuracy and in transfer, is about one standard deviation.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ class GcrConfig:
     batch_size: int = 64
     rates: tuple[float, ...] = (0.02, 0.05)
     momentum: float = 0.9
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 class Network(nn.Module):
@@ -66,6 +71,7 @@ class Network(nn.Module):
     dim: int
 
     def setup(self) -> None:
+        """Makes the layers."""
         self.hidden, self.embed = nn.Dense(128), nn.Dense(32)
         self.head = GrassmannHead(self.classes, self.dim) if self.dim else nn.Dense(self.classes)
 
@@ -181,7 +187,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="gcr",
-    claim="Classes as subspaces: features of a class spread further apart, and accuracy does not fall.",
+    claim="Classes as subspaces, not lines: features of a class spread further apart, at no loss of accuracy.",
     config=GcrConfig,
     run=run,
     rows=rows,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import expm
 
 from subspace_jax.linalg import whole_matrices, wide_dtype, wide_matmul
 
@@ -31,6 +35,20 @@ def gram(left: jax.Array, right: jax.Array) -> jax.Array:
     return product(transposed(left), right)
 
 
+def exponential(matrix: jax.Array) -> jax.Array:
+    """Returns the matrix exponential of whole stacked matrices, also where the stack is split."""
+    return _by_compiler(expm, matrix)
+
+
+def _by_compiler(function: Callable[[jax.Array], jax.Array], matrix: jax.Array) -> jax.Array:
+    """Returns a function of stacked matrices that JAX refuses where the stack is split over explicit axes."""
+    sharding = jax.typeof(matrix).sharding
+    if not sharding.mesh.explicit_axes:
+        return function(matrix)
+    placed: Any = jax.sharding.auto_axes(function, axes=sharding.mesh.explicit_axes, out_sharding=sharding.spec)
+    return placed(matrix)
+
+
 def symmetric(matrix: jax.Array) -> jax.Array:
     """Returns the symmetric part."""
     return (matrix + transposed(matrix)) / 2
@@ -46,6 +64,10 @@ def qr_frame(matrix: jax.Array) -> jax.Array:
 
     Without the rule for signs LAPACK may flip a column, against which a stored momentum would then run.
     """
+    return _by_compiler(_qr_frame, matrix)
+
+
+def _qr_frame(matrix: jax.Array) -> jax.Array:
     q, r = jnp.linalg.qr(matrix)
     diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
     return q * jnp.where(diagonal < 0, -1.0, 1.0).astype(q.dtype)[..., None, :]

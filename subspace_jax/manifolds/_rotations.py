@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import expm
 
-from subspace_jax.manifolds._frames import gram, product, skew_part, symmetric, widened
+from subspace_jax.manifolds._frames import exponential, gram, product, skew_part, symmetric, widened
 from subspace_jax.manifolds._manifold import Manifold
 
 
@@ -57,7 +56,7 @@ class SpecialOrthogonal(Manifold):
         return product(point, skew_part(gram(point, vector)))
 
     def _exponential(self, point: jax.Array, tangent: jax.Array) -> jax.Array:
-        return product(point, expm(skew_part(gram(point, tangent))))
+        return product(point, exponential(skew_part(gram(point, tangent))))
 
     def transport(self, point: jax.Array, tangent: jax.Array, new_point: jax.Array) -> jax.Array:
         r"""Returns \(Y X^T V\).

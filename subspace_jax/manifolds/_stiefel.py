@@ -9,9 +9,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import expm
 
-from subspace_jax.manifolds._frames import frobenius, gram, product, symmetric, widened
+from subspace_jax.manifolds._frames import exponential, frobenius, gram, product, symmetric, widened
 from subspace_jax.manifolds._manifold import Manifold
 
 
@@ -45,10 +44,10 @@ class Stiefel(Manifold):
 
     def _exponential(self, point: jax.Array, tangent: jax.Array) -> jax.Array:
         inside, squares = gram(point, tangent), gram(tangent, tangent)
-        eye = jnp.broadcast_to(jnp.eye(point.shape[-1], dtype=point.dtype), inside.shape)
+        eye = jnp.zeros_like(inside) + jnp.eye(point.shape[-1], dtype=point.dtype)  # placed as the others
         generator = jnp.block([[inside, -squares], [eye, inside]])
-        columns = expm(generator)[..., :, : point.shape[-1]]
-        return product(jnp.concatenate([point, tangent], -1), columns, expm(-inside))
+        columns = exponential(generator)[..., :, : point.shape[-1]]
+        return product(jnp.concatenate([point, tangent], -1), columns, exponential(-inside))
 
     def transport(self, point: jax.Array, tangent: jax.Array, new_point: jax.Array) -> jax.Array:
         """Returns the projection of the vector onto the tangent space of the new point.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from subspace_jax.core import (
     Full,
@@ -284,7 +285,7 @@ def _check_leaf(path: str, space: Manifold, leaf: Any) -> None:
 
 
 def _check_on_manifold(path: str, space: Manifold, leaf: Any, tolerance: float) -> None:
-    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
         return  # entries are not known
     good, reason = space.check_point(leaf, explain=True, tolerance=tolerance)
     if not good:
@@ -322,6 +323,6 @@ register(
         year=2023,
         public=("grassmann_sgd", "riemannian"),
         experiment="gcr",
-        claim="Classes as subspaces: features of a class spread further apart, and accuracy does not fall.",
+        claim="Classes as subspaces, not lines: features of a class spread further apart, at no loss of accuracy.",
     )
 )

@@ -265,7 +265,7 @@ def test_qr_keeps_signs():
     assert (np.diag(np.linalg.qr(np.asarray(point))[1]) < 0).any()
 
 
-@each
+@pytest.mark.parametrize(("space", "shape"), [PLACES[0], PLACES[4], PLACES[8]])
 def test_stack_is_one_matrix_after_the_other_and_compiles_once(space, shape):
     points, others = (point_of(space, (3, *shape[-2:]), seed) for seed in (1, 2))
     vectors = gaussian(points.shape, 3)

@@ -121,6 +121,15 @@ def projection(**options):
     return sj.project_orthogonal(bases(), roles=ROLES, **options)
 
 
+def on_manifolds(learning_rate):
+    """Two leaves on manifolds, which random ones reach with the first step; the others go to SGD."""
+    spaces = {"matrix": sj.Stiefel(), "stacked": sj.Grassmann()}
+    return optax.chain(
+        optax.masked(optax.sgd(learning_rate), lambda tree: {name: name not in spaces for name in tree}),
+        sj.riemannian(spaces, optax.sgd(learning_rate, 0.5), retraction="qr", tolerance=float("inf")),
+    )
+
+
 CASES = (
     Case("project_before_sgd", lambda rate: optax.chain(projection(), optax.sgd(rate, 0.5)), "complement"),
     Case("project_before_adam", lambda rate: optax.chain(projection(), adam(rate)), None),
@@ -137,6 +146,7 @@ CASES = (
         ),
         "complement",
     ),
+    Case("riemannian", on_manifolds, None, converges=False),
     Case("lift_adam", lambda rate: sj.lift_adam(rate)),
     Case("coso", lambda rate: sj.coso(rate, 4, 6, 5, "input", b1=0.5, b2=0.9, roles=ROLES)),
     Case(

@@ -116,7 +116,7 @@ def test_a_thousand_steps_stay_on_the_manifold(space, transport, inner):
     assert space.check_point(end["x"], tolerance=1e-5)
     np.testing.assert_array_equal(end["other"], 1000.0)  # passed as it came
     if transport != "none":
-        moments = [v for v in jax.tree.leaves(state.inner) if v.shape == found.shape][0]
+        moments = next(v for v in jax.tree.leaves(state.inner) if v.shape == found.shape)
         np.testing.assert_allclose(space.to_tangent(end["x"], moments), moments, atol=1e-4)
 
 

