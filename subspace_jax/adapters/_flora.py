@@ -96,16 +96,17 @@ def flora(
         factors = [
             _draw(k, (*stack, d, r), factor_init).astype(dtype) for k, d, r in zip(keys, sizes, ranks, strict=True)
         ]
+        inputs: dict[str, Any] = in_factors(factors[:-1])
         return Tucker(
             base=array,
             core=jnp.zeros((*stack, *ranks), dtype),
-            **in_factors(factors[:-1]),
+            **inputs,
             out=jnp.swapaxes(factors[-1], -1, -2),
             scale=scale if scale is not None else CONVOLUTION_SCALE if role.kind == "conv" else 1.0,
             dropout=dropout,
             role=role,
             dtype=array.dtype,
-            trainable=("core", *in_factors(factors[:-1]), "out"),
+            trainable=("core", *inputs, "out"),
         )
 
     return Method("flora", make)

@@ -127,10 +127,10 @@ def scale_by_dct_adam(
             leaves.append(DctLeaf(indices, low, low, oriented if error_feedback else None))
         return DctAdamState(jnp.zeros((), jnp.int32), tuple(leaves))
 
-    def update(updates: Any, state: DctAdamState, params: Any = None) -> tuple[Any, DctAdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, DctAdamState]:
         del params
         gradients, treedef = jax.tree.flatten(updates)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         corrections = 1 - b1**count, 1 - b2**count
         made, kept = [], []
         for gradient, view, leaf in zip(gradients, views(updates, roles), state.leaves, strict=True):
@@ -156,7 +156,8 @@ def scale_by_dct_adam(
         size = whole.shape[-1]
 
         def choose() -> tuple[jax.Array, jax.Array]:
-            return tuple(select_columns(whole, leaf.indices.shape[-1], **options))
+            found = select_columns(whole, leaf.indices.shape[-1], **options)
+            return found.indices, found.coordinates
 
         def stay() -> tuple[jax.Array, jax.Array]:
             columns = chosen_columns(leaf.indices, size, basis)
@@ -291,11 +292,12 @@ def scale_by_trion(
             leaves.append(_zeros(_oriented(view, leaf)) if compressed else PlainLeaf(_zeros(leaf), _zeros(leaf)))
         return TrionState(jnp.zeros((), jnp.int32), tuple(leaves))
 
-    def update(updates: Any, state: TrionState, params: Any = None) -> tuple[Any, TrionState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, TrionState]:
         del params
         gradients, treedef = jax.tree.flatten(updates)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         made, kept = [], []
+        leaf: Any
         for gradient, view, leaf in zip(gradients, views(updates, roles), state.leaves, strict=True):
             wide = gradient.astype(jnp.float32)
             if isinstance(leaf, PlainLeaf) or view is None:

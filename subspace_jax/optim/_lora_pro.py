@@ -199,7 +199,7 @@ def scale_by_lora_pro(delta: float = 1e-8, *, pairs: PairFn = low_rank_pairs) ->
         pairs(params)
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         gradients, treedef, values = _leaves(updates, params)
         for group in _groups(pairs(updates), values):
             factors = _stacked(group, values)
@@ -267,9 +267,9 @@ def scale_by_lora_pro_adam(
         found = _groups(pairs(params), leaves)
         return LoraProAdamState(jnp.zeros((), jnp.int32), tuple(map(moment, found)), tuple(map(moment, found)))
 
-    def update(updates: Any, state: LoraProAdamState, params: Any = None) -> tuple[Any, LoraProAdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, LoraProAdamState]:
         gradients, treedef, values = _leaves(updates, params)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         moments = []
         for group, mu, nu in zip(_groups(pairs(updates), values), state.mu, state.nu, strict=True):
             scale, (a, b) = group[0].scale, _stacked(group, values)

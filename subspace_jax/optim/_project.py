@@ -202,7 +202,8 @@ def sandwich(
     extended = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SandwichState:
-        return SandwichState(before.init(params), extended.init(params))
+        first: Any = before.init(params)
+        return SandwichState(first, extended.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SandwichState]:
         projected, _ = before.update(updates, state.projection, params, **extra)

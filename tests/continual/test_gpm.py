@@ -180,10 +180,17 @@ def test_a_network_answers_inputs_in_the_memory_as_it_did():
 
     def train(optimizer):
         loss = lambda p: jnp.mean(jnp.square(network(p, other) - 1.0))
-        new, state = params, optimizer.init(params)
-        for _ in range(20):
-            updates, state = optimizer.update(jax.grad(loss)(new), state, new)
-            new = optax.apply_updates(new, updates)
+
+        @jax.jit
+        def run(params):
+            def step(carry, _):
+                params, state = carry
+                updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, (params, optimizer.init(params)), None, length=20)[0][0]
+
+        new = run(params)
         return float(loss(new)), new
 
     basis = {path: m.basis for path, m in memory.items()}

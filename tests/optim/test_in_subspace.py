@@ -39,11 +39,13 @@ def numpy_adam(gradients, b1=0.9, b2=0.999, eps=1e-8):
 
 
 def updates_of(transform, gradients):
-    state, found = transform.init({"w": jnp.zeros(gradients[0].shape)}), []
-    for g in gradients:
-        updates, state = transform.update({"w": jnp.asarray(g)}, state)
-        found.append(np.asarray(updates["w"]))
-    return found, state
+    def step(state, g):
+        updates, state = transform.update({"w": g}, state)
+        return state, updates["w"]
+
+    run = jax.jit(lambda gs: jax.lax.scan(step, transform.init({"w": jnp.zeros_like(gs[0])}), gs))
+    state, found = run(jnp.asarray(np.stack(gradients)))
+    return list(np.asarray(found)), state
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -214,9 +216,9 @@ def test_matrices_of_a_stack_and_of_other_forms_go_as_they_would_alone():
     gradients = [{n: jnp.asarray(random(*s, seed=t)) for n, s in shapes.items()} for t in range(3)]
     make = lambda **options: sj.in_subspace(optax.scale_by_adam(), rank=2, every=2, moments="transport", **options)
     transform = make(roles=roles)
-    state = transform.init(gradients[0])
+    state, update = jax.jit(transform.init)(gradients[0]), jax.jit(transform.update)
     for g in gradients:
-        updates, state = transform.update(g, state)
+        updates, state = update(g, state)
 
     def alone(matrices):
         return updates_of(make(), [np.asarray(m) for m in matrices])[0][-1]
