@@ -115,7 +115,7 @@ def osf_projection(
         _check(given, params, mode)
         if mode == "dense":
             refuse_unseen(params, views(params, roles), given)
-        return OSFState(dict(given), extended.init(params))
+        return OSFState(jax.tree.map(jnp.copy, dict(given)), extended.init(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, frozen: Any = None, **extra: Any
@@ -168,7 +168,7 @@ def osf_next_task(state: Any, frozen: Any) -> Any:
                 f"{path}: the new weight has {shapes[1].get(path)}, the state {shapes[0].get(path)}. Adapt with "
                 'sj.osf(..., width="common"), whose shapes are those of every rank; or make a new optimiser.'
             )
-        return OSFState(new, reset_moments(node.inner))
+        return OSFState(jax.tree.map(jnp.copy, new), reset_moments(node.inner))
 
     replaced = jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, OSFState))
     if not count:

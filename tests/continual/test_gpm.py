@@ -13,6 +13,7 @@ import pytest
 import scipy.linalg
 
 import subspace_jax as sj
+from subspace_jax.continual import GPMMemory
 from subspace_jax.core import StructureError
 
 SIZE = 16
@@ -127,6 +128,15 @@ def test_a_stack_of_layers_is_each_layer_alone():
                 alone = sj.gpm_update(alone, threshold=threshold[i], **given(task, form))
             assert int(memory.rank[i]) == int(alone.rank)
             np.testing.assert_allclose(memory.basis[i], alone.basis, atol=1e-4)
+
+
+def test_directions_that_are_kept_stay_as_they_are():
+    """Signs too, which a factorisation would choose anew."""
+    columns = scipy.linalg.hadamard(SIZE)[:, :2] / np.sqrt(SIZE)
+    start = GPMMemory(jnp.zeros((SIZE, SIZE)).at[:, :2].set(columns), jnp.asarray(2, jnp.int32))
+    memory = sj.gpm_update(start, jnp.asarray(inputs_of(0), jnp.float32), 0.95)
+    assert int(memory.rank) > 2
+    np.testing.assert_allclose(memory.basis[:, :2], columns, atol=1e-6)
 
 
 def test_twenty_tasks_leave_the_basis_orthonormal():
