@@ -12,7 +12,11 @@ process; "start" is what `adapt` takes for all kernels, statistics of the data i
 
     python -m experiments run adapters
 
-MARGINS
+Measured over three seeds, 32 steps, 192 test examples, in percent: most arms lie between 71 and 77, with spreads of 1
+to 4, and cannot be told apart from LoRA (73.1 ± 0.3) or the head alone (74.0 ± 1.9); SoKA has 76.9 ± 2.9. Below 70
+are SSF, LoRA-SB, LoLDU, PiSSA, CorDA (64 ± 7) and LoCA (62 ± 7): so few steps are too few for them, and several best
+rates lie at the edge of their three. The rates were chosen with 40 steps. No method is shown to be better than
+another by this.
 """
 
 from __future__ import annotations
