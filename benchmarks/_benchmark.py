@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 import benchmarks
+from experiments import _registry
 
 Rows = Sequence[Sequence[str]]
 
@@ -37,7 +35,7 @@ class Benchmark:
 
 def names() -> list[str]:
     """Returns the names of all benchmarks: the public modules of this package."""
-    return sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_"))
+    return _registry.names(benchmarks)
 
 
 def find(name: str) -> Benchmark:
@@ -49,8 +47,7 @@ def find(name: str) -> Benchmark:
     Raises:
       SystemExit: there is none of this name; the message has the nearest ones.
     """
-    known = names()
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
-        raise SystemExit(f"No benchmark is called {name!r}; nearest: {near}. `python -m benchmarks list` shows all.")
-    return importlib.import_module(f"benchmarks.{name}").BENCHMARK
+    try:
+        return _registry.find_module(name, benchmarks, "benchmark").BENCHMARK
+    except KeyError as error:
+        raise SystemExit(error.args[0]) from error

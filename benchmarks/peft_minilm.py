@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import os
 import statistics
@@ -63,7 +64,7 @@ class Batch:
         return cls(rng.integers(1000, 20000, shape).astype(np.int32), mask, targets)
 
 
-class _Run:
+class _Run(abc.ABC):
     """A step that is run and timed, and returns its loss."""
 
     name = ""
@@ -73,8 +74,8 @@ class _Run:
         self.seconds: list[float] = []
         self.losses: list[float] = []
 
-    def step(self) -> float:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def step(self) -> float: ...
 
     def run(self) -> None:
         """Runs and times one step."""

@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md from the catalogue and the result files: `python -m docs.generate`."""
+"""Writes the generated parts of README.md and docs/ from the catalogue and results: `python -m docs.generate`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import subspace_jax as sj
+from benchmarks._benchmark import find
 from experiments import _registry
 from experiments._results import human_bytes, markdown_table, read_json
 
@@ -79,6 +80,18 @@ def step_table() -> str:
     return f"{markdown_table(rows)}\n\n{note}"
 
 
+def benchmark_table(name: str) -> str:
+    """Returns the tables of a benchmark's recorded CPU result, with its notes, command and circumstances."""
+    path = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
+    if not path.exists():
+        return f"No result is recorded yet; `python -m benchmarks run {name}` makes one."
+    result, benchmark = read_json(path), find(name)
+    tables = "\n\n".join(markdown_table(rows) for _, rows in benchmark.tables(result))
+    where = result["environment"]
+    note = f"`python -m benchmarks run {name}`; {where['cores']} cores, jax {where['packages']['jax']}."
+    return "\n\n".join([tables, *result.get("notes", ()), note])
+
+
 def _ratio(measured: dict[str, Any], name: str) -> str:
     value = measured.get("ratios", {}).get(name)
     return "-" if value is None else f"{value:.3f}" if name == "step_flops" else f"{value:.2f}"
@@ -90,7 +103,14 @@ PARTS: dict[str, Callable[[], str]] = {
     "adapters": lambda: experiment_table("adapters"),
     "quickstart": lambda: experiment_table("quickstart"),
     "lora_step": step_table,
+    "optimizers": lambda: benchmark_table("optimizers"),
+    "projected_step": lambda: benchmark_table("projected_step"),
+    "lambda_orthogonality": lambda: experiment_table("lambda_orthogonality"),
+    "continual_text": lambda: experiment_table("continual_text"),
+    "gcr_fashion": lambda: experiment_table("gcr_fashion"),
 }
+
+PAGES = ("README.md", "docs/continual-learning.md")
 
 
 def fill(text: str) -> str:
@@ -109,8 +129,9 @@ def fill(text: str) -> str:
 
 def main() -> None:
     """Writes every page anew."""
-    page = ROOT / "README.md"
-    page.write_text(fill(page.read_text()))
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(fill(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -60,24 +60,28 @@ class GcrConfig:
 
 
 class Network(nn.Module):
-    """Features of 32 numbers and a head.
+    """A hidden layer, features and a head.
 
     Attributes:
       classes: number of classes.
       dim: of their subspaces; a linear head if zero.
+      hidden: units of the hidden layer.
+      width: number of features.
     """
 
     classes: int
     dim: int
+    hidden: int = 128
+    width: int = 32
 
     def setup(self) -> None:
         """Makes the layers."""
-        self.hidden, self.embed = nn.Dense(128), nn.Dense(32)
+        self.layer, self.embed = nn.Dense(self.hidden), nn.Dense(self.width)
         self.head = GrassmannHead(self.classes, self.dim) if self.dim else nn.Dense(self.classes)
 
     def features(self, x: jax.Array) -> jax.Array:
-        """Returns `[batch, 32]` of images `[batch, 64]`."""
-        return self.embed(nn.relu(self.hidden(x)))
+        """Returns `[batch, width]` of inputs `[batch, size]`."""
+        return self.embed(nn.relu(self.layer(x)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns logits."""
@@ -90,13 +94,13 @@ def run(config: GcrConfig, context: Context) -> dict[str, Any]:
     runs = []
     for dim in context.track((0, *config.dims), "digits"):
         whole, some = Network(10, dim), Network(SEEN, dim)
-        everything = _train(whole, digits.x, digits.y, config)
+        everything = train(whole, digits.x, digits.y, config)
         seen = digits.y < SEEN
-        first = _train(some, digits.x[seen], digits.y[seen], config)
+        first = train(some, digits.x[seen], digits.y[seen], config)
         for i, rate in enumerate(config.rates):
             for j, seed in enumerate(config.seeds):
                 params, partial = (jax.tree.map(lambda v, i=i, j=j: v[i, j], tree) for tree in (everything, first))
-                features = _features(whole, params, digits.x_test)
+                features = features_of(whole, params, digits.x_test)
                 correct = whole.apply({"params": params}, digits.x_test).argmax(-1) == digits.y_test
                 runs.append(
                     {
@@ -111,8 +115,8 @@ def run(config: GcrConfig, context: Context) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _train(network: Network, x: jax.Array, y: jax.Array, config: GcrConfig) -> Any:
-    """Trained parameters `[rates, seeds, ...]`."""
+def train(network: Network, x: jax.Array, y: jax.Array, config: Any) -> Any:
+    """Returns trained parameters `[rates, seeds, ...]`; the configuration has the settings of `GcrConfig`."""
 
     def one(rate: jax.Array, seed: jax.Array) -> Any:
         key, batches = jax.random.split(jax.random.key(seed))
@@ -142,7 +146,8 @@ def _label(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "head" if path[0].key == "head" else "rest", tree)
 
 
-def _features(network: Network, params: Any, x: jax.Array) -> jax.Array:
+def features_of(network: Network, params: Any, x: jax.Array) -> jax.Array:
+    """Returns what the head reads, `[batch, width]`."""
     return network.apply({"params": params}, x, method="features")
 
 
@@ -158,16 +163,20 @@ def within_class_angle(features: jax.Array, classes: jax.Array, count: int) -> j
 
 def _transfer(network: Network, params: Any, digits: _digits.Digits) -> float:
     """Test accuracy of a logistic regression on frozen features of digits that the network has not learnt."""
+    parts = []
+    for x, y in ((digits.x, digits.y), (digits.x_test, digits.y_test)):
+        unseen = np.asarray(y) >= SEEN
+        parts += [np.asarray(features_of(network, params, x))[unseen], np.asarray(y)[unseen]]
+    return linear_probe(*parts)
+
+
+def linear_probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> float:
+    """Returns the test accuracy of a logistic regression on standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    parts = []
-    for x, y in ((digits.x, digits.y), (digits.x_test, digits.y_test)):
-        unseen = np.asarray(y) >= SEEN
-        parts.append((np.asarray(_features(network, params, x))[unseen], np.asarray(y)[unseen]))
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(*parts[0])
-    return float(probe.score(*parts[1]))
+    return float(make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, y).score(x_test, y_test))
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:

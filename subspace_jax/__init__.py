@@ -1,5 +1,6 @@
 """Adapt pretrained JAX models: stand-in weights and subspace gradient transformations."""
 
+from subspace_jax import training as training
 from subspace_jax.adapters import Source as Source
 from subspace_jax.adapters import activation_scores as activation_scores
 from subspace_jax.adapters import active_values as active_values
@@ -39,12 +40,22 @@ from subspace_jax.adapters import svfit as svfit
 from subspace_jax.adapters import to_kronecker as to_kronecker
 from subspace_jax.adapters import to_lora as to_lora
 from subspace_jax.adapters import truncate_rank as truncate_rank
+from subspace_jax.continual import Learner as Learner
+from subspace_jax.continual import StreamTask as StreamTask
 from subspace_jax.continual import conv_patches as conv_patches
+from subspace_jax.continual import coso_learner as coso_learner
 from subspace_jax.continual import finish_task as finish_task
+from subspace_jax.continual import gpm_learner as gpm_learner
 from subspace_jax.continual import gpm_memory as gpm_memory
 from subspace_jax.continual import gpm_update as gpm_update
+from subspace_jax.continual import joint as joint
 from subspace_jax.continual import o_lora as o_lora
+from subspace_jax.continual import o_lora_learner as o_lora_learner
 from subspace_jax.continual import o_lora_penalty as o_lora_penalty
+from subspace_jax.continual import osf_learner as osf_learner
+from subspace_jax.continual import run_stream as run_stream
+from subspace_jax.continual import sequential as sequential
+from subspace_jax.continual import stream_scores as stream_scores
 from subspace_jax.core import Method as Method
 from subspace_jax.core import Role as Role
 from subspace_jax.core import Weight as Weight
@@ -74,6 +85,7 @@ from subspace_jax.manifolds import Manifold as Manifold
 from subspace_jax.manifolds import SpecialOrthogonal as SpecialOrthogonal
 from subspace_jax.manifolds import Stiefel as Stiefel
 from subspace_jax.metrics import aurac as aurac
+from subspace_jax.optim import add_lambda_orthogonality as add_lambda_orthogonality
 from subspace_jax.optim import alternating as alternating
 from subspace_jax.optim import coso as coso
 from subspace_jax.optim import coso_end_task as coso_end_task
@@ -99,6 +111,9 @@ from subspace_jax.optim import scale_by_lift_adam as scale_by_lift_adam
 from subspace_jax.optim import scale_by_lora_pro as scale_by_lora_pro
 from subspace_jax.optim import scale_by_lora_pro_adam as scale_by_lora_pro_adam
 from subspace_jax.optim import scale_by_trion as scale_by_trion
+from subspace_jax.regularizers import lambda_orthogonality as lambda_orthogonality
+from subspace_jax.sharding import shardings as shardings
+from subspace_jax.sharding import state_shardings as state_shardings
 from subspace_jax.weights import Coupling as Coupling
 from subspace_jax.weights import co_permute as co_permute
 from subspace_jax.weights import coupled_order as coupled_order
@@ -111,16 +126,19 @@ __all__ = [
     "Checkpointer",
     "Coupling",
     "Grassmann",
+    "Learner",
     "Manifold",
     "Method",
     "Role",
     "Source",
     "SpecialOrthogonal",
     "Stiefel",
+    "StreamTask",
     "Weight",
     "activation_scores",
     "active_values",
     "adapt",
+    "add_lambda_orthogonality",
     "alternating",
     "at_rank",
     "aurac",
@@ -134,6 +152,7 @@ __all__ = [
     "cosine_values",
     "coso",
     "coso_end_task",
+    "coso_learner",
     "coupled_order",
     "damped_covariance",
     "dora",
@@ -145,13 +164,16 @@ __all__ = [
     "full",
     "fuse_slices",
     "galore",
+    "gpm_learner",
     "gpm_memory",
     "gpm_update",
     "grassmann_sgd",
     "in_complement",
     "in_subspace",
     "is_weight",
+    "joint",
     "keep_params_near_identity",
+    "lambda_orthogonality",
     "latest_step",
     "lift",
     "lift_adam",
@@ -167,10 +189,12 @@ __all__ = [
     "merge_rounding",
     "normalize_terms",
     "o_lora",
+    "o_lora_learner",
     "o_lora_penalty",
     "oft",
     "osf",
     "osf_importance",
+    "osf_learner",
     "osf_next_task",
     "osf_projection",
     "osf_ranks",
@@ -190,6 +214,7 @@ __all__ = [
     "restore_checkpoint",
     "riemannian",
     "roles",
+    "run_stream",
     "s2ft",
     "sample_rank",
     "sandwich",
@@ -203,14 +228,19 @@ __all__ = [
     "scale_by_optimal_core",
     "scale_by_trion",
     "select_units",
+    "sequential",
     "serve_slices",
+    "shardings",
     "soka",
     "ssf",
+    "state_shardings",
+    "stream_scores",
     "summary",
     "svfit",
     "switch_slices",
     "to_kronecker",
     "to_lora",
+    "training",
     "truncate_rank",
     "with_adapters",
     "with_dropout",

@@ -1,20 +1,28 @@
-"""What tests of many folders share."""
+"""What tests of all folders share: most of their time is compiling tiny programs, so that is done quickly."""
+
+import os
+from importlib import metadata
+
+# Read when JAX starts; this and every process that a test starts has it. Newer releases do not know the first one.
+if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+
+# For those processes; here a plugin may have imported JAX before.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import pytest
 
-# Here compilation is most of the time, and the programs are tiny.
-QUICKLY_COMPILED = {"adapters", "continual", "contract", "manifolds", "optim", "weights"}
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
-def _quick_compilation(request):
-    """Compiles without most optimisations, but for tests marked `optimized`, which look at the compiled program."""
-    root = request.config.rootpath / "tests"
-    inside = root in request.path.parents and request.path.relative_to(root).parts[0] in QUICKLY_COMPILED
-    if not inside or request.node.get_closest_marker("optimized"):
+def _all_optimizations(request):
+    """Compiles with all optimisations for tests marked `optimized`, which look at the compiled program."""
+    if request.node.get_closest_marker("optimized") is None:
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -33,9 +33,9 @@ from subspace_jax.adapters._randlora import randlora as randlora
 from subspace_jax.adapters._s2ft import activation_scores as activation_scores
 from subspace_jax.adapters._s2ft import channel_scores as channel_scores
 from subspace_jax.adapters._s2ft import s2ft as s2ft
-from subspace_jax.adapters._soka import active_values as active_values
 from subspace_jax.adapters._soka import soka as soka
-from subspace_jax.adapters._soka import to_kronecker as to_kronecker
+from subspace_jax.adapters._soka_terms import active_values as active_values
+from subspace_jax.adapters._soka_terms import to_kronecker as to_kronecker
 from subspace_jax.adapters._ssf import fold_ssf as fold_ssf
 from subspace_jax.adapters._ssf import ssf as ssf
 from subspace_jax.adapters._svfit import svfit as svfit

@@ -28,6 +28,11 @@ def loca(
     coefficients \(a\), zero at the start, at places \(l = \mathrm{round}(u (d - 1))\), uniform at the start. Those that
     share a place add up. Places learn by central differences over neighbouring cells.
 
+    Few values are not few operations: locations learn from the spectrum of the whole gradient. For n rows and a kernel
+    of \(K = d_{in} d_{out}\) entries a step has 6 n K operations with the formed weight, where LoRA's has 4 n K, and
+    \(4 K (d_{in} + d_{out})\) of the two dense transforms, which do not grow with n. As compiled for all kernels of
+    MiniLM, 512 rows: 4.3 times LoRA's step; by that formula 1.9 times at 4096 rows.
+
     Args:
       count: \(n\), number of coefficients of every matrix.
       alpha: \(\alpha\).

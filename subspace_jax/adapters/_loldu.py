@@ -48,6 +48,8 @@ def loldu(
     first \(r\) pivots in the order of elimination are taken, which is not that of size. Where a pivot is zero, it
     counts as one and its row of \(U\) keeps its length.
 
+    Operations of a step are those of `svfit` of the same rank.
+
     Args:
       rank: \(r\), at most the weight's smaller side, which None stands for.
       alpha: \(\sigma = \alpha / r\). The authors' code has 8 and, in its shortcuts, 1.

@@ -18,8 +18,8 @@ import numpy as np
 
 from subspace_jax.adapters._catalogue import Source, register
 from subspace_jax.adapters._lora import check_rank
-from subspace_jax.core import InitFn, Leaf, Method, PlanFn, RankError, Role, Weight, is_weight
-from subspace_jax.weights import LowRank, NestedLowRank, RankScale
+from subspace_jax.core import InitFn, Leaf, Method, PlanFn, RankError, Role
+from subspace_jax.weights import LowRank, NestedLowRank, RankScale, map_weights
 
 Inference = Literal["published", "keep_p"]
 
@@ -166,11 +166,11 @@ def at_rank(adapted: Any, rank: int | jax.Array, *, inference: Inference = "publ
     if inference not in ("published", "keep_p"):
         raise ValueError(f'at_rank: inference is "published" or "keep_p", not {inference!r}.')
 
-    def one(weight: NestedLowRank) -> NestedLowRank:
+    def one(_: str, weight: NestedLowRank) -> NestedLowRank:
         _check_within(rank, weight)
         return dataclasses.replace(weight, gains=_gains_at(weight, rank, inference))
 
-    return _map_nested(adapted, one)
+    return map_weights(NestedLowRank, one, adapted)
 
 
 def _gains_at(weight: NestedLowRank, rank: int | jax.Array, inference: Inference) -> jax.Array:
@@ -215,7 +215,7 @@ def sample_rank(
       True
     """
     found: list[NestedLowRank] = []
-    _map_nested(adapted, lambda weight: (found.append(weight), weight)[1])
+    map_weights(NestedLowRank, lambda _, weight: (found.append(weight), weight)[1], adapted)
     sets = {tuple(range(1, w.rank + 1)) if every_rank else w.ranks for w in found}
     if len(sets) != 1:
         raise RankError(
@@ -224,7 +224,7 @@ def sample_rank(
         )
     rank = jax.random.choice(key, jnp.asarray(sets.pop()))
 
-    def one(weight: NestedLowRank) -> NestedLowRank:
+    def one(_: str, weight: NestedLowRank) -> NestedLowRank:
         a, b = weight.a, weight.b
         if only_last:
             last = jnp.arange(weight.rank) == rank - 1
@@ -232,7 +232,7 @@ def sample_rank(
             b = jnp.where(last[:, None], b, jax.lax.stop_gradient(b))
         return dataclasses.replace(weight, a=a, b=b, gains=_gains_at(weight, rank, "published"))
 
-    return _map_nested(adapted, one), rank
+    return map_weights(NestedLowRank, one, adapted), rank
 
 
 def truncate_rank(adapted: Any, rank: int, *, inference: Inference = "published") -> Any:
@@ -258,25 +258,11 @@ def truncate_rank(adapted: Any, rank: int, *, inference: Inference = "published"
     check_rank(rank)
     masked = at_rank(adapted, rank, inference=inference)
 
-    def one(weight: NestedLowRank) -> LowRank:
+    def one(_: str, weight: NestedLowRank) -> LowRank:
         gains = weight.gains[:rank, None].astype(weight.b.dtype)
         return weight.as_low_rank(weight.a[..., :rank], weight.b[..., :rank, :] * gains)
 
-    return _map_nested(masked, one)
-
-
-def _map_nested(adapted: Any, function: Any) -> Any:
-    """Maps every nested adapter, also inside other weights."""
-
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, NestedLowRank):
-            return function(leaf)
-        if is_weight(leaf):
-            inner = {n: one(v) for n, v in leaf.data_items() if isinstance(v, Weight)}
-            return dataclasses.replace(leaf, **inner) if inner else leaf
-        return leaf
-
-    return jax.tree.map(one, adapted, is_leaf=is_weight)
+    return map_weights(NestedLowRank, one, masked)
 
 
 register(

@@ -14,18 +14,9 @@ import jax.numpy as jnp
 
 from subspace_jax.adapters._catalogue import Source, register
 from subspace_jax.adapters._lora import check_rank, scaling
-from subspace_jax.core import (
-    Method,
-    Role,
-    StructureError,
-    Weight,
-    is_weight,
-    leaves_with_paths,
-    map_with_paths,
-    require_matrix,
-)
+from subspace_jax.core import Method, Role, require_matrix
 from subspace_jax.linalg import randomized_svd, truncated_svd, wide_dtype
-from subspace_jax.weights import LowRank, quantize_nf4
+from subspace_jax.weights import LowRank, map_weights, original_arrays, quantize_nf4
 
 SVDMode = Literal["randomized", "exact"]
 
@@ -181,24 +172,14 @@ def to_lora(adapted: Any, params: Any) -> Any:
       >>> sj.to_lora(adapted, params)["w"].a.shape
       (6, 4)
     """
-    originals = dict(leaves_with_paths(params))
+    originals = original_arrays(params)
 
-    def convert(path: str, weight: Any) -> Any:
-        if not isinstance(weight, LowRank) or weight.start_a is None or weight.start_b is None:
-            if is_weight(weight):
-                inner = {n: convert(path, v) for n, v in weight.data_items() if isinstance(v, Weight)}
-                return dataclasses.replace(weight, **inner)
-            return weight
-        original = originals.get(path)
-        if original is None or original.shape != weight.shape:
-            found = "nothing" if original is None else f"an array of shape {original.shape}"
-            raise StructureError(
-                f"{path}: params has {found} here, the adapter stands for shape {weight.shape}. Pass the tree that "
-                "adapt() was given."
-            )
+    def convert(path: str, weight: LowRank) -> LowRank:
+        if weight.start_a is None or weight.start_b is None:
+            return weight.map_fields(lambda _, v: map_weights(LowRank, lambda _, w: convert(path, w), v))
         return dataclasses.replace(
             weight,
-            base=original,
+            base=originals(path, weight),
             a=jnp.concatenate([weight.a, weight.start_a], axis=-1),
             b=jnp.concatenate([weight.b, -weight.start_b], axis=-2),
             start_a=None,
@@ -207,7 +188,7 @@ def to_lora(adapted: Any, params: Any) -> Any:
             method="lora",
         )
 
-    return map_with_paths(convert, adapted)
+    return map_weights(LowRank, convert, adapted)
 
 
 # One compiled program per shape and setting, whichever call of `pissa` it comes from.

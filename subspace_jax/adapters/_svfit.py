@@ -30,6 +30,10 @@ def svfit(
     \(W = W_e + U_r\,\mathrm{diag}(\sigma)\,V_r^T\), where \(\sigma\) starts as the \(r\) largest singular values and
     \(W_e\) is what remains. The values are free: they may change order or sign.
 
+    A step with n rows and a kernel of K entries has about \(4 n K + 4 n r (d_{in} + d_{out})\) operations factored, and
+    \(6 n K + 4 r K\) formed, where LoRA's has 4 n K. As compiled for all kernels of MiniLM at full rank, 512 rows: 2.2
+    times LoRA's step; formed it tends to 1.5 with more rows.
+
     Args:
       rank: \(r\); None takes the smallest rank that holds `information`.
       information: share of the measure that the trained values hold, for `rank=None`.

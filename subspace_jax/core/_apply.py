@@ -56,8 +56,9 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
         # What holds no weight is one leaf: a module that the function changes in place must not be a copy.
         leaves, treedef = jax.tree_util.tree_flatten_with_path((list(args), kwargs), is_leaf=_holds_no_weight)
         paths = [path for path, _ in leaves]
-        linked = resolved({path_string(path): v for path, v in leaves if isinstance(v, Weight)})
-        values = [linked.get(path_string(path), v) for path, v in leaves]
+        named = [(path_string(path), v) for path, v in leaves]
+        linked = resolved({path: v for path, v in named if isinstance(v, Weight)})
+        values = [linked.get(path, v) for path, v in named]
         values = [v.materialize() if isinstance(v, Weight) and v.formed else v for v in values]
         places = [i for i, v in enumerate(values) if isinstance(v, Weight)]
         if not places:

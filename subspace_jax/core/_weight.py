@@ -276,7 +276,9 @@ class Weight(abc.ABC):
         Raises:
           RoleError: `exact`, and a split does not carry over to the parts.
         """
-        entries = (*spec, *(None,) * (self.ndim - len(spec)))
+        # The role knows the number of axes also where a partition has left a hole in the array's place.
+        ndim = len(self.role.order) if self.role.is_matrix else self.ndim
+        entries = (*spec, *(None,) * (ndim - len(spec)))
 
         def group(axes: tuple[int, ...]) -> Any:
             if exact and any(entries[i] is not None for i in axes[1:]):

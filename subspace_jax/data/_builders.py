@@ -4,6 +4,7 @@ Importing this module needs tensorflow-datasets; nothing else in the package imp
 Prepare with `file_format="array_record"`, the only format here that needs no TensorFlow.
 """
 
+import abc
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,12 +39,12 @@ class _PackagedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _config_name(self) -> str:
         return self.builder_config.name if self.builder_config else ""
 
-    def _source(self) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _source(self) -> Any: ...
 
+    @abc.abstractmethod
     def _examples(self) -> Iterator[tuple[str, Example]]:
         """Yields the split and the features of every record."""
-        raise NotImplementedError
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, Example]]]:
         filled: dict[str, list[Example]] = {}

@@ -172,12 +172,12 @@ def has_entries(spec: ArraySpec) -> bool:
 
 
 def on_host(value: Any, where: str) -> np.ndarray:
-    """Returns the bytes of an array as NumPy, contiguous.
+    """Returns the bytes of an array as NumPy, contiguous; of one that every host holds whole, this host's.
 
     Raises:
       ManifestError: parts of the array lie on other hosts.
     """
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
         raise ManifestError(
             f"{where}: is spread over several hosts, so this one cannot read it whole. Use save_checkpoint without "
             "base=, which every host takes part in."

@@ -14,6 +14,7 @@ from subspace_jax.linalg._cosine_transform import cosine_matrix as cosine_matrix
 from subspace_jax.linalg._cosine_transform import cosine_transform as cosine_transform
 from subspace_jax.linalg._cosine_transform import cosine_vectors as cosine_vectors
 from subspace_jax.linalg._cosine_transform import inverse_cosine_transform as inverse_cosine_transform
+from subspace_jax.linalg._frequent_directions import frequent_directions as frequent_directions
 from subspace_jax.linalg._kronecker import KroneckerSplit as KroneckerSplit
 from subspace_jax.linalg._kronecker import KroneckerSVD as KroneckerSVD
 from subspace_jax.linalg._kronecker import balanced_split as balanced_split
@@ -22,6 +23,8 @@ from subspace_jax.linalg._kronecker import kronecker_sum as kronecker_sum
 from subspace_jax.linalg._kronecker import kronecker_svd as kronecker_svd
 from subspace_jax.linalg._kronecker import rearrange as rearrange
 from subspace_jax.linalg._kronecker import unrearrange as unrearrange
+from subspace_jax.linalg._newton_schulz import NEWTON_SCHULZ_COEFFICIENTS as NEWTON_SCHULZ_COEFFICIENTS
+from subspace_jax.linalg._newton_schulz import newton_schulz as newton_schulz
 from subspace_jax.linalg._orthogonal import cayley as cayley
 from subspace_jax.linalg._orthogonal import cayley_neumann as cayley_neumann
 from subspace_jax.linalg._orthogonal import skew as skew
@@ -48,6 +51,7 @@ from subspace_jax.linalg._svd import truncated_svd as truncated_svd
 from subspace_jax.linalg._svd import wide_dtype as wide_dtype
 
 __all__ = [
+    "NEWTON_SCHULZ_COEFFICIENTS",
     "SVD",
     "Combine",
     "FixedBasis",
@@ -74,11 +78,13 @@ __all__ = [
     "energy_terms",
     "fix_signs",
     "fixed_basis",
+    "frequent_directions",
     "from_coordinates",
     "inverse_cosine_transform",
     "kronecker_rows",
     "kronecker_sum",
     "kronecker_svd",
+    "newton_schulz",
     "orthonormalize",
     "project",
     "randomized_svd",

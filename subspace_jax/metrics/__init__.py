@@ -1,6 +1,8 @@
 """Scores that compare methods over ranks, tasks and representations."""
 
 from subspace_jax.metrics._aurac import aurac as aurac
+from subspace_jax.metrics._backfilling import backfill_order as backfill_order
+from subspace_jax.metrics._backfilling import backfilling_curve as backfilling_curve
 from subspace_jax.metrics._compatibility import average_compatibility as average_compatibility
 from subspace_jax.metrics._compatibility import average_multimodel_score as average_multimodel_score
 from subspace_jax.metrics._compatibility import backfilling_score as backfilling_score
@@ -29,6 +31,8 @@ __all__ = [
     "average_accuracy",
     "average_compatibility",
     "average_multimodel_score",
+    "backfill_order",
+    "backfilling_curve",
     "backfilling_score",
     "backward_transfer",
     "class_means",

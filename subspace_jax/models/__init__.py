@@ -11,6 +11,11 @@ from ._classifiers import BertClassifier as BertClassifier
 from ._classifiers import VitClassifier as VitClassifier
 from ._classifiers import mean_pool as mean_pool
 from ._classifiers import pool_tokens as pool_tokens
+from ._compatibility import BackwardMap as BackwardMap
+from ._compatibility import ForwardMap as ForwardMap
+from ._compatibility import NNXBackwardMap as NNXBackwardMap
+from ._compatibility import NNXForwardMap as NNXForwardMap
+from ._compatibility import orthogonal_kernel as orthogonal_kernel
 from ._decode import greedy_decode as greedy_decode
 from ._gguf import GgufFile as GgufFile
 from ._gguf import GgufTensor as GgufTensor
@@ -45,15 +50,19 @@ from ._vit import small_vit as small_vit
 from ._vit_small import load_vit_small as load_vit_small
 
 __all__ = [
+    "BackwardMap",
     "Bert",
     "BertClassifier",
     "BertConfig",
+    "ForwardMap",
     "GgufFile",
     "GgufTensor",
     "GrassmannHead",
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "NNXBackwardMap",
+    "NNXForwardMap",
     "NNXGrassmannHead",
     "OnnxGraph",
     "OnnxNode",
@@ -76,6 +85,7 @@ __all__ = [
     "load_vit_small",
     "mean_pool",
     "normalize_images",
+    "orthogonal_kernel",
     "pool_tokens",
     "read_gguf",
     "read_onnx",

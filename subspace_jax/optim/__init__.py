@@ -1,15 +1,14 @@
 """Gradient transformations for optax that know subspaces and stand-in weights."""
 
+from subspace_jax.optim._add_lambda_orthogonality import AddLambdaOrthogonalityState as AddLambdaOrthogonalityState
+from subspace_jax.optim._add_lambda_orthogonality import add_lambda_orthogonality as add_lambda_orthogonality
 from subspace_jax.optim._alternating import AlternatingState as AlternatingState
 from subspace_jax.optim._alternating import alternating as alternating
 from subspace_jax.optim._coso import CosoState as CosoState
 from subspace_jax.optim._coso import coso as coso
-from subspace_jax.optim._coso import coso_end_task as coso_end_task
+from subspace_jax.optim._coso_end_task import coso_end_task as coso_end_task
 from subspace_jax.optim._dct import DctAdamState as DctAdamState
-from subspace_jax.optim._dct import TrionState as TrionState
-from subspace_jax.optim._dct import newton_schulz as newton_schulz
 from subspace_jax.optim._dct import scale_by_dct_adam as scale_by_dct_adam
-from subspace_jax.optim._dct import scale_by_trion as scale_by_trion
 from subspace_jax.optim._galore import galore as galore
 from subspace_jax.optim._in_subspace import InSubspaceState as InSubspaceState
 from subspace_jax.optim._in_subspace import in_complement as in_complement
@@ -47,8 +46,11 @@ from subspace_jax.optim._reselect import reselect_principal as reselect_principa
 from subspace_jax.optim._riemannian import RiemannianState as RiemannianState
 from subspace_jax.optim._riemannian import grassmann_sgd as grassmann_sgd
 from subspace_jax.optim._riemannian import riemannian as riemannian
+from subspace_jax.optim._trion import TrionState as TrionState
+from subspace_jax.optim._trion import scale_by_trion as scale_by_trion
 
 __all__ = [
+    "AddLambdaOrthogonalityState",
     "Adjusted",
     "AlternatingState",
     "CosoState",
@@ -64,6 +66,7 @@ __all__ = [
     "SandwichState",
     "ScaleByLiftAdamState",
     "TrionState",
+    "add_lambda_orthogonality",
     "adjust_pair",
     "alternating",
     "coso",
@@ -76,7 +79,6 @@ __all__ = [
     "lift_adam",
     "low_rank_pairs",
     "map_matrices",
-    "newton_schulz",
     "normalize_terms",
     "osf_next_task",
     "osf_projection",

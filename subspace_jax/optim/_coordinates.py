@@ -53,6 +53,7 @@ class Coordinates:
 
 
 def matrix_shape(array: jax.Array, view: Matrices) -> tuple[int, ...]:
+    """The shape `[*stack, in, out]` of an array as matrices."""
     return jax.eval_shape(view.unfold, array).shape
 
 

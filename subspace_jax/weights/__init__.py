@@ -19,6 +19,7 @@ from subspace_jax.weights._nested_low_rank import NestedLowRank as NestedLowRank
 from subspace_jax.weights._nested_low_rank import RankScale as RankScale
 from subspace_jax.weights._nf4 import NF4 as NF4
 from subspace_jax.weights._nf4 import quantize_nf4 as quantize_nf4
+from subspace_jax.weights._originals import original_arrays as original_arrays
 from subspace_jax.weights._random_bases import Pairing as Pairing
 from subspace_jax.weights._random_bases import RandomBases as RandomBases
 from subspace_jax.weights._rotated import Rotated as Rotated
@@ -78,6 +79,7 @@ __all__ = [
     "largest_entries",
     "map_weights",
     "migrate_entries",
+    "original_arrays",
     "quantize_nf4",
     "reordered",
     "select_units",

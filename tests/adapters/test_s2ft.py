@@ -89,6 +89,7 @@ def test_rows_keep_only_their_slice_of_the_input(parameterization, contiguous):
         assert not any(11 in shape and 96 in shape for shape in shapes), shapes
 
 
+@pytest.mark.optimized
 def test_compiled_step_has_no_gradient_of_the_weights_size():
     adapted = adapt({"w": matrix((96, 40))}, {"w": sj.s2ft(0.05)})
     trainable, frozen = sj.partition(adapted)

@@ -82,6 +82,9 @@ METHODS = (
     Case("loca_transformed", lambda rank: sj.loca(5 * rank, evaluation="fast"), variant=True),
 )
 
+# What is tried on 8 devices: every weight class, in the setting with all kinds of kernel.
+SHARDED = tuple(case for case in METHODS if not case.variant)
+
 
 def _with_gradient(method: sj.Method) -> sj.Method:
     """A method that needs gradients, given some."""

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from contract.kernels import loss, make_inputs, model
-from contract.methods import METHODS, adapt, move, supported
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import subspace_jax as sj
+from tests.contract.kernels import loss, make_inputs, model
+from tests.contract.methods import SHARDED, adapt, move, supported
+from tests.eight_devices import check_cases
 
 # How a model's layers are usually split; the batch goes over "data". What is not listed differs from something listed
 # only on one device.
@@ -28,8 +28,9 @@ SPECS = {
     "tied": P(None, "model"),
     "stacked": P(None, None, "model"),
 }
-# Of these JAX itself refuses a split where axes are explicit, with plain arrays too.
-WHOLE_IF_EXPLICIT = ("conv_strided", "tied", "stacked")
+# Of these JAX itself refuses a split where axes are explicit, with plain arrays too: one stands for them there, whole.
+WHOLE_IF_EXPLICIT = "stacked"
+NOT_IF_EXPLICIT = ("conv_strided", "tied")
 # A split input axis of the kernel meets a split axis of the operand.
 INPUT_SPECS = {"wide": P("data", "model"), "heads_in": P("data", None, "model", None)}
 
@@ -63,8 +64,8 @@ def compare(actual, expected, what):
 
 
 def check(case, mesh, explicit):
-    names = [n for n in SPECS if n in case.kernels]
-    whole = WHOLE_IF_EXPLICIT if explicit else ()
+    names = [n for n in SPECS if n in case.kernels and not (explicit and n in NOT_IF_EXPLICIT)]
+    whole = (WHOLE_IF_EXPLICIT,) if explicit else ()
     specs = {name: P() if name in whole else SPECS[name] for name in names}
     if explicit:  # the batch has the axis "data" to itself
         specs = {name: P(*(None if n == "data" else n for n in spec)) for name, spec in specs.items()}
@@ -97,26 +98,5 @@ def check(case, mesh, explicit):
         assert len(traces) == 1, f"the second step traced again ({len(traces)} traces)"
 
 
-def main():
-    kind, *wanted = sys.argv[1:]
-    jax.config.update("jax_disable_most_optimizations", True)
-    axis = AxisType.Explicit if kind == "explicit" else AxisType.Auto
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis, axis))
-    failed = False
-    for case in METHODS:
-        if case.variant if not wanted else case.name not in wanted:
-            continue
-        try:
-            check(case, mesh, kind == "explicit")
-        except Exception as error:
-            failed = True
-            if len(wanted) == 1:
-                raise
-            print(f"{case.name}: {type(error).__name__}: {error}"[:1500])
-        else:
-            print(f"{case.name}: ok")
-    sys.exit(failed)
-
-
 if __name__ == "__main__":
-    main()
+    check_cases(SHARDED, check)

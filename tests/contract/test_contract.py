@@ -228,7 +228,7 @@ def test_every_weight_class_is_in_the_battery():
                 yield from classes(inner)
 
     covered = {name for case in METHODS for weight in fresh(case).values() for name in classes(weight)}
-    observing = {"Probed"}
+    observing = {"Probed", "Compared"}
     # These stand for a bias, or for what no array stands for: tests/adapters/test_ssf.py.
     beside = {"ShiftedBias", "ScaledShifted"}
     library = {

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from ..eight_devices import eight_devices
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -21,7 +23,7 @@ def python(*arguments, **variables):
 
 
 def outcomes(axes):
-    out = python("-m", "tests.core.sharded_program", axes, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    out = python("-m", "tests.core.sharded_program", axes, **eight_devices())
     return json.loads(out.splitlines()[-1])
 
 

@@ -143,11 +143,13 @@ def test_scaled_outputs(use):
     role = sj.Role.dense((len(stack),), (len(stack) + 1,), tuple(range(len(stack))))
     base, vector = normal(1, *stack, inputs, outputs), normal(2, *stack, outputs)
 
-    class Scaled(LowRank):
+    class ScaledOutputs(LowRank):
         def contract(self, x, use):
             return use.scale_outputs(x, vector, lambda x: use.apply(x, self.base))
 
-    weight = Scaled(base=base, a=base[..., :1], b=base[..., :1, :], role=role, dtype=np.dtype("float32"), trainable=())
+    weight = ScaledOutputs(
+        base=base, a=base[..., :1], b=base[..., :1, :], role=role, dtype=np.dtype("float32"), trainable=()
+    )
     close(run(fn, weight), fn(jnp.asarray(base * vector[..., None, :])))
 
 

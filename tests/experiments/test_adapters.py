@@ -51,8 +51,8 @@ def test_rates_are_among_those_tried():
 @carried
 def test_a_short_run(tmp_path):
     settings = ("steps=2", "seeds=0", "batch_size=4", "max_length=8", "train_size=32", "test_size=16", "rounds=2")
-    _cli.main(["run", "adapters", "--out", str(tmp_path), "--set", *settings, "methods=lora,corda,lift,ssf"])
+    _cli.main(["run", "adapters", "--out", str(tmp_path), "--set", *settings, "methods=lora,corda"])
     results = read_json(tmp_path / "adapters" / "result.json")
-    assert [c["method"] for c in results["cells"]] == ["lora", "corda", "lift", "ssf"]
+    assert [c["method"] for c in results["cells"]] == ["lora", "corda"]
     assert all(c["merged_difference"] < 1e-3 for c in results["cells"])
-    assert len(adapters.rows(results)) == 5
+    assert len(adapters.rows(results)) == 3

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 import subspace_jax as sj
 from subspace_jax.io import CheckpointError, abstract_checkpoint, restore_checkpoint, save_checkpoint
 
+from ..eight_devices import eight_devices
+
 OPTIMIZER = optax.adam(1e-3)
 
 
@@ -92,9 +94,10 @@ def main(folder):
 
 
 def test_restores_onto_other_meshes(tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    environment = os.environ | eight_devices()
+    command = [sys.executable, "-m", __name__, str(tmp_path)]
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -22,12 +22,10 @@ each = pytest.mark.parametrize(("space", "shape"), PLACES, ids=IDS)
 @pytest.fixture(autouse=True, scope="module")
 def _doubles():
     """Laws are checked in float64, where a mistake is no rounding; float32 has tests of its own."""
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes time here
     doubles = jax.config.jax_enable_x64
     with jax.enable_x64(True):
         yield
     jax.config.update("jax_enable_x64", doubles)  # pymanopt sets it for the whole process as it is imported
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def gaussian(shape, seed):

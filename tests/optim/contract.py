@@ -117,6 +117,10 @@ def coordinates(learning_rate, **options):
     )
 
 
+def with_rate(transformation, learning_rate):
+    return optax.chain(transformation, optax.scale_by_learning_rate(learning_rate))
+
+
 def projection(**options):
     return sj.project_orthogonal(bases(), roles=ROLES, **options)
 
@@ -147,8 +151,15 @@ CASES = (
         "complement",
     ),
     Case("riemannian", on_manifolds, None, converges=False),
+    Case(
+        "add_lambda_orthogonality",
+        lambda rate: optax.chain(sj.add_lambda_orthogonality(0.1, 1.0, roles=ROLES), adam(rate)),
+        converges=False,
+    ),
     Case("lift_adam", lambda rate: sj.lift_adam(rate)),
     Case("coso", lambda rate: sj.coso(rate, 4, 6, 5, "input", b1=0.5, b2=0.9, roles=ROLES)),
+    Case("dct_adam", lambda rate: with_rate(sj.scale_by_dct_adam(4, b1=0.5, b2=0.9, roles=ROLES), rate)),
+    Case("trion", lambda rate: with_rate(sj.scale_by_trion(4, vector_scale=1.0, roles=ROLES), rate), converges=False),
     Case(
         "osf_dense",
         lambda rate: sj.osf_projection(adam(rate), split(), mode="dense", roles=ROLES),

@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.eight_devices import check_cases
 from tests.optim.contract import CASES, make_tree
 
 SPECS = {
@@ -86,26 +87,5 @@ def check(case, mesh, explicit):
     compare(params, expected, "parameters")
 
 
-def main():
-    kind, *wanted = sys.argv[1:]
-    jax.config.update("jax_disable_most_optimizations", True)
-    axis = AxisType.Explicit if kind == "explicit" else AxisType.Auto
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis, axis))
-    failed = False
-    for case in CASES:
-        if wanted and case.name not in wanted:
-            continue
-        try:
-            check(case, mesh, kind == "explicit")
-        except Exception as error:
-            failed = True
-            if len(wanted) == 1:
-                raise
-            print(f"{case.name}: {type(error).__name__}: {error}"[:800])
-        else:
-            print(f"{case.name}: ok")
-    sys.exit(failed)
-
-
 if __name__ == "__main__":
-    main()
+    check_cases(CASES, check)

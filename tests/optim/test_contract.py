@@ -22,14 +22,6 @@ def case(request):
     return request.param
 
 
-# Programs here are small and run a few times; compiling them is what takes time.
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def step(case):
     """The optimiser, one compiled step of parameters, state and gradient, and the list that notes its traces."""

@@ -12,7 +12,7 @@ import scipy.linalg
 
 import subspace_jax as sj
 from subspace_jax.core import PatternError, RankError, StructureError
-from subspace_jax.optim._coso import frequent_directions
+from subspace_jax.linalg import frequent_directions
 
 SIDES = ["output", "input"]
 B1, B2, EPS = 0.9, 0.999, 1e-6
@@ -378,6 +378,7 @@ def test_bad_options_are_refused_by_name():
         sj.coso_end_task(state, 2.0)
 
 
+@pytest.mark.optimized
 def test_cost_of_an_ordinary_step_at_width_512():
     """Beside a plain Adam step: operations of a program whose refresh branch, which does not run, is left out."""
     x = jax.ShapeDtypeStruct((4096, 512), jnp.float32)

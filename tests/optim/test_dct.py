@@ -11,8 +11,7 @@ import scipy.fft
 
 import subspace_jax as sj
 from subspace_jax.core import RankError, Role
-from subspace_jax.linalg import chosen_columns, fixed_basis, select_columns, transform_rows
-from subspace_jax.optim import newton_schulz
+from subspace_jax.linalg import chosen_columns, fixed_basis, newton_schulz, select_columns, transform_rows
 
 
 def normal(*shape, seed=0):
@@ -72,7 +71,7 @@ def test_full_rank_is_adam_in_rotated_coordinates(shape, basis):
     expected, _ = run(optax.scale_by_adam(), [{"w": turn(g["w"])} for g in gradients], gradients[0])
     for one, other in zip(made, expected, strict=True):
         np.testing.assert_allclose(one["w"], back(other["w"]), rtol=2e-3, atol=2e-4)
-    assert np.abs(state.leaves[0].error).max() < 1e-4
+    assert np.abs(state.leaves["w"].error).max() < 1e-4
 
 
 def reference(gradients, rank, rotate, feedback, every):
@@ -109,7 +108,7 @@ def test_against_the_published_steps(rotate, feedback, every, shape):
     for one, other in zip(made, expected, strict=True):
         np.testing.assert_allclose(one["w"], other, rtol=5e-3, atol=1e-3)
     if feedback:
-        np.testing.assert_allclose(state.leaves[0].error, error, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(state.leaves["w"].error, error, rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_left_out_adds_up():
@@ -118,12 +117,12 @@ def test_what_is_left_out_adds_up():
     optimizer = sj.scale_by_dct_adam(2)
     state = optimizer.init({"w": gradients[0]})
     for gradient in gradients:
-        before = state.leaves[0].error
+        before = state.leaves["w"].error
         _, state = optimizer.update({"w": gradient}, state)
         whole = gradient + before
-        columns = chosen_columns(state.leaves[0].indices, 5)
+        columns = chosen_columns(state.leaves["w"].indices, 5)
         total = total + whole @ columns @ columns.T
-    np.testing.assert_allclose(sum(gradients), total + state.leaves[0].error, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sum(gradients), total + state.leaves["w"].error, rtol=1e-4, atol=1e-4)
 
 
 def test_updates_have_the_rank_and_lie_in_the_columns():
@@ -139,9 +138,10 @@ def test_updates_have_the_rank_and_lie_in_the_columns():
 def test_state_sizes():
     params = {"w": jnp.ones((9, 6)), "b": jnp.ones(6), "big": jnp.ones((40, 2))}
     optimizer = sj.scale_by_dct_adam(2, error_feedback=False, largest=32)
-    sizes = [sum(v.size for v in jax.tree.leaves(leaf)) for leaf in optimizer.init(params).leaves]
-    assert sizes == [2 * 6, 2 * 80, 2 * 9 * 2 + 2]
-    with_feedback = sj.scale_by_dct_adam(2).init({"w": params["w"]}).leaves[0]
+    leaves = optimizer.init(params).leaves
+    sizes = {name: sum(v.size for v in jax.tree.leaves(leaf)) for name, leaf in leaves.items()}
+    assert sizes == {"b": 2 * 6, "big": 2 * 80, "w": 2 * 9 * 2 + 2}
+    with_feedback = sj.scale_by_dct_adam(2).init({"w": params["w"]}).leaves["w"]
     assert sum(v.size for v in jax.tree.leaves(with_feedback)) == 2 * 9 * 2 + 2 + 9 * 6
     trion = sj.scale_by_trion(2).init({"w": params["w"]})
     assert [v.size for v in jax.tree.leaves(trion.leaves)] == [54]
@@ -184,7 +184,7 @@ def test_trion_of_full_rank_is_muon():
         whole = momentum + gradient
         np.testing.assert_allclose(one["w"], newton_schulz(whole), rtol=1e-3, atol=1e-3)
         momentum = 0.95 * whole
-    np.testing.assert_allclose(state.leaves[0], momentum, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(state.leaves["w"], momentum, rtol=1e-3, atol=1e-4)
 
 
 def test_newton_schulz_keeps_singular_vectors_and_evens_values():
@@ -211,7 +211,7 @@ def test_only_the_used_part_of_the_momentum_decays():
     _, state = optimizer.update({"w": gradient}, optimizer.init({"w": gradient}))
     columns = chosen_columns(select_columns(gradient, 2).indices, 5)
     used = gradient @ columns @ columns.T
-    np.testing.assert_allclose(state.leaves[0], gradient - 0.05 * used, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.leaves["w"], gradient - 0.05 * used, rtol=1e-4, atol=1e-5)
 
 
 def test_bad_options_are_refused():

@@ -244,6 +244,7 @@ def test_bad_trees_are_refused_by_name():
         optimizer.update(trainable, optimizer.init(trainable))
 
 
+@pytest.mark.optimized
 def test_cost_of_a_step_at_width_512():
     """Operations of forming, projecting and Adam beside those of a plain step, of the compiled programs."""
     x = jax.ShapeDtypeStruct((4096, 512), jnp.float32)

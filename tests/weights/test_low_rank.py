@@ -54,6 +54,7 @@ def test_contract_is_the_numpy_product(model):
     np.testing.assert_allclose(found if found.shape == expected.shape else found.T, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.optimized
 def test_no_array_of_the_weights_shape_is_computed_in_a_step():
     """Neither the product of the factors nor the gradient of the base."""
     w, x = make((64, 48), 4), jnp.ones((8, 64))

@@ -182,6 +182,7 @@ def test_stacked_layers_read_one_basis_each_in_its_own_way():
             np.testing.assert_allclose(tied, np.asarray(experts) @ expected.swapaxes(1, 2), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("shape", "rows", "formed"), [((64, 64), 16, False), ((64, 64), 64, True), ((64, 64), 4096, True)]
 )

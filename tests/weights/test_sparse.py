@@ -173,6 +173,7 @@ def test_backward_pass_keeps_no_formed_weight(stacked):
     assert all(any(np.array_equal(leaf, base) for base in bases) for leaf in kept)
 
 
+@pytest.mark.optimized
 def test_compiled_step_holds_the_weights_of_one_layer_only():
     count, size = 16, 64
     adapted, model = layers(count, size, stacked=True)

@@ -72,6 +72,7 @@ def flops(weight, rows):
     return jax.jit(step).lower(*sj.partition(weight), x).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("k", "rows"), [(4, 16), (4, 2048), (60, 16), (60, 2048)])
 def test_the_automatic_route_is_the_cheaper_one(k, rows):
     cost = {

@@ -1,0 +1,220 @@
+"""Compiles one way to fine-tune a Llama for a mesh of host devices; a program of its own, whose devices are fixed.
+
+Usage: python -m benchmarks._compile_program SETTINGS VARIANT, where SETTINGS is JSON of `compile_7b.Config`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import subspace_jax as sj
+from benchmarks._collectives import Operation, collectives, product_flops, totals
+from benchmarks._models import cross_entropy
+from subspace_jax.core import leaves_with_paths, matches
+from subspace_jax.models import Llama, LlamaConfig
+from subspace_jax.training import TrainState, init_train_state, make_mesh, make_train_step
+
+KERNELS = "decoder/**/kernel"
+
+# Each frozen matrix is split over both axes of the mesh: fully sharded over "data", by heads and hidden units over
+# "model".
+SPECS = {
+    "embedding/embedding": P("model", "data"),
+    "**/attention/output/kernel": P(None, "model", None, "data"),
+    "**/attention/*/kernel": P(None, "data", "model", None),
+    "**/mlp/down/kernel": P(None, "model", "data"),
+    "**/mlp/*/kernel": P(None, "data", "model"),
+    "head/kernel": P("data", "model"),
+    "**": P(),
+}
+
+
+def methods(settings: dict[str, Any]) -> dict[str, tuple[dict[str, sj.Method], optax.GradientTransformation]]:
+    """Returns rules and optimiser of every variant that trains."""
+    rank, adam = settings["rank"], optax.adam(1e-4)
+    return {
+        "norms": ({"**/scale": sj.full()}, adam),
+        "lora": ({KERNELS: sj.lora(rank)}, adam),
+        "pissa": ({KERNELS: sj.pissa(rank)}, adam),
+        "lift": ({KERNELS: sj.lift(rank, filter_rank=rank, svd="randomized")}, sj.lift_adam(1e-4)),
+        "osf": ({KERNELS: sj.osf(0.5)}, sj.osf_projection(adam)),
+        "full": ({"**": sj.full()}, adam),
+    }
+
+
+def spec(path: str) -> P:
+    """Returns how the array at a path is split."""
+    return next(found for pattern, found in SPECS.items() if matches(pattern, path))
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """Returns shapes that say where their arrays lie."""
+    return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, shardings)
+
+
+def held_bytes(tree: Any) -> int:
+    """Returns the bytes of a tree on one device."""
+    return sum(math.prod(v.sharding.shard_shape(v.shape)) * v.dtype.itemsize for v in jax.tree.leaves(tree))
+
+
+def weight_shapes(params: Any) -> set[tuple[int, ...]]:
+    """Returns the shapes that a gathered matrix of the base can have on a device: split over one axis, or whole.
+
+    Sorted sizes above one, since the compiler transposes and joins axes.
+    """
+    found = set()
+    for path, leaf in leaves_with_paths(params):
+        if not path.endswith(("kernel", "embedding")):
+            continue
+        sizes = [(n, entry) for n, entry in zip(leaf.shape, spec(path), strict=True) if entry is not None or n > 1]
+        if "layers" in path:
+            sizes = sizes[1:]
+        split = [i for i, (_, entry) in enumerate(sizes) if entry]
+        mesh = jax.sharding.get_mesh().shape
+        for count in range(len(split)):
+            for kept in itertools.combinations(split, count):
+                dims = [n // mesh[entry] if i in kept else n for i, (n, entry) in enumerate(sizes)]
+                joined = [dims] if len(dims) == 2 else [dims, _join(sizes, dims)]
+                found |= {tuple(sorted(n for n in one if n > 1)) for one in joined}
+    return found
+
+
+def _join(sizes: Sequence[tuple[int, Any]], dims: Sequence[int]) -> list[int]:
+    """Heads and their size as one axis."""
+    heads = 1 if sizes[-1][1] is None else 0
+    return [*dims[:heads], dims[heads] * dims[heads + 1], *dims[heads + 2 :]]
+
+
+def of_weights(found: Iterable[tuple[Operation, int]], shapes: set[tuple[int, ...]]) -> list[tuple[Operation, int]]:
+    """Returns the collectives whose result is a matrix of the base, or a larger part of one than a device holds."""
+    return [
+        (operation, times)
+        for operation, times in found
+        if any(tuple(sorted(n for n in dims if n > 1)) in shapes for _, dims in operation.shapes)
+    ]
+
+
+class Setting:
+    """The model, its abstract parameters and the batch."""
+
+    def __init__(self, settings: dict[str, Any], mesh: Mesh) -> None:
+        half = jnp.bfloat16
+        self.model = Llama(
+            LlamaConfig(
+                vocab_size=settings["vocabulary"],
+                width=settings["width"],
+                num_layers=settings["layers"],
+                num_heads=settings["heads"],
+                num_kv_heads=settings["heads"],
+                mlp_width=settings["mlp_width"],
+                max_positions=settings["length"],
+                tie_embeddings=False,
+                scan_layers=True,
+                remat=settings["remat"],
+                dtype=half,
+            )
+        )
+        self.mesh = mesh
+        tokens = jax.ShapeDtypeStruct((settings["sequences"], settings["length"]), jnp.int32)
+        self.params = jax.eval_shape(lambda key: self.model.init(key, tokens)["params"], jax.random.key(0))
+        self.tokens = jax.ShapeDtypeStruct(tokens.shape, tokens.dtype, sharding=NamedSharding(mesh, P("data")))
+        self.specs = jax.tree_util.tree_map_with_path(
+            lambda path, _: spec(jax.tree_util.keystr(path, simple=True, separator="/")), self.params
+        )
+
+    def apply(self, params: Any, tokens: jax.Array) -> Any:
+        """Logits."""
+        return self.model.apply({"params": params}, tokens)
+
+    def loss(self, adapted: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:
+        """Cross-entropy of the next token; the last one's is of the first, so that shapes stay even."""
+        del key
+        return cross_entropy(sj.with_adapters(self.apply)(adapted, tokens), jnp.roll(tokens, -1, axis=1))
+
+    def placed(self, tree: Any) -> Any:
+        """Shapes with the shardings that follow from the base's."""
+        return with_shardings(tree, sj.shardings(tree, self.specs, self.mesh))
+
+    def forward(self) -> tuple[Any, dict[str, Any]]:
+        """The loss of the model alone, lowered."""
+        half = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), self.params)
+        params = self.placed(half)
+        lowered = jax.jit(lambda p, t: cross_entropy(self.apply(p, t), jnp.roll(t, -1, axis=1))).lower(
+            params, self.tokens
+        )
+        return lowered, {"frozen_bytes": held_bytes(params), "trainable_bytes": 0, "optimizer_bytes": 0}
+
+    def step(self, rules: dict[str, sj.Method], optimizer: Any) -> tuple[Any, dict[str, Any]]:
+        """A training step, lowered."""
+        roles = sj.roles(self.apply, self.params, self.tokens)
+
+        def start(params: Any) -> TrainState:
+            adapted = sj.adapt(params, rules, key=jax.random.key(1), roles=roles)
+            return init_train_state(adapted, optimizer, jax.random.key(2), compute_dtype=jnp.bfloat16)
+
+        state = jax.eval_shape(start, self.params)
+        everywhere = NamedSharding(self.mesh, P())
+        trainable = self.placed(state.trainable)
+        places = sj.state_shardings(optimizer, trainable, jax.tree.map(lambda v: v.sharding, trainable))
+        state = TrainState(
+            with_shardings(state.step, everywhere),
+            trainable,
+            self.placed(state.frozen),
+            with_shardings(state.opt_state, places),
+            with_shardings(state.key, everywhere),
+        )
+        lowered = make_train_step(self.loss, optimizer).lower(state, self.tokens)
+        return lowered, {
+            "trainable_values": sum(v.size for v in jax.tree.leaves(trainable)),
+            "frozen_bytes": held_bytes(state.frozen),
+            "trainable_bytes": held_bytes(state.trainable),
+            "optimizer_bytes": held_bytes(state.opt_state),
+        }
+
+
+def measure(settings: dict[str, Any], variant: str) -> dict[str, Any]:
+    """Returns what one variant's compiled program holds, computes and sends."""
+    data, model = settings["mesh"]
+    mesh = make_mesh({"data": data, "model": model})
+    with jax.set_mesh(mesh):
+        start = time.perf_counter()
+        setting = Setting(settings, mesh)
+        lowered, sizes = setting.forward() if variant == "forward" else setting.step(*methods(settings)[variant])
+        traced = time.perf_counter()
+        compiled = lowered.compile()
+        ended = time.perf_counter()
+        shapes = weight_shapes(setting.params)
+    text: str = compiled.as_text() or ""
+    memory: Any = compiled.memory_analysis()
+    found = collectives(text)
+    gathers = of_weights(found, shapes)
+    return {
+        **sizes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "flops": product_flops(text),
+        "collectives": totals(found),
+        "of_weights": totals(gathers),
+        "largest": [
+            [operation.kind, times, [f"{dtype}{list(dims)}" for dtype, dims in operation.shapes]]
+            for operation, times in sorted(found, key=lambda pair: -pair[1] * pair[0].bytes)[:12]
+        ],
+        "lower_seconds": traced - start,
+        "compile_seconds": ended - traced,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]), sys.argv[2])))

@@ -1,0 +1,131 @@
+"""A 7-billion-parameter model compiled ahead of time for a pod: bytes, operations and collectives of each method."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks._benchmark import Benchmark, Rows
+from experiments._results import human_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings; the defaults have the shape of Llama-7B.
+
+    Attributes:
+      sequences: sequences in a batch, over all devices.
+      length: tokens in a sequence.
+      rank: of LoRA and PiSSA, and the budget of LIFT as such a rank.
+      mesh: devices along "data" and "model".
+      variants: what is compiled, one after the other.
+    """
+
+    vocabulary: int = 32000
+    width: int = 4096
+    heads: int = 32
+    mlp_width: int = 11008
+    layers: int = 32
+    remat: bool = True
+    sequences: int = 32
+    length: int = 2048
+    rank: int = 16
+    mesh: tuple[int, ...] = (16, 16)
+    variants: tuple[str, ...] = ("forward", "norms", "lora", "pissa", "lift", "osf", "full")
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    """Compiles every variant in a process of its own, whose number of devices is fixed when it starts."""
+    if len(config.mesh) != 2:
+        raise SystemExit(f"compile_7b: mesh={config.mesh}; expected two sizes, of data and model.")
+    devices = config.mesh[0] * config.mesh[1]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+    measured = {}
+    for variant in config.variants:
+        settings = json.dumps(dataclasses.asdict(config))
+        command = [sys.executable, "-m", "benchmarks._compile_program", settings, variant]
+        root = Path(__file__).parents[1]
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"compile_7b: {variant} failed:\n{done.stderr[-3000:]}")
+        measured[variant] = json.loads(done.stdout.splitlines()[-1])
+        seconds = measured[variant]["compile_seconds"]
+        console.print(f"  {variant}: compiled for {devices} devices in {seconds:.0f} s")
+    return {"measured": measured, "order": list(measured), "notes": _notes(measured)}
+
+
+def _notes(measured: Mapping[str, Any]) -> list[str]:
+    notes = [
+        "All bytes and operations are of one device; nothing is allocated or run. Arguments are the base (in bfloat16 "
+        "except what learns), the optimiser's state and the batch. Temporaries and the dtype of some collectives are "
+        "those of the CPU compiler, which computes bfloat16 products in float32: an upper bound for accelerators. "
+        "Operations are those of matrix products, loops counted as often as they run; so are collectives, whose bytes "
+        "are those of their results.",
+        "`norms` trains the scales of the norms alone: its step sends what any backward pass through the frozen "
+        "matrices needs. A collective is one on a matrix of the base if its result has the shape of one, whole or "
+        "split over one axis of the mesh only.",
+    ]
+    allowed = measured.get("norms")
+    if allowed is not None:
+        for name, values in measured.items():
+            if name not in ("forward", "norms", "full"):
+                more = _moved(values)[0] - _moved(allowed)[0]
+                notes.append(f"`{name}` has {more:+d} collectives on frozen matrices against `norms`.")
+    return notes
+
+
+def _moved(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Count and bytes of the collectives on matrices of the base."""
+    found = values["of_weights"].values()
+    return sum(v["count"] for v in found), sum(v["bytes"] for v in found)
+
+
+def tables(results: Mapping[str, Any]) -> Sequence[tuple[str, Rows]]:
+    """Returns memory and operations, and collectives."""
+    measured = {name: results["measured"][name] for name in results["order"]}
+    return [("Memory and operations of one device", _memory(measured)), ("Collectives of a step", _sent(measured))]
+
+
+def _memory(measured: Mapping[str, Any]) -> Rows:
+    rows = [
+        ["variant", "trainable", "arguments", "frozen", "learned", "optimiser", "temporaries", "TFLOP", "compile s"]
+    ]
+    for name, values in measured.items():
+        sizes = [
+            human_bytes(values[f"{key}_bytes"]) for key in ("argument", "frozen", "trainable", "optimizer", "temporary")
+        ]
+        trainable = f"{values.get('trainable_values', 0):,}"
+        rows.append([name, trainable, *sizes, f"{values['flops'] / 1e12:.3f}", f"{values['compile_seconds']:.0f}"])
+    return rows
+
+
+def _sent(measured: Mapping[str, Any]) -> Rows:
+    kinds = list(next(iter(measured.values()))["collectives"])
+    rows = [["variant", *kinds, "on frozen matrices"]]
+    for name, values in measured.items():
+        cells = [values["collectives"][kind] for kind in kinds]
+        moved = dict(zip(("count", "bytes"), _moved(values), strict=True))
+        rows.append([name, *(_cell(cell) for cell in (*cells, moved))])
+    return rows
+
+
+def _cell(found: Mapping[str, int]) -> str:
+    return f"{found['count']}: {human_bytes(found['bytes'])}" if found["count"] else "-"
+
+
+BENCHMARK = Benchmark(
+    name="compile_7b",
+    claim="What a step of a 7B model holds, computes and sends on each device of a 16 x 16 mesh, compiled only.",
+    config=Config,
+    run=run,
+    tables=tables,
+)

@@ -1,0 +1,122 @@
+"""Five text tasks one after the other: what a pretrained MiniLM forgets, and what keeps it from that.
+
+Sentiment of film reviews, topics of newswire, spam, authors of tweets and languages of messages, in an order of its own
+for every seed. Each task has a head; its examples are shown for a number of steps and never again.
+
+- full: sequential fine-tuning of everything, embeddings, biases and norms included.
+- lora: one LoRA on all kernels of the encoder that goes on learning.
+- o_lora: a new LoRA for every task, kept orthogonal to earlier ones.
+- gpm, osf, coso: the same kernels, whole, by updates that avoid what earlier tasks use; embeddings, biases and norms
+  are frozen, since what is not projected would forget.
+- joint: everything, with examples of all tasks mixed, for as many steps in all: the ceiling.
+
+    python -m experiments run continual_text
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _streams
+from experiments._experiment import Context, Experiment
+from experiments._text import KERNELS
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinualTextConfig(_streams.StreamConfig):
+    """Settings: those of `StreamConfig`, and these.
+
+    Attributes:
+      tasks: names of `subspace_jax.data.text_tasks()` with class labels.
+      max_length: tokens of an example.
+      train_size: training examples of a task that a run may see.
+      test_size: examples of the validation and of the test split of a task.
+    """
+
+    tasks: tuple[str, ...] = ("rotten_tomatoes", "reuters_r8", "spam_assassin", "tweet_author", "languages_latin12")
+    max_length: int = 32
+    train_size: int = 2000
+    test_size: int = 200
+
+
+def load(config: ContinualTextConfig) -> _streams.StreamData:
+    """Returns MiniLM and the tasks."""
+    from subspace_jax.data import load_text_task
+    from subspace_jax.models import load_minilm
+
+    minilm = load_minilm()
+    tokenizer = minilm.load_tokenizer() if minilm.load_tokenizer else None
+    tasks = [
+        load_text_task(
+            name,
+            tokenizer=tokenizer,
+            max_length=config.max_length,
+            train_size=config.train_size,
+            eval_size=config.test_size,
+        )
+        for name in config.tasks
+    ]
+    return make_data(minilm.module, minilm.params, tasks)
+
+
+def make_data(module: Any, backbone: Any, tasks: Any) -> _streams.StreamData:
+    """Returns what runs need of an encoder and of tasks with tokens.
+
+    Args:
+      module: a `Bert`.
+      backbone: its parameters.
+      tasks: with `batches`, `name` and `num_classes`.
+    """
+    from subspace_jax.models import mean_pool
+
+    counts = np.array([task.num_classes for task in tasks])
+    real = jnp.arange(counts.max()) < counts[:, None]
+    width = module.config.width
+
+    def model(params: Any, batch: Any) -> jax.Array:
+        hidden = module.apply({"params": params["backbone"]}, batch["tokens"], batch["mask"])
+        pooled = mean_pool(hidden, batch["mask"])
+        heads = params["heads"]
+        logits = jnp.einsum("bd,bdc->bc", pooled, heads["kernel"][batch["task"]]) + heads["bias"][batch["task"]]
+        return jnp.where(real[batch["task"]], logits, -1e9)
+
+    def start(seed: int) -> Any:
+        shape = len(tasks), width, int(counts.max())
+        kernel = 0.02 * jax.random.normal(jax.random.key(seed), shape)
+        return {"backbone": backbone, "heads": {"kernel": kernel, "bias": jnp.zeros((shape[0], shape[2]))}}
+
+    def batches(task: int, split: str, size: int, seed: int, epoch: int) -> Iterator[dict[str, np.ndarray]]:
+        train = split == "train"
+        for batch in tasks[task].batches(split, size, seed=seed, epoch=epoch, shuffle=train, drop_remainder=train):
+            yield {name: batch[name] for name in ("tokens", "mask", "labels")}
+
+    return _streams.StreamData(
+        names=tuple(task.name for task in tasks),
+        batches=batches,
+        model=model,
+        start=start,
+        kernels=KERNELS,
+        rows=lambda batch: batch["mask"],
+    )
+
+
+def run(config: ContinualTextConfig, context: Context) -> dict[str, Any]:
+    """Runs every method; finished streams are kept on disk and, with `--resume`, not run again."""
+    return _streams.Streams(load(config), config, context).run()
+
+
+EXPERIMENT = Experiment(
+    name="continual_text",
+    claim="On five text tasks in a row, projected updates forget less than one adapter that goes on learning.",
+    config=ContinualTextConfig,
+    run=run,
+    rows=_streams.rows,
+    plot=_streams.plot,
+    assets=("text",),
+)

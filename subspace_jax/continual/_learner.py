@@ -1,0 +1,210 @@
+"""What a learner of a stream of tasks is: pure functions around one step that is compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from subspace_jax.core import Method, SubspaceError, combine, partition, with_dropout
+
+Loss = Callable[[Any, Any], jax.Array]
+Selector = str | Callable[[str, Any], bool]
+
+
+class StreamError(SubspaceError):
+    """A learner or a stream is used out of order, beyond its capacity, or before its end."""
+
+
+class LearnerState(NamedTuple):
+    """State of a learner: arrays and trees of arrays, whose shapes are the same in every task.
+
+    Attributes:
+      task: int32 scalar, number of the task that runs, from zero; between tasks that of the next one.
+      steps: int32 scalar, steps taken in this task.
+      adapted: the parameters, with stand-in weights; what evaluation runs with.
+      opt_state: the optimiser's state; None between tasks, so that a step there is refused when it is traced.
+      memory: what the learner keeps of earlier tasks, in a form of its own.
+    """
+
+    task: jax.Array
+    steps: jax.Array
+    adapted: Any
+    opt_state: Any
+    memory: Any
+
+
+class Init(Protocol):
+    """Makes the first state."""
+
+    def __call__(self, params: Any, key: jax.Array) -> LearnerState:
+        """Returns the state before the first task; it shares no array with `params`, and `key` is consumed."""
+        ...
+
+
+class StartTask(Protocol):
+    """Begins a task."""
+
+    def __call__(self, state: LearnerState, task: int, key: jax.Array) -> LearnerState:
+        """Returns the state with fresh moments; `task` counts from zero and `key` is consumed."""
+        ...
+
+
+class Step(Protocol):
+    """Learns from one batch."""
+
+    def __call__(self, state: LearnerState, batch: Any, key: jax.Array) -> tuple[LearnerState, dict[str, jax.Array]]:
+        """Returns the state after one optimiser step, and float32 scalars; `key` draws dropout."""
+        ...
+
+
+class EndTask(Protocol):
+    """Ends a task."""
+
+    def __call__(self, state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+        """Returns the state with what is to be kept of the task; `batches` of it are read only where needed."""
+        ...
+
+
+class Learner(NamedTuple):
+    """A method of learning task after task: pure functions, as an optax transformation is.
+
+    The order is `init`, then for every task `start_task`, steps, `end_task`; anything else is refused. Compile the
+    step with `jax.jit(learner.step, donate_argnums=0)`: one program serves all tasks. The other functions run between
+    tasks, as they are. `run_stream` does all of that.
+
+    The loss is the caller's, `loss(params, batch)`, and gets the whole tree, in which heads of all tasks exist from
+    the start. Where it reads the head of the batch's own task alone, that head alone learns: moments begin anew with
+    every task, so that a gradient of zero leaves the others as they are (weight decay would not).
+
+    Attributes:
+      name: what reports call it.
+      init: makes the first state.
+      start_task: begins a task.
+      step: learns from one batch.
+      end_task: ends a task.
+      params: of a state, the tree to evaluate with, through `with_adapters`.
+    """
+
+    name: str
+    init: Init
+    start_task: StartTask
+    step: Step
+    end_task: EndTask
+    params: Callable[[LearnerState], Any]
+
+
+class Update(Protocol):
+    """How a learner turns gradients into updates."""
+
+    def __call__(self, gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
+        """Returns updates and the optimiser's state; the last two arguments are those of `partition`."""
+        ...
+
+
+def resting(adapted: Any, memory: Any = None) -> LearnerState:
+    """Returns the state before the first task; every array is a copy, since steps may free what they are given."""
+    state = LearnerState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), adapted, None, memory)
+    return jax.tree.map(jnp.copy, state)
+
+
+def fresh(optimizer: optax.GradientTransformation, adapted: Any) -> Any:
+    """Returns the first state of an optimiser of what learns, in arrays of its own."""
+    return jax.tree.map(jnp.copy, optimizer.init(partition(adapted)[0]))
+
+
+def ended(state: LearnerState, **changed: Any) -> LearnerState:
+    """Returns the state between a task that ends and the next one."""
+    state = state._replace(task=state.task + 1, steps=jnp.zeros_like(state.steps), opt_state=None)
+    return state._replace(**changed)
+
+
+def make_step(loss: Loss, update: Update, penalty: Callable[[Any], jax.Array] | None = None) -> Step:
+    """Returns the step of a learner.
+
+    Args:
+      loss: of the whole tree and a batch, a scalar.
+      update: turns gradients into updates.
+      penalty: of the whole tree, added to the loss and reported beside it.
+    """
+
+    def step(state: LearnerState, batch: Any, key: jax.Array) -> tuple[LearnerState, dict[str, jax.Array]]:
+        if state.opt_state is None:
+            raise StreamError("step: no task is running. Begin one: state = learner.start_task(state, task, key).")
+        trainable, frozen = partition(state.adapted)
+
+        def objective(trainable: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            whole = combine(trainable, frozen)
+            value = loss(with_dropout(whole, key), batch)
+            metrics = {"loss": value.astype(jnp.float32)}
+            if penalty is not None:
+                metrics["penalty"] = penalty(whole)
+                value = value + metrics["penalty"].astype(value.dtype)
+            return value, metrics
+
+        gradients, metrics = jax.grad(objective, has_aux=True)(trainable)
+        updates, opt_state = update(gradients, state, trainable, frozen)
+        adapted = combine(optax.apply_updates(trainable, updates), frozen)
+        return state._replace(steps=state.steps + 1, adapted=adapted, opt_state=opt_state), metrics
+
+    return step
+
+
+def check_start(name: str, state: LearnerState, task: int, tasks: int | None = None) -> None:
+    """Refuses to begin a task while another one runs, out of turn, or beyond the number that there is room for."""
+    if state.opt_state is not None:
+        raise StreamError(
+            f"{name}: start_task({task}) while task {known(state.task)} is running; end that one first with "
+            "end_task(state, task, batches)."
+        )
+    _check_number(name, "start_task", state, task)
+    if tasks is not None and task >= tasks:
+        raise StreamError(
+            f"{name}: start_task({task}), but there is room for {tasks} tasks, 0 to {tasks - 1}. Make the learner with "
+            "tasks= of the whole stream: its arrays do not grow."
+        )
+
+
+def check_end(name: str, state: LearnerState, task: int) -> None:
+    """Refuses to end a task that does not run."""
+    if state.opt_state is None:
+        raise StreamError(
+            f"{name}: end_task({task}), but no task is running: {known(state.task)} have ended. A task ends once, "
+            "after start_task(state, task, key)."
+        )
+    _check_number(name, "end_task", state, task)
+
+
+def _check_number(name: str, what: str, state: LearnerState, task: int) -> None:
+    if isinstance(task, bool) or not isinstance(task, int):
+        raise StreamError(f"{name}: {what} got task={task!r}; expected the number of the task, a Python int from zero.")
+    expected = known(state.task)
+    if expected is not None and task != expected:
+        raise StreamError(f"{name}: {what}({task}), but it is the turn of task {expected}; tasks count from zero.")
+
+
+def known(value: jax.Array) -> int | None:
+    """Returns an integer scalar's value, or None under a trace."""
+    return None if isinstance(value, (Tracer, jax.ShapeDtypeStruct)) else int(value)
+
+
+def rules_of(select: Selector | Iterable[str], method: Method, rules: Any) -> list[tuple[Selector, Method | None]]:
+    """Returns rules for `adapt`: one method for what is selected, then the caller's for everything else."""
+    selectors: list[Any] = [select] if isinstance(select, str) or callable(select) else list(select)
+    others = rules.items() if isinstance(rules, Mapping) else rules or ()
+    return [*((one, method) for one in selectors), *others]
+
+
+def check_tasks(name: str, tasks: Any) -> None:
+    """Refuses a number of tasks that is none."""
+    if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
+        raise StreamError(f"{name}: tasks={tasks!r}; expected the number of tasks in the stream, a positive int.")
+
+
+def adapted_of(state: LearnerState) -> Any:
+    """Returns the parameters of a state: what `Learner.params` is."""
+    return state.adapted

@@ -1,0 +1,127 @@
+"""Where the arrays of adapters and of optimiser states lie on a mesh, from where the weights lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from subspace_jax.core import StructureError, is_weight, map_with_paths
+
+
+def shardings(adapted: Any, base: Any, mesh: Mesh | None = None) -> Any:
+    """Returns a sharding for every array of an adapted tree, from those of the weights that it stands for.
+
+    The parts of a stand-in are split as the axes of its weight that they share: `a` as the input axis, `b` as the
+    output axis, stacked layers as the stack; the rank's axis is whole on every device. So no step with adapters moves
+    a frozen weight. Give it to `jax.device_put`, or as `out_shardings` of a jitted start or step.
+
+    Args:
+      adapted: the tree from `adapt`, or one part of it from `partition`; arrays may be abstract.
+      base: by the same paths the arrays of the unadapted model, placed on a mesh, or their `NamedSharding`s, or with
+        `mesh` their `PartitionSpec`s.
+      mesh: of the partition specs.
+
+    Returns:
+      A tree like `adapted` with a `NamedSharding` in place of every array.
+
+    Raises:
+      StructureError: a path of `adapted` has no sharding in `base`, or a spec has no mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+      >>> adapted = sj.adapt({"w": jnp.ones((8, 4))}, {"w": sj.lora(2)}, key=jax.random.key(0))
+      >>> found = sj.shardings(adapted, {"w": P("data", "model")}, mesh)
+      >>> found["w"].a.spec, found["w"].b.spec
+      (P('data', None), P(None, 'model'))
+    """
+    given = dict(_base_leaves(base))
+
+    def one(path: str, value: Any) -> Any:
+        if not jax.tree.leaves(value):
+            return value  # a hole of a partition
+        if path not in given:
+            raise StructureError(
+                f"{path}: shardings: base has nothing at this path. Give the tree that adapt() was given, placed on a "
+                "mesh, or the shardings of its arrays."
+            )
+        sharding = _named(path, given[path], mesh)
+        if not is_weight(value):
+            return sharding
+        specs = value.partition_specs(sharding.spec)
+        return jax.tree.map(
+            lambda spec: NamedSharding(sharding.mesh, spec), specs, is_leaf=lambda v: isinstance(v, PartitionSpec)
+        )
+
+    return map_with_paths(one, adapted)
+
+
+def _base_leaves(base: Any) -> list[tuple[str, Any]]:
+    def is_leaf(value: Any) -> bool:
+        return is_weight(value) or isinstance(value, (PartitionSpec, NamedSharding))
+
+    leaves, _ = jax.tree_util.tree_flatten_with_path(base, is_leaf=is_leaf)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), value) for path, value in leaves]
+
+
+def _named(path: str, value: Any, mesh: Mesh | None) -> NamedSharding:
+    """The sharding of one array of the base, however it was given."""
+    if isinstance(value, PartitionSpec) and mesh is not None:
+        return NamedSharding(mesh, value)
+    sharding = value if isinstance(value, NamedSharding) else getattr(value, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        return sharding
+    what = value if isinstance(value, PartitionSpec) else type(value).__name__
+    raise StructureError(
+        f"{path}: shardings: base has {what} here, which is on no mesh. Give arrays placed with a NamedSharding, "
+        "NamedShardings, or PartitionSpecs and mesh=."
+    )
+
+
+def state_shardings(optimizer: optax.GradientTransformation, params: Any, placed: Any) -> Any:
+    """Returns a sharding for every array of an optimiser's state: moments, bases, coordinates, indices.
+
+    `init` is traced abstractly with explicit mesh axes, so that every array of the state says how it is split: moments
+    as their parameters, a basis as the side that it lies in. Nothing is allocated; no state is gathered on one device.
+
+    Args:
+      optimizer: any optax transformation.
+      params: what `init` takes; arrays may be abstract.
+      placed: `NamedSharding`s of `params`, from `shardings`.
+
+    Returns:
+      A tree like the state, for `jax.jit(optimizer.init, out_shardings=...)`.
+
+    Raises:
+      StructureError: there is no sharding in `placed`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+      >>> params = {"w": jnp.ones((8, 4))}
+      >>> placed = sj.shardings(params, {"w": P("data", "model")}, mesh)
+      >>> sj.state_shardings(optax.adam(1e-3), params, placed)[0].mu["w"].spec
+      P('data', 'model')
+    """
+    found = [s for s in jax.tree.leaves(placed) if isinstance(s, NamedSharding)]
+    if not found:
+        raise StructureError("state_shardings: placed holds no NamedSharding; see shardings().")
+    mesh = found[0].mesh
+    explicit = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+
+    def abstract(value: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(explicit, sharding.spec))
+
+    with jax.sharding.use_abstract_mesh(explicit):
+        state = jax.eval_shape(optimizer.init, jax.tree.map(abstract, params, placed))
+
+    def named(value: Any) -> NamedSharding:
+        spec = value.sharding.spec if isinstance(value.sharding, NamedSharding) else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(named, state)

