@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices and multiplies, read from its text; loops count as often as they run."""
+"""What a compiled program sends between devices and multiplies, read from its text; loops count as often as run."""
 
 from __future__ import annotations
 

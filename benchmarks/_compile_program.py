@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -41,15 +41,22 @@ SPECS = {
 }
 
 
-def methods(settings: dict[str, Any]) -> dict[str, tuple[dict[str, sj.Method], optax.GradientTransformation]]:
-    """Returns rules and optimiser of every variant that trains."""
-    rank, adam = settings["rank"], optax.adam(1e-4)
+Make = Callable[[Any], optax.GradientTransformation]
+
+
+def methods(settings: dict[str, Any]) -> dict[str, tuple[dict[str, sj.Method], Make]]:
+    """Returns the rules of every variant that trains, and a function from the frozen tree to the optimiser."""
+    rank = settings["rank"]
+
+    def adam(_: Any) -> optax.GradientTransformation:
+        return optax.adam(1e-4)
+
     return {
         "norms": ({"**/scale": sj.full()}, adam),
         "lora": ({KERNELS: sj.lora(rank)}, adam),
         "pissa": ({KERNELS: sj.pissa(rank)}, adam),
-        "lift": ({KERNELS: sj.lift(rank, filter_rank=rank, svd="randomized")}, sj.lift_adam(1e-4)),
-        "osf": ({KERNELS: sj.osf(0.5)}, sj.osf_projection(adam)),
+        "lift": ({KERNELS: sj.lift(rank, filter_rank=rank, svd="randomized")}, lambda _: sj.lift_adam(1e-4)),
+        "osf": ({KERNELS: sj.osf(0.5)}, lambda frozen: sj.osf_projection(adam(frozen), frozen)),
         "full": ({"**": sj.full()}, adam),
     }
 
@@ -156,31 +163,31 @@ class Setting:
         )
         return lowered, {"frozen_bytes": held_bytes(params), "trainable_bytes": 0, "optimizer_bytes": 0}
 
-    def step(self, rules: dict[str, sj.Method], optimizer: Any) -> tuple[Any, dict[str, Any]]:
+    def step(self, rules: dict[str, sj.Method], make: Make) -> tuple[Any, dict[str, Any]]:
         """A training step, lowered."""
         roles = sj.roles(self.apply, self.params, self.tokens)
 
         def start(params: Any) -> TrainState:
             adapted = sj.adapt(params, rules, key=jax.random.key(1), roles=roles)
+            optimizer = make(sj.partition(adapted)[1])
             return init_train_state(adapted, optimizer, jax.random.key(2), compute_dtype=jnp.bfloat16)
 
         state = jax.eval_shape(start, self.params)
         everywhere = NamedSharding(self.mesh, P())
-        trainable = self.placed(state.trainable)
-        places = sj.state_shardings(optimizer, trainable, jax.tree.map(lambda v: v.sharding, trainable))
-        state = TrainState(
-            with_shardings(state.step, everywhere),
-            trainable,
-            self.placed(state.frozen),
-            with_shardings(state.opt_state, places),
-            with_shardings(state.key, everywhere),
+        trainable, frozen = self.placed(state.trainable), self.placed(state.frozen)
+        # The state may hold what the optimiser was made of.
+        both = optax.GradientTransformation(lambda trees: make(trees[1]).init(trees[0]), optax.identity().update)
+        shardings = jax.tree.map(lambda v: v.sharding, (trainable, frozen))
+        opt_state = with_shardings(state.opt_state, sj.state_shardings(both, (trainable, frozen), shardings))
+        step, key = (with_shardings(v, everywhere) for v in (state.step, state.key))
+        lowered = make_train_step(self.loss, make(frozen)).lower(
+            TrainState(step, trainable, frozen, opt_state, key), self.tokens
         )
-        lowered = make_train_step(self.loss, optimizer).lower(state, self.tokens)
         return lowered, {
             "trainable_values": sum(v.size for v in jax.tree.leaves(trainable)),
-            "frozen_bytes": held_bytes(state.frozen),
-            "trainable_bytes": held_bytes(state.trainable),
-            "optimizer_bytes": held_bytes(state.opt_state),
+            "frozen_bytes": held_bytes(frozen),
+            "trainable_bytes": held_bytes(trainable),
+            "optimizer_bytes": held_bytes(opt_state),
         }
 
 

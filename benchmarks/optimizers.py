@@ -148,16 +148,7 @@ def _values(config: Config, runner: _Runner, refreshing: _Runner, baseline: _Run
 
 def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     """One table of all optimisers."""
-    head = [
-        "optimiser",
-        "state",
-        "of Adam's",
-        "update ms",
-        "of Adam's",
-        "refresh ms",
-        "average of Adam's",
-        "temporaries",
-    ]
+    head = ["optimiser", "state", "of Adam's", "update ms", "of Adam's", "refresh ms", "average of Adam's"]
     rows = [head]
     for name in results["order"]:
         values = results["optimizers"][name]

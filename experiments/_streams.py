@@ -42,6 +42,8 @@ class StreamData:
       start: makes the parameters of a seed: `backbone`, and `heads` of all tasks.
       kernels: glob of the kernels that methods adapt or project.
       rows: gives, of a batch, which rows are no padding; None where all are inputs.
+      roles: how the model uses kernels with more than two axes.
+      test_model: gives the logits of evaluation; those of `model` if None.
     """
 
     names: tuple[str, ...]
@@ -50,6 +52,8 @@ class StreamData:
     start: Callable[[int], Any]
     kernels: str
     rows: Callable[[Any], jax.Array] | None = None
+    roles: Mapping[str, sj.Role] | None = None
+    test_model: Callable[[Any, Any], jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +70,11 @@ class StreamConfig:
       rank: of each LoRA, and of each task's O-LoRA.
       threshold: share of the inputs' energy that GPM keeps.
       columns: share of the input dimensions that GPM has room for.
+      preserved: what OSF freezes before each task: "schedule" or "importance".
       r1: rank of CoSO's subspaces.
       r2: rank of CoSO's sketches.
       gap: steps from one of CoSO's subspaces to the next.
-      calibration: batches of a task that GPM reads at its end.
+      calibration: batches of a task that are read at its end by GPM, and by OSF for importance.
       rounds: steps by which costs are measured, of every method in turn.
       checkpoints: save every stream after each task, so that `--resume` goes on inside a stream.
     """
@@ -83,6 +88,7 @@ class StreamConfig:
     rank: int = 8
     threshold: float = 0.9
     columns: float = 0.5
+    preserved: str = "schedule"
     r1: int = 16
     r2: int = 32
     gap: int = 20
@@ -115,39 +121,43 @@ def _adam(rate: float, config: StreamConfig, tasks: int = 1) -> optax.GradientTr
     return optax.adam(warmup_linear(rate, tasks * config.steps))
 
 
+def _others(data: StreamData) -> dict[str, Any]:
+    return {"rules": HEADS, "roles": data.roles}
+
+
 def _full(data: StreamData, rate: float, config: StreamConfig) -> sj.Learner:
-    return sj.sequential(_loss(data), {"**": sj.full()}, _optimizer(rate, config))
+    return sj.sequential(_loss(data), {"**": sj.full()}, _optimizer(rate, config), roles=data.roles)
 
 
 def _lora(data: StreamData, rate: float, config: StreamConfig) -> sj.Learner:
     rules = {data.kernels: sj.lora(config.rank, alpha=2.0 * config.rank), **HEADS}
-    return sj.sequential(_loss(data), rules, _optimizer(rate, config))
+    return sj.sequential(_loss(data), rules, _optimizer(rate, config), roles=data.roles)
 
 
 def _o_lora(data: StreamData, rate: float, config: StreamConfig) -> sj.Learner:
     options: dict[str, Any] = {"rank": config.rank, "alpha": 2.0 * config.rank, "tasks": len(data.names)}
-    return sj.o_lora_learner(_loss(data), data.kernels, _optimizer(rate, config), rules=HEADS, **options)
+    return sj.o_lora_learner(_loss(data), data.kernels, _optimizer(rate, config), **_others(data), **options)
 
 
 def _gpm(data: StreamData, rate: float, config: StreamConfig) -> sj.Learner:
     options: dict[str, Any] = {"threshold": config.threshold, "columns": config.columns, "mask": data.rows}
-    return sj.gpm_learner(_loss(data), data.kernels, _optimizer(rate, config), rules=HEADS, **options)
+    return sj.gpm_learner(_loss(data), data.kernels, _optimizer(rate, config), **_others(data), **options)
 
 
 def _osf(data: StreamData, rate: float, config: StreamConfig) -> sj.Learner:
-    tasks = len(data.names)
-    return sj.osf_learner(_loss(data), data.kernels, _optimizer(rate, config), tasks=tasks, rules=HEADS)
+    options: dict[str, Any] = {"tasks": len(data.names), "preserved": config.preserved}
+    return sj.osf_learner(_loss(data), data.kernels, _optimizer(rate, config), **_others(data), **options)
 
 
 def _coso(data: StreamData, rate: float, config: StreamConfig) -> sj.Learner:
     schedule = warmup_linear(rate, config.steps)
     optimizer = sj.coso(schedule, config.r1, config.r2, config.gap, tasks=len(data.names))
     heads = _adam(config.head_rate, config)
-    return sj.coso_learner(_loss(data), data.kernels, optimizer, rules=HEADS, rules_optimizer=heads)
+    return sj.coso_learner(_loss(data), data.kernels, optimizer, rules_optimizer=heads, **_others(data))
 
 
 def _joint(data: StreamData, rate: float, config: StreamConfig) -> sj.Learner:
-    return sj.joint(_loss(data), {"**": sj.full()}, _optimizer(rate, config, len(data.names)))
+    return sj.joint(_loss(data), {"**": sj.full()}, _optimizer(rate, config, len(data.names)), roles=data.roles)
 
 
 # Each with the two learning rates that it is tried with.
@@ -181,9 +191,8 @@ class Streams:
         self.data, self.config, self.context = data, config, context
         self.methods = config.methods or tuple(METHODS)
         self._learners: dict[tuple[str, float], sj.Learner] = {}
-        logits = jax.jit(data.model)
         # Merged parameters have one structure, so that one program evaluates all methods.
-        self._logits = lambda params, batch: logits(params, batch)
+        self._logits = jax.jit(data.test_model or data.model)
 
     def run(self) -> dict[str, Any]:
         """Returns every cell, and what a step of each method costs."""

@@ -89,7 +89,7 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str | Sequence[str] = "data") -> A
     rows = NamedSharding(mesh, PartitionSpec(names[0] if len(names) == 1 else names))
     parts = math.prod(mesh.shape[name] for name in names)
     # How many of the parts this process holds; the others hold the others.
-    held = len({index[0].start for index in rows.addressable_devices_indices_map((parts,)).values()})
+    held = len({str(index) for index in rows.addressable_devices_indices_map((parts,)).values()})
 
     def put(path: Any, value: Any) -> jax.Array:
         local = np.asarray(value)

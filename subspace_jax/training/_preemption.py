@@ -41,6 +41,6 @@ class Preemption:
 
     def due(self, step: int) -> bool:
         """Returns whether to save and stop after this step; called after every step, in every process."""
-        if not self._several or not jax.config.jax_enable_preemption_service:
+        if not self._several or not getattr(jax.config, "jax_enable_preemption_service", True):
             return self._told
         return multihost_utils.reached_preemption_sync_point(step)

@@ -13,11 +13,11 @@ from PIL import Image
 from rich.console import Console
 
 import subspace_jax as sj
-from experiments import _cli, _streams, continual_text
+from experiments import _cli, _streams, continual_text, continual_vision
 from experiments._experiment import Context
 from subspace_jax.assets import is_available
-from subspace_jax.data import TextSplit, TextTask
-from subspace_jax.models import Bert, small_bert
+from subspace_jax.data import ImageSplit, ImageTask, TextSplit, TextTask
+from subspace_jax.models import Bert, Vit, small_bert, small_vit
 
 SETTINGS = ("steps=3", "batch_size=4", "seeds=0", "rounds=1", "rank=2", "r1=2", "r2=4", "gap=2", "calibration=2")
 
@@ -68,9 +68,8 @@ def test_joint_training_sees_the_examples_of_the_others(tmp_path):
     def seen(method):
         found = [b for place in range(3) for b in made._task(method, place, [2, 0, 1], 5, "test").batches(0)]
         assert len(found) == 9
-        return found, sorted(
-            (int(t), tuple(x.tolist())) for b in found for t, x in zip(b["task"], b["tokens"], strict=True)
-        )
+        pairs = [pair for b in found for pair in zip(b["task"].tolist(), b["tokens"].tolist(), strict=True)]
+        return found, sorted(pairs)
 
     mixed, examples = seen("joint")
     assert examples == seen("full")[1]
@@ -126,6 +125,55 @@ def test_streams_with_checkpoints_give_the_same(tmp_path):
     assert found[0] == found[1]
     with sj.Checkpointer(tmp_path / "checkpoints" / "name", read_only=True) as checkpointer:
         assert checkpointer.all_steps() == [9 + 3]
+
+
+def images(count, seed):
+    """Images of a class have a brightness of their own."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count).astype(np.int32) % 6
+    pixels = rng.integers(0, 30, size=(count, 12, 12, 1)) + 40 * labels[:, None, None, None]
+    return ImageSplit(pixels.astype(np.uint8), labels)
+
+
+def vision_data():
+    module = Vit(small_vit(num_layers=1, width=16, mlp_width=24))
+    params = module.init(jax.random.key(0), jnp.ones((1, 12, 12, 3)))["params"]
+    splits = {"train": images(48, 0), "validation": images(18, 1), "test": images(24, 2)}
+    task = ImageTask(name="made up", splits=splits, label_names=tuple("abcdef"))
+    return continual_vision.make_data(module, params, task)
+
+
+def test_images_are_told_apart_from_those_of_all_heads_that_have_learnt():
+    data = vision_data()
+    assert data.names == ("a and b", "c and d", "e and f")
+    params = data.start(0)
+    learnt = jnp.array([0, 2])
+    drawn = jax.random.normal(jax.random.key(1), (2, 32, 2))
+    params["heads"]["kernel"] = params["heads"]["kernel"].at[learnt].set(drawn)
+    batch = next(data.batches(1, "test", 8, 0, 0))
+    assert set(batch["labels"].tolist()) == {2, 3}
+    logits = np.asarray(data.test_model(params, batch))
+    assert np.isneginf(logits[:, 2:4]).all()
+    for task in (0, 2):
+        own = data.model(params, {**batch, "task": np.full(8, task, np.int32)})
+        np.testing.assert_allclose(logits[:, 2 * task : 2 * task + 2], 3.0 * own, atol=1e-4)
+    seen = list(data.batches(2, "train", 4, 0, 0))
+    assert len(seen) == 4
+    assert {int(v) for b in seen for v in b["labels"]} == {0, 1}
+
+
+@pytest.mark.parametrize("method", ["o_lora", "gpm", "osf", "coso"])
+def test_kernels_of_attention_heads_are_adapted_too(method, tmp_path):
+    config = continual_vision.ContinualVisionConfig(steps=2, batch_size=4, rank=2, r1=2, r2=4, gap=2, calibration=1)
+    made = _streams.Streams(vision_data(), config, Context(tmp_path, False, Console(quiet=True)))
+    cell = made._stream(method, 1e-3, 0, "test", "name")
+    matrix = np.array(cell["matrix"], float)
+    np.testing.assert_array_equal(np.isnan(matrix), np.triu(np.ones((3, 3)), 1) > 0)
+    learner = made.learner(method, 1e-3)
+    state = learner.start_task(learner.init(made.data.start(0), jax.random.key(0)), 0, jax.random.key(0))
+    layer = learner.params(state)["backbone"]["encoder"]["layer_0"]
+    assert layer["attention"]["query"]["kernel"].role.out_axes == (1, 2)
+    assert layer["attention"]["output"]["kernel"].role.in_axes == (0, 1)
 
 
 def test_unknown_methods_are_refused(tmp_path):

@@ -1,0 +1,126 @@
+"""Split Fashion-MNIST, class-incremental: two classes at a time, and at test all classes seen so far.
+
+The first blocks of a pretrained ViT-S on images of 56 x 56, with a head for each pair of classes. Training compares the
+two classes of the task alone, by logits divided by a temperature of 3; at test the logits of all heads that have
+learnt stand side by side, and the largest one decides, as in the paper of CoSO. The methods are those of
+`continual_text`. A head that has not learnt is zero, by which it is known.
+
+    python -m experiments run continual_vision
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import subspace_jax as sj
+from experiments import _streams
+from experiments._experiment import Context, Experiment
+
+KERNELS = "backbone/encoder/**/kernel"
+TEMPERATURE = 3.0
+CLASSES = 2  # of a task
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinualVisionConfig(_streams.StreamConfig):
+    """Settings: those of `StreamConfig`, and these.
+
+    Attributes:
+      blocks: of the transformer.
+      size: height and width of the images, a multiple of 14.
+      train_size: training images of all classes.
+      test_size: images of the validation and of the test split, of all classes.
+    """
+
+    steps: int = 32
+    blocks: int = 3
+    size: int = 56
+    train_size: int = 6000
+    test_size: int = 1000
+
+
+def load(config: ContinualVisionConfig) -> _streams.StreamData:
+    """Returns the transformer and the images."""
+    from subspace_jax.data import load_image_task
+    from subspace_jax.models import load_vit_small
+
+    vit = load_vit_small(config.blocks)
+    task = load_image_task(
+        "fashion_mnist", train_size=config.train_size, eval_size=config.test_size, size=(config.size, config.size)
+    )
+    return make_data(vit.module, vit.params, task)
+
+
+def make_data(module: Any, backbone: Any, images: Any) -> _streams.StreamData:
+    """Returns what runs need of a vision transformer and of images.
+
+    Args:
+      module: a `Vit`.
+      backbone: its parameters.
+      images: an `ImageTask` with an even number of classes.
+    """
+    from subspace_jax.models import normalize_images, pool_tokens
+
+    tasks = images.num_classes // CLASSES
+
+    def features(params: Any, batch: Any) -> jax.Array:
+        return pool_tokens(module.apply({"params": params["backbone"]}, normalize_images(batch["images"])), "cls+mean")
+
+    def model(params: Any, batch: Any) -> jax.Array:
+        found, heads = features(params, batch), params["heads"]
+        kernel, bias = heads["kernel"][batch["task"]], heads["bias"][batch["task"]]
+        return (jnp.einsum("bd,bdc->bc", found, kernel) + bias) / TEMPERATURE
+
+    def test_model(params: Any, batch: Any) -> jax.Array:
+        heads = params["heads"]
+        logits = jnp.einsum("bd,tdc->btc", features(params, batch), heads["kernel"]) + heads["bias"]
+        learnt = jnp.any(heads["kernel"] != 0, axis=(1, 2))
+        return jnp.where(learnt[:, None], logits, -jnp.inf).reshape(len(logits), -1)
+
+    def start(seed: int) -> Any:
+        del seed
+        width = 2 * module.config.width
+        heads = {"kernel": jnp.zeros((tasks, width, CLASSES)), "bias": jnp.zeros((tasks, CLASSES))}
+        return {"backbone": backbone, "heads": heads}
+
+    def batches(task: int, split: str, size: int, seed: int, epoch: int) -> Iterator[dict[str, np.ndarray]]:
+        part = images[split]
+        rows = np.flatnonzero(part.labels // CLASSES == task)
+        if split == "train":
+            rows = np.random.default_rng([seed, epoch, task]).permutation(rows)[: len(rows) // size * size]
+        for chosen in np.split(rows, range(size, len(rows), size)):
+            labels = part.labels[chosen]
+            yield {"images": part.images[chosen], "labels": labels % CLASSES if split == "train" else labels}
+
+    example = {**next(batches(0, "train", 2, 0, 0)), "task": np.zeros(2, np.int32)}
+    return _streams.StreamData(
+        names=tuple(" and ".join(images.label_names[CLASSES * t : CLASSES * (t + 1)]) for t in range(tasks)),
+        batches=batches,
+        model=model,
+        start=start,
+        kernels=KERNELS,
+        roles=sj.roles(model, start(0), example),
+        test_model=test_model,
+    )
+
+
+def run(config: ContinualVisionConfig, context: Context) -> dict[str, Any]:
+    """Runs every method; finished streams are kept on disk and, with `--resume`, not run again."""
+    return _streams.Streams(load(config), config, context).run()
+
+
+EXPERIMENT = Experiment(
+    name="continual_vision",
+    claim="Two classes of clothes at a time, told apart from all before: what projected updates keep.",
+    config=ContinualVisionConfig,
+    run=run,
+    rows=_streams.rows,
+    plot=_streams.plot,
+    assets=("vision",),
+)
