@@ -5,6 +5,7 @@ Usage: python -m benchmarks._compile_program SETTINGS VARIANT, where SETTINGS is
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -105,12 +107,31 @@ def _join(sizes: Sequence[tuple[int, Any]], dims: Sequence[int]) -> list[int]:
 
 
 def of_weights(found: Iterable[tuple[Operation, int]], shapes: set[tuple[int, ...]]) -> list[tuple[Operation, int]]:
-    """Returns the collectives whose result is a matrix of the base, or a larger part of one than a device holds."""
-    return [
-        (operation, times)
-        for operation, times in found
-        if any(tuple(sorted(n for n in dims if n > 1)) in shapes for _, dims in operation.shapes)
-    ]
+    """Returns those results of collectives that are a matrix of the base, or more of one than a device holds."""
+    kept = []
+    for operation, times in found:
+        results = tuple(one for one in operation.shapes if tuple(sorted(n for n in one[1] if n > 1)) in shapes)
+        if results:
+            kept.append((dataclasses.replace(operation, shapes=results), times))
+    return kept
+
+
+# How the results of layers lie: sequences over "data", heads and hidden units over "model". Without it the compiler
+# splits the width of activations rather than gather a layer's matrices, and sends whole activations instead.
+ROWS = P("data", None, None)
+LAYOUTS = {
+    **dict.fromkeys(("query", "key", "value"), P("data", None, "model", None)),
+    **dict.fromkeys(("gate", "up", "head"), P("data", None, "model")),
+    **dict.fromkeys(("output", "down", "embedding", "attention_norm", "mlp_norm", "norm"), ROWS),
+}
+
+
+def lay_out(function: Callable[..., Any], arguments: Any, options: Any, context: nn.module.InterceptorContext) -> Any:
+    """Names the layout of what a layer of the model returns; for `flax.linen.intercept_methods`."""
+    out = function(*arguments, **options)
+    if context.method_name == "__call__" and (found := LAYOUTS.get(context.module.name or "")):
+        return jax.lax.with_sharding_constraint(out, found)
+    return out
 
 
 class Setting:
@@ -143,7 +164,8 @@ class Setting:
 
     def apply(self, params: Any, tokens: jax.Array) -> Any:
         """Logits."""
-        return self.model.apply({"params": params}, tokens)
+        with nn.intercept_methods(lay_out):
+            return self.model.apply({"params": params}, tokens)
 
     def loss(self, adapted: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:
         """Cross-entropy of the next token; the last one's is of the first, so that shapes stay even."""

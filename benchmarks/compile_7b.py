@@ -16,6 +16,11 @@ from rich.console import Console
 from benchmarks._benchmark import Benchmark, Rows
 from experiments._results import human_bytes
 
+KEYS = ("count", "bytes")
+# A matrix that is moved is a weight; one that is summed over devices is a gradient.
+MOVES = ("all-gather", "all-to-all", "collective-permute")
+SUMS = ("all-reduce", "reduce-scatter")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -71,22 +76,22 @@ def _notes(measured: Mapping[str, Any]) -> list[str]:
         "Operations are those of matrix products, loops counted as often as they run; so are collectives, whose bytes "
         "are those of their results.",
         "`norms` trains the scales of the norms alone: its step sends what any backward pass through the frozen "
-        "matrices needs. A collective is one on a matrix of the base if its result has the shape of one, whole or "
-        "split over one axis of the mesh only.",
+        "matrices needs. A collective is one on a matrix if its result has the shape of one of the base, whole or "
+        "split over one axis of the mesh only; gradients of matrices have the same shapes and are summed.",
     ]
     allowed = measured.get("norms")
     if allowed is not None:
         for name, values in measured.items():
             if name not in ("forward", "norms", "full"):
-                more = _moved(values)[0] - _moved(allowed)[0]
-                notes.append(f"`{name}` has {more:+d} collectives on frozen matrices against `norms`.")
+                count, size = (_of_matrices(values, MOVES)[key] - _of_matrices(allowed, MOVES)[key] for key in KEYS)
+                more = f"{count:+d} collectives, {size / 2**30:+.2f} GiB"
+                notes.append(f"`{name}` moves frozen matrices by {more} against `norms`.")
     return notes
 
 
-def _moved(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Count and bytes of the collectives on matrices of the base."""
-    found = values["of_weights"].values()
-    return sum(v["count"] for v in found), sum(v["bytes"] for v in found)
+def _of_matrices(values: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, int]:
+    """Count and bytes of the collectives of some kinds on matrices of the base's shapes."""
+    return {key: sum(values["of_weights"][kind][key] for kind in kinds) for key in KEYS}
 
 
 def tables(results: Mapping[str, Any]) -> Sequence[tuple[str, Rows]]:
@@ -110,11 +115,11 @@ def _memory(measured: Mapping[str, Any]) -> Rows:
 
 def _sent(measured: Mapping[str, Any]) -> Rows:
     kinds = list(next(iter(measured.values()))["collectives"])
-    rows = [["variant", *kinds, "on frozen matrices"]]
+    rows = [["variant", *kinds, "matrices moved", "matrices summed"]]
     for name, values in measured.items():
         cells = [values["collectives"][kind] for kind in kinds]
-        moved = dict(zip(("count", "bytes"), _moved(values), strict=True))
-        rows.append([name, *(_cell(cell) for cell in (*cells, moved))])
+        matrices = (_of_matrices(values, found) for found in (MOVES, SUMS))
+        rows.append([name, *(_cell(cell) for cell in (*cells, *matrices))])
     return rows
 
 

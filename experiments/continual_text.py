@@ -33,16 +33,20 @@ class ContinualTextConfig(_streams.StreamConfig):
     """Settings: those of `StreamConfig`, and these.
 
     Attributes:
+      steps: as there.
+      tuning_tasks: as there.
       tasks: names of `subspace_jax.data.text_tasks()` with class labels.
       max_length: tokens of an example.
       train_size: training examples of a task that a run may see.
       test_size: examples of the validation and of the test split of a task.
     """
 
+    steps: int = 28
+    tuning_tasks: int = 2
     tasks: tuple[str, ...] = ("rotten_tomatoes", "reuters_r8", "spam_assassin", "tweet_author", "languages_latin12")
     max_length: int = 32
     train_size: int = 2000
-    test_size: int = 200
+    test_size: int = 150
 
 
 def load(config: ContinualTextConfig) -> _streams.StreamData:

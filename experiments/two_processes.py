@@ -174,17 +174,22 @@ def _pair(config: Config, folder: Path, kill_after: int | None = None) -> tuple[
     try:
         if kill_after is not None:
             for line in pair[0].stdout or ():
-                if json.loads(line).get("step") == kill_after:
+                if line.startswith("{") and json.loads(line).get("step") == kill_after:
                     pair[1].kill()
                     return 0.0, []
         lines = [one.communicate()[0].splitlines() for one in pair]
         if failed := [one.returncode for one in pair if one.returncode]:
             raise RuntimeError(f"A process ended with {failed[0]}; see errors-0.txt and errors-1.txt in {folder}.")
-        return time.perf_counter() - start, [[json.loads(line) for line in one] for one in lines]
+        return time.perf_counter() - start, [_results(one) for one in lines]
     finally:
         for one in pair:
             one.kill()
             one.wait()
+
+
+def _results(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """What a process printed itself; the library that connects them prints as well."""
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:

@@ -13,7 +13,7 @@ import jax
 
 import subspace_jax.weights  # noqa: F401  (enters every stand-in weight of the library into Weight.classes)
 from subspace_jax.core import Weight, nearest
-from subspace_jax.io._array import ArraySpec, array_spec, from_stored
+from subspace_jax.io._array import ArraySpec, array_spec, from_stored, placed
 from subspace_jax.io._base import BaseArrays, digest
 from subspace_jax.io._errors import ManifestError, listing
 from subspace_jax.io._manifest import MakeLeaf, Regenerated, check_header, differences, join, static_names
@@ -213,15 +213,16 @@ def concrete_leaf(
     Args:
       arrays: stored data by path, where they belong already.
       base: holds what was left out for it.
-      places: shardings of arrays that are made again, by path.
+      places: shardings of arrays that are made again or taken from the base, by path.
     """
 
     def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | Regenerated | None) -> Any:
+        place = (places or {}).get(name)
         if isinstance(reference, Regenerated):
-            place = (places or {}).get(name)
             return reference.make() if place is None else jax.device_put(reference.make(), place)
         if reference is None:
             return from_stored(arrays[name], spec, name)
-        return base.leaves[reference[0]]
+        value = base.leaves[reference[0]]
+        return value if place is None else placed(value, place)
 
     return leaf

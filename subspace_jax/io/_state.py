@@ -203,7 +203,7 @@ def unpack(
       arrays: the stored arrays by section and path, those without entries left out.
       like: a state of the optimiser, for its containers; None to leave the optimiser's state out.
       base: holds what was left out of the checkpoint.
-      places: shardings by section and path, of arrays that are made again.
+      places: shardings by section and path, of arrays that are made again or taken from the base.
     """
 
     def leaf_of(section: str) -> Any:
@@ -241,9 +241,10 @@ def unpack_abstract(manifest: Mapping[str, Any]) -> Checkpoint:
 
 
 def placeable_arrays(manifest: Mapping[str, Any], wanted: Mapping[str, ArraySpec]) -> dict[str, ArraySpec]:
-    """Returns the arrays of the adapted tree that a sharding can be asked for: those read and those made again."""
+    """Returns the arrays of the adapted tree that a sharding can be asked for: read, made again or of the base."""
     read = {name.partition("/")[2]: spec for name, spec in wanted.items() if name.startswith("adapted/")}
-    return read | regenerated_specs(manifest["adapted"])
+    of_base = {path: spec for path, (spec, _) in array_nodes(manifest["adapted"])[1].items()}
+    return read | regenerated_specs(manifest["adapted"]) | of_base
 
 
 def wanted_arrays(manifest: Mapping[str, Any], *, with_opt_state: bool) -> dict[str, ArraySpec]:

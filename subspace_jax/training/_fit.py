@@ -112,10 +112,10 @@ def fit(
 def _restored(state: TrainState, checkpointer: Checkpointer) -> TrainState:
     """The state of the latest checkpoint, every array where that of `state` is."""
     whole = combine(state.trainable, state.frozen)
-    held = checkpointer.abstract().adapted
-    with_frozen = _paths(held) == _paths(whole)
+    saved = _paths(checkpointer.abstract().adapted)
+    with_frozen = not saved.keys() <= _paths(state.trainable).keys()
     tree = whole if with_frozen else state.trainable
-    if (saved := _paths(held)) != (expected := _paths(tree)):
+    if saved != (expected := _paths(tree)):
         path = sorted(p for p in {*saved, *expected} if saved.get(p) != expected.get(p))[0]
         raise StructureError(
             f"{path}: fit: the checkpoint in {checkpointer.directory} has {saved.get(path, 'nothing')} here, the state "

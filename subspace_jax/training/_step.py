@@ -96,7 +96,7 @@ def make_train_step(
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         run = gradients if accumulate == 1 else accumulated
         means, metrics = run(state.trainable, frozen, batch, jax.random.fold_in(state.key, state.step))
-        metrics["gradient_norm"] = optax.global_norm(means).astype(jnp.float32)
+        metrics["gradient_norm"] = optax.tree.norm(means).astype(jnp.float32)
         updates, opt_state = optimizer.update(means, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, None, opt_state, state.key), metrics

@@ -9,7 +9,7 @@ import optax
 
 import subspace_jax as sj
 
-TASKS, WIDTH, PRIVATE, FEATURES, LABELS, BATCH = 5, 20, 4, 16, 3, 8
+TASKS, WIDTH, DIRECTIONS, FEATURES, LABELS, BATCH = 5, 20, 4, 16, 3, 8
 HEADS = {"heads": sj.full()}
 
 
@@ -35,12 +35,12 @@ def parameters(seed=0):
 
 
 def batches(task, count=6, start=0):
-    """Batches of a task, whose inputs lie in four directions of its own."""
+    """Batches of a task, whose inputs lie in four directions, one of them the task's before."""
     basis = np.linalg.qr(np.random.default_rng(5).normal(size=(WIDTH, WIDTH)))[0]
-    own = basis[:, PRIVATE * task : PRIVATE * (task + 1)]
-    teacher = np.random.default_rng([6, task]).normal(size=(PRIVATE, LABELS))
+    own = basis[:, (DIRECTIONS - 1) * task :][:, :DIRECTIONS]
+    teacher = np.random.default_rng([6, task]).normal(size=(DIRECTIONS, LABELS))
     for number in range(start, count):
-        latent = np.random.default_rng([7, task, number]).normal(size=(BATCH, PRIVATE))
+        latent = np.random.default_rng([7, task, number]).normal(size=(BATCH, DIRECTIONS))
         yield {
             "x": jnp.asarray(latent @ own.T, jnp.float32),
             "y": jnp.asarray(np.argmax(latent @ teacher, axis=-1), jnp.int32),

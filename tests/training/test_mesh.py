@@ -1,5 +1,8 @@
 """Meshes by axis sizes, and batches on them; what one device cannot show is in `sharded.py`."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -47,5 +50,13 @@ def test_batches_keep_their_numbers():
 
 
 def test_one_process_is_not_connected():
-    assert not initialize_distributed()
     assert not initialize_distributed(num_processes=1)
+    # Before anything of JAX runs, so in a process of its own; what is half given is refused.
+    code = (
+        "from subspace_jax.training import initialize_distributed\n"
+        "assert not initialize_distributed()\n"
+        "try: initialize_distributed('127.0.0.1:1', 2)\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "missing: process_id" in done.stdout, done.stderr

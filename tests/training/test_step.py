@@ -30,7 +30,7 @@ def test_a_step_is_the_one_written_by_hand():
         updates, opt_state = OPTIMIZER.update(gradients, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
         state, metrics = step(state, batch)
-        close((metrics["loss"], metrics["gradient_norm"]), (value, optax.global_norm(gradients)))
+        close((metrics["loss"], metrics["gradient_norm"]), (value, optax.tree.norm(gradients)))
     close((state.trainable, state.opt_state), (trainable, opt_state))
     assert int(state.step) == 3
 
