@@ -44,6 +44,8 @@ class StreamData:
       rows: gives, of a batch, which rows are no padding; None where all are inputs.
       roles: how the model uses kernels with more than two axes.
       test_model: gives the logits of evaluation; those of `model` if None.
+      joint_labels: gives, of a batch, the labels that joint training compares with the logits of `test_model`; None
+        where it is trained as the others are.
     """
 
     names: tuple[str, ...]
@@ -54,6 +56,7 @@ class StreamData:
     rows: Callable[[Any], jax.Array] | None = None
     roles: Mapping[str, sj.Role] | None = None
     test_model: Callable[[Any, Any], jax.Array] | None = None
+    joint_labels: Callable[[Any], jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +100,13 @@ class StreamConfig:
     checkpoints: bool = False
 
 
-def _loss(data: StreamData) -> Callable[[Any, Any], jax.Array]:
-    apply = sj.with_adapters(data.model)
+def _loss(data: StreamData, joint: bool = False) -> Callable[[Any, Any], jax.Array]:
+    whole = data.test_model if joint and data.joint_labels else None
+    apply = sj.with_adapters(whole or data.model)
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(apply(params, batch), batch["labels"]).mean()
+        labels = data.joint_labels(batch) if whole and data.joint_labels else batch["labels"]
+        return optax.softmax_cross_entropy_with_integer_labels(apply(params, batch), labels).mean()
 
     return loss
 
@@ -157,7 +162,9 @@ def _coso(data: StreamData, rate: float, config: StreamConfig) -> sj.Learner:
 
 
 def _joint(data: StreamData, rate: float, config: StreamConfig) -> sj.Learner:
-    return sj.joint(_loss(data), {"**": sj.full()}, _optimizer(rate, config, len(data.names)), roles=data.roles)
+    return sj.joint(
+        _loss(data, joint=True), {"**": sj.full()}, _optimizer(rate, config, len(data.names)), roles=data.roles
+    )
 
 
 # Each with the two learning rates that it is tried with.

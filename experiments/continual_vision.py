@@ -1,9 +1,9 @@
 """Split Fashion-MNIST, class-incremental: two classes at a time, and at test all classes seen so far.
 
 The first blocks of a pretrained ViT-S on images of 56 x 56, with a head for each pair of classes. Training compares the
-two classes of the task alone, by logits divided by a temperature of 3; at test the logits of all heads that have
-learnt stand side by side, and the largest one decides, as in the paper of CoSO. The methods are those of
-`continual_text`. A head that has not learnt is zero, by which it is known.
+two classes of the task alone; at test the logits of all heads stand side by side and the largest one decides, as in the
+paper of CoSO. Logits are 10 times the cosine of features and class vectors, so that heads which never met can be
+compared. The methods are those of `continual_text`; joint training compares all classes.
 
     python -m experiments run continual_vision
 """
@@ -23,7 +23,7 @@ from experiments import _streams
 from experiments._experiment import Context, Experiment
 
 KERNELS = "backbone/encoder/**/kernel"
-TEMPERATURE = 3.0
+SCALE = 10.0
 CLASSES = 2  # of a task
 
 
@@ -69,25 +69,23 @@ def make_data(module: Any, backbone: Any, images: Any) -> _streams.StreamData:
 
     tasks = images.num_classes // CLASSES
 
-    def features(params: Any, batch: Any) -> jax.Array:
-        return pool_tokens(module.apply({"params": params["backbone"]}, normalize_images(batch["images"])), "cls+mean")
+    def logits_of(params: Any, batch: Any) -> jax.Array:
+        tokens = module.apply({"params": params["backbone"]}, normalize_images(batch["images"]))
+        features, heads = pool_tokens(tokens, "cls+mean"), params["heads"]
+        kernel = heads["kernel"] / jnp.linalg.norm(heads["kernel"], axis=1, keepdims=True)
+        features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
+        return SCALE * jnp.einsum("bd,tdc->btc", features, kernel)
 
     def model(params: Any, batch: Any) -> jax.Array:
-        found, heads = features(params, batch), params["heads"]
-        kernel, bias = heads["kernel"][batch["task"]], heads["bias"][batch["task"]]
-        return (jnp.einsum("bd,bdc->bc", found, kernel) + bias) / TEMPERATURE
+        return jnp.take_along_axis(logits_of(params, batch), batch["task"][:, None, None], axis=1)[:, 0]
 
     def test_model(params: Any, batch: Any) -> jax.Array:
-        heads = params["heads"]
-        logits = jnp.einsum("bd,tdc->btc", features(params, batch), heads["kernel"]) + heads["bias"]
-        learnt = jnp.any(heads["kernel"] != 0, axis=(1, 2))
-        return jnp.where(learnt[:, None], logits, -jnp.inf).reshape(len(logits), -1)
+        return logits_of(params, batch).reshape(len(batch["images"]), -1)
 
     def start(seed: int) -> Any:
-        del seed
-        width = 2 * module.config.width
-        heads = {"kernel": jnp.zeros((tasks, width, CLASSES)), "bias": jnp.zeros((tasks, CLASSES))}
-        return {"backbone": backbone, "heads": heads}
+        shape = tasks, 2 * module.config.width, CLASSES
+        kernel = jax.random.normal(jax.random.key(seed), shape)
+        return {"backbone": backbone, "heads": {"kernel": kernel}}
 
     def batches(task: int, split: str, size: int, seed: int, epoch: int) -> Iterator[dict[str, np.ndarray]]:
         part = images[split]
@@ -107,6 +105,7 @@ def make_data(module: Any, backbone: Any, images: Any) -> _streams.StreamData:
         kernels=KERNELS,
         roles=sj.roles(model, start(0), example),
         test_model=test_model,
+        joint_labels=lambda batch: CLASSES * batch["task"] + batch["labels"],
     )
 
 

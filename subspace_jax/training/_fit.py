@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from subspace_jax.core import StructureError, combine, partition, path_string
 from subspace_jax.io import Checkpointer
 from subspace_jax.training._preemption import Preemption
-from subspace_jax.training._state import TrainState
+from subspace_jax.training._state import TrainState, put
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -126,7 +126,7 @@ def _restored(state: TrainState, checkpointer: Checkpointer) -> TrainState:
     trainable, frozen = partition(found.adapted)
     step, key = jnp.asarray(found.step, state.step.dtype), found.extra["key"]
     if (place := _place(state.step)) is not None:
-        step, key = jax.device_put((step, key), place)
+        step, key = put(step, place), put(key, place)
     return TrainState(step, trainable, frozen if with_frozen else state.frozen, found.opt_state, key)
 
 

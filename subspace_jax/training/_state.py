@@ -86,19 +86,21 @@ def init_train_state(
     # By position: the dtype that a weight stands for is part of the structure and may just have changed.
     learns, fixed = partition(jax.tree.unflatten(structure, leaves))
     # Placing may share the caller's memory.
-    trainable = jax.tree.map(lambda value, place: jnp.copy(_put(value, place)), trainable, learns)
-    frozen = jax.tree.map(_put, frozen, fixed)
+    trainable = jax.tree.map(lambda value, place: jnp.copy(put(value, place)), trainable, learns)
+    frozen = jax.tree.map(put, frozen, fixed)
     wanted = state_shardings(optimizer, trainable, learns)
     opt_state = jax.jit(optimizer.init, out_shardings=wanted)(trainable)
     mesh = next(s.mesh for s in jax.tree.leaves(placed) if isinstance(s, NamedSharding))
-    step, key = jax.device_put((step, key), NamedSharding(mesh, PartitionSpec()))
+    step, key = (put(value, NamedSharding(mesh, PartitionSpec())) for value in (step, key))
     return TrainState(step, trainable, frozen, opt_state, jnp.copy(key))
 
 
-def _put(value: Any, sharding: NamedSharding) -> jax.Array:
+def put(value: Any, sharding: NamedSharding) -> jax.Array:
     """Places an array; of one that every process holds whole, each places its part, and nothing is sent."""
     if sharding.is_fully_addressable or not getattr(value, "is_fully_addressable", True):
         return jax.device_put(value, sharding)
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(value), sharding), impl=jax.random.key_impl(value))
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

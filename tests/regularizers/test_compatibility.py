@@ -148,11 +148,12 @@ def test_a_relaxed_map_ends_near_its_lambda_and_the_term_in_the_loss_is_the_tran
     ends = []
     for lam in (1.0, 4.0):
         adam = optax.adam(1e-2)
-        inside = fit(lambda p, lam=lam: loss(p, p["backward"]["kernel"], lam), params, adam, 300)
-        added = sj.add_lambda_orthogonality(10.0, lam, 4.0, select="backward/kernel")
-        beside = fit(loss, params, optax.chain(added, adam), 300)
-        np.testing.assert_allclose(inside["backward"]["kernel"], beside["backward"]["kernel"], atol=1e-3)
-        ends.append(distance(beside))
+        added = optax.chain(sj.add_lambda_orthogonality(10.0, lam, 4.0, select="backward/kernel"), adam)
+        # Few steps: at the gate's edge Adam makes different rounding grow.
+        inside = fit(lambda p, lam=lam: loss(p, p["backward"]["kernel"], lam), params, adam, 30)
+        beside = fit(loss, params, added, 30)
+        np.testing.assert_allclose(inside["backward"]["kernel"], beside["backward"]["kernel"], atol=1e-5)
+        ends.append(distance(fit(loss, params, added, 300)))
     free = distance(fit(loss, params, optax.adam(1e-2), 300))
     assert ends[0] < 1.5 < 2.5 < ends[1] < 4.5 < 10 < free
 
