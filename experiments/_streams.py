@@ -173,8 +173,8 @@ METHODS: dict[str, tuple[Callable[[StreamData, float, StreamConfig], sj.Learner]
     "lora": (_lora, (1e-3, 3e-3)),
     "o_lora": (_o_lora, (1e-3, 3e-3)),
     "gpm": (_gpm, (1e-4, 3e-4)),
-    "osf": (_osf, (3e-5, 1e-4)),
-    "coso": (_coso, (3e-4, 1e-3)),
+    "osf": (_osf, (1e-4, 3e-4)),
+    "coso": (_coso, (1e-3, 3e-3)),
     "joint": (_joint, (1e-4, 3e-4)),
 }
 TITLES = {
