@@ -2,7 +2,7 @@
 
 Each process stands for a host of a pod: they find each other through `jax.distributed`, each sees half of every batch,
 and gradients are summed between them. LoRA learns on all kernels of the encoder behind `project_orthogonal`, with a
-random subspace of every query kernel's inputs kept out. Three runs: one that nobody disturbs, one in which the second
+random subspace of every value kernel's inputs kept out. Three runs: one that nobody disturbs, one in which the second
 process is killed (SIGKILL) after some steps, and one that goes on from the checkpoint of that. Compared are all bytes
 of what learns, of the optimiser's state and of the frozen weights.
 
@@ -34,7 +34,7 @@ from experiments._experiment import Context, Experiment
 from experiments._text import KERNELS, TextJob
 from subspace_jax import training
 
-QUERIES = "/attention/query/kernel"
+PROJECTED = "/attention/value/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Config:
     train_size: int = 512
     rank: int = 8
     removed: int = 32
-    learning_rate: float = 0.05
+    learning_rate: float = 0.3
 
 
 def process(number: int, port: int, folder: Path, config: Config) -> None:
@@ -118,17 +118,17 @@ def process(number: int, port: int, folder: Path, config: Config) -> None:
 
 
 def _bases(adapted: Any, columns: int) -> dict[str, np.ndarray]:
-    """A random subspace of the inputs of every query kernel."""
+    """A random subspace of the inputs of every value kernel."""
     rng, found = np.random.default_rng(0), {}
     for path, leaf in sj.core.leaves_with_paths(adapted):
-        if path.endswith(QUERIES):
+        if path.endswith(PROJECTED):
             found[path] = np.linalg.qr(rng.normal(size=(leaf.shape[0], columns)))[0].astype(np.float32)
     return found
 
 
 def _factors(trainable: Any) -> dict[str, np.ndarray]:
     leaves = sj.core.leaves_with_paths(trainable)
-    return {path: np.asarray(leaf.a) for path, leaf in leaves if path.endswith(QUERIES)}
+    return {path: np.asarray(leaf.a) for path, leaf in leaves if path.endswith(PROJECTED)}
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
