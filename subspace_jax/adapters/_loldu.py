@@ -62,7 +62,8 @@ def loldu(
       convolution_order: order of the rows of a convolution kernel `[*window, channels, out]`. "window_channels" is
         that of the array; "channels_window" is that of the authors' code, and gives other factors.
       route: how the weight is used; see `LowRankCore`.
-      residual_dtype: dtype of \(W_{res}\); that of the weight if None.
+      residual_dtype: dtype of \(W_{res}\); that of the weight if None. Where all of \(W\) is in the factors, at full
+        rank with \(\sigma = 1\), \(W_{res}\) is zero and kept only if a dtype is given.
 
     Returns:
       A method whose weights are `LowRankCore` with a diagonal core \(z\) `[*stack, rank]`, `left` \(X\)
@@ -115,9 +116,16 @@ def loldu(
         left = factors.left if rows is None else jnp.take(factors.left, np.argsort(rows), axis=-2)
         core = _STARTS[start](key, factors.pivots)
         removed = (core if residual == "exact" else factors.pivots) * scale
-        product = jnp.matmul(left * removed[..., None, :], factors.right, precision=lax.Precision.HIGHEST)
+        # All of the triangles give the weight itself, and nothing is left over.
+        complete = taken == smaller and scale == 1.0 and (start == "ldu" or residual == "ldu")
+        base = None
+        if not complete or residual_dtype is not None:
+            product = jnp.matmul(left * removed[..., None, :], factors.right, precision=lax.Precision.HIGHEST)
+            base = role.unmatrix(matrix - product, array.shape).astype(residual_dtype or array.dtype)
         return LowRankCore(
-            base=role.unmatrix(matrix - product, array.shape).astype(residual_dtype or array.dtype),
+            base=base,
+            in_sizes=tuple(array.shape[i] for i in role.in_axes),
+            out_sizes=tuple(array.shape[i] for i in role.out_axes),
             left=left,
             core=core,
             right=factors.right,

@@ -40,7 +40,8 @@ def svfit(
       measure: "energy" counts \(S_i^2\), "sum" counts \(S_i\).
       svd: "exact", or "randomized", which needs a `rank`.
       route: how the weight is used; see `LowRankCore`.
-      residual_dtype: dtype of \(W_e\); that of the weight if None.
+      residual_dtype: dtype of \(W_e\); that of the weight if None. A `rank` of the weight's smaller side leaves
+        nothing over, and \(W_e\) is then kept only if a dtype is given.
 
     Returns:
       A method whose weights are `LowRankCore` with a diagonal core `[*stack, rank]`. Stacked layers with different
@@ -84,10 +85,14 @@ def svfit(
             factors = truncated_svd(matrix, rank)
         else:
             factors = _informative(truncated_svd(matrix, smaller), information, measure)
-        principal = jnp.matmul(factors.u * factors.s[..., None, :], factors.vt, precision=jax.lax.Precision.HIGHEST)
-        residual = role.unmatrix(matrix - principal, array.shape)
+        residual = None
+        if rank != smaller or residual_dtype is not None:
+            principal = jnp.matmul(factors.u * factors.s[..., None, :], factors.vt, precision=jax.lax.Precision.HIGHEST)
+            residual = role.unmatrix(matrix - principal, array.shape).astype(residual_dtype or array.dtype)
         return LowRankCore(
-            base=residual.astype(residual_dtype or array.dtype),
+            base=residual,
+            in_sizes=tuple(array.shape[i] for i in role.in_axes),
+            out_sizes=tuple(array.shape[i] for i in role.out_axes),
             left=factors.u,
             core=factors.s,
             right=factors.vt,

@@ -22,21 +22,25 @@ class LowRankCore(Weight):
     Used as \(x W + ((s\,(x P))\,R)\,Q\), or, where the rank is so large that this costs more, by forming the sum.
 
     Attributes:
-      base: \(W\), of the weight's shape, or a weight that stands for it.
+      base: \(W\), of the weight's shape, or a weight that stands for it; None for zero, where the factors hold all.
       left: \(P\), `[*stack, in, rank]`.
       core: \(R\), `[*stack, rank, rank]`, or the diagonal of one, `[*stack, rank]`.
       right: \(Q\), `[*stack, rank, out]`.
       scale: \(s\).
       route: "factored" multiplies with the factors one after the other, "materialized" forms the sum first, "auto"
         takes what costs fewer operations for the input at hand, backward pass included.
+      in_sizes: sizes of the role's input axes, for a weight without `base`.
+      out_sizes: sizes of the role's output axes, likewise.
     """
 
-    base: jax.Array | Weight
+    base: jax.Array | Weight | None
     left: jax.Array
     core: jax.Array
     right: jax.Array
     scale: float = static(default=1.0)
     route: Route = static(default="factored")
+    in_sizes: tuple[int, ...] = static(default=())
+    out_sizes: tuple[int, ...] = static(default=())
 
     axes: ClassVar[Mapping[str, str]] = {
         "base": "array",
@@ -47,8 +51,11 @@ class LowRankCore(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of `base`."""
-        return self.base.shape
+        """The shape of `base`, or what the factors stand for without one."""
+        if self.base is not None:
+            return self.base.shape
+        sizes = (*self.left.shape[:-2], *self.in_sizes, *self.out_sizes)
+        return tuple(size for _, size in sorted(zip(self.role.order, sizes, strict=True)))
 
     @property
     def rank(self) -> int:
@@ -60,28 +67,42 @@ class LowRankCore(Weight):
         one = self.with_frozen_stopped()
         wide = wide_dtype(one.dtype)
         left, core, right = (v.astype(wide) for v in (one.left, one.core * one.scale, one.right))
-        base = one.base.materialize(wide) if isinstance(one.base, Weight) else one.base.astype(wide)
-        total = base + dense((left, core, right), one.role, one.shape)
+        total = dense((left, core, right), one.role, one.shape)
+        if one.base is not None:
+            base = one.base.materialize(wide) if isinstance(one.base, Weight) else one.base.astype(wide)
+            total = base + total
         return total.astype(self.dtype if dtype is None else dtype)
 
     def contract(self, x: jax.Array, use: Use) -> jax.Array:
         """Returns the operation on `base` plus that on the three factors, in the cheap order."""
         if self.route == "materialized" or (self.route == "auto" and self._forming_is_cheaper(x, use)):
             return use.apply(x, self.materialize(use.dtype))
-        base = self.base.contract(x, use) if isinstance(self.base, Weight) else use.apply(x, self.base)
         scale = None if self.scale == 1.0 else self.scale
-        return base + use.product(x, (self.left, self.core, self.right), scale)
+        product = use.product(x, (self.left, self.core, self.right), scale)
+        if self.base is None:
+            return product
+        base = self.base.contract(x, use) if isinstance(self.base, Weight) else use.apply(x, self.base)
+        return base + product
+
+    def reshape(self, shape: tuple[int, ...]) -> LowRankCore | None:
+        """Returns the weight of the reshaped array, as every weight does; see `Weight.reshape`."""
+        found = super().reshape(shape)
+        if found is None or self.base is not None:
+            return found
+        inputs, outputs = (tuple(shape[i] for i in axes) for axes in (found.role.in_axes, found.role.out_axes))
+        return dataclasses.replace(found, in_sizes=inputs, out_sizes=outputs)
 
     def _forming_is_cheaper(self, x: jax.Array, use: Use) -> bool:
         """Compares multiplications of both routes, forward and backward, for `x` of this size.
 
         Factored: the rows meet both factors, forward and backward. Formed: the product of the factors and its
-        gradient, and the gradient of the whole weight, which the factored route never needs.
+        gradient, and the gradient of the whole weight, which the factored route never needs. Two products with
+        `base` are part of both; without one they are only part of the formed route.
         """
         inputs, outputs = self.role.sizes(self.shape)
         if not isinstance(use, Dot) or not use.contracts_inputs:
             return False
         rows = x.size // inputs
         factored = 4 * rows * self.rank * (inputs + outputs)
-        formed = 2 * inputs * outputs * (2 * self.rank + rows)
+        formed = 2 * inputs * outputs * (2 * self.rank + rows * (1 if self.base is not None else 3))
         return formed < factored
