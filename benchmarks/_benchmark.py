@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 import benchmarks
+from benchmarks._charts import Chart
 from experiments import _registry
 
 Rows = Sequence[Sequence[str]]
@@ -24,6 +25,7 @@ class Benchmark:
       config: frozen dataclass of its settings, all with defaults.
       run: makes JSON-able results of a configuration.
       tables: titles and rows, header first, of a result.
+      charts: what of a result is drawn.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Benchmark:
     config: type
     run: Callable[[Any, Console], dict[str, Any]]
     tables: Callable[[Mapping[str, Any]], Sequence[tuple[str, Rows]]]
+    charts: Callable[[Mapping[str, Any]], Sequence[Chart]] | None = None
 
 
 def names() -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from benchmarks._benchmark import find
+from benchmarks._charts import draw
 from experiments._results import environment, markdown_table, read_json, write_json
 
 FOLDER = Path(__file__).parent / "results"
@@ -60,6 +61,8 @@ def page(folder: Path = FOLDER) -> str:
             f"{benchmark.claim}\n\n`python -m benchmarks run {benchmark.name} --set {settings}`, "
             f"{circumstances['finished']}.\nPython {circumstances['python']}, {versions}."
         )
+        if benchmark.charts is not None:
+            parts.append(f"![{benchmark.name}]({path.stem}.png)")
         for title, rows in benchmark.tables(results):
             parts.append(f"### {title}\n\n{markdown_table(rows)}")
         parts += [f"{note}" for note in results.get("notes", ())]
@@ -71,5 +74,10 @@ def _setting(value: Any) -> str:
 
 
 def write_page(folder: Path = FOLDER) -> None:
-    """Writes the page of all results into their folder."""
+    """Writes the page of all results into their folder, and the pictures in it."""
+    for path in sorted(folder.glob("*.json")):
+        results = read_json(path)
+        charts = find(results["benchmark"]).charts
+        if charts is not None:
+            draw(charts(results), path.with_suffix(".png"))
     (folder / "README.md").write_text(page(folder))

@@ -29,6 +29,7 @@ class Variant:
       note: what a reader has to know about it.
       baseline: name of the variant that it is divided by.
       freeze: tree of booleans over `learned`, True where `optax.masked` throws the update away.
+      own: the method's own optimiser, in place of Adam.
     """
 
     name: str
@@ -38,12 +39,13 @@ class Variant:
     note: str = ""
     baseline: str = "full"
     freeze: Any = None
+    own: optax.GradientTransformation | None = None
 
     def optimizer(self, *, bare: bool = False) -> optax.GradientTransformation:
         """Returns Adam behind a global-norm clip, as the README shows it; Adam alone if `bare`."""
         clip = optax.identity() if bare else optax.clip_by_global_norm(1.0)
         if self.freeze is None:
-            return optax.chain(clip, optax.adam(1e-4))
+            return optax.chain(clip, self.own or optax.adam(1e-4))
         learns = jax.tree.map(lambda frozen: not frozen, self.freeze)
         return optax.chain(clip, optax.masked(optax.adam(1e-4), learns), optax.masked(optax.set_to_zero(), self.freeze))
 

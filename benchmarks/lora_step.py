@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._charts import Chart
 from benchmarks._measure import (
     Cost,
     Runner,
@@ -207,10 +208,24 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def charts(results: Mapping[str, Any]) -> list[Chart]:
+    """Operations and time of every way, one chart for each layout."""
+    found = []
+    for layout in results["order"]["layouts"]:
+        measured, bars = results["layouts"][layout], {}
+        for name in (n for n in results["order"]["variants"] if n in measured):
+            ratios = measured[name]["ratios"]
+            kinds = {"operations": "step_flops", "step time": "seconds"}
+            bars[name] = {title: ratios[key] for title, key in kinds.items() if key in ratios}
+        found.append(Chart(layout, "relative to full fine-tuning", bars, reference=1.0))
+    return found
+
+
 BENCHMARK = Benchmark(
     name="lora_step",
     claim="What a LoRA step costs beside full fine-tuning, nnx.LoRA, qwix, materialised LoRA and late freezing.",
     config=Config,
     run=run,
     tables=tables,
+    charts=charts,
 )

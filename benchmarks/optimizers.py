@@ -16,6 +16,7 @@ from rich.console import Console
 
 import subspace_jax as sj
 from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._charts import Chart
 from benchmarks._measure import Cost, combined, cost, interleaved, paired_ratio
 from experiments._results import human_bytes
 
@@ -171,10 +172,22 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def charts(results: Mapping[str, Any]) -> list[Chart]:
+    """Time and state of every optimiser."""
+    ratios = {name: results["optimizers"][name]["ratios"] for name in results["order"]}
+    times = {n: {"average": r["average_seconds"], "no refresh": r["seconds"]} for n, r in ratios.items() if r}
+    state = {n: {"state": r["state_bytes"]} for n, r in ratios.items() if r}
+    return [
+        Chart("time of an update", "relative to optax.adam", times, reference=1.0, log=True),
+        Chart("bytes of the state", "relative to optax.adam", state, reference=1.0),
+    ]
+
+
 BENCHMARK = Benchmark(
     name="optimizers",
     claim="What an update and the state of low-rank optimisers cost beside optax's GaLore, Muon and Adam.",
     config=Config,
     run=run,
     tables=tables,
+    charts=charts,
 )

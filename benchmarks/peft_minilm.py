@@ -1,4 +1,4 @@
-"""One LoRA step of a pretrained MiniLM here and in PyTorch PEFT: same weights, batch, rank and loss, on the CPU."""
+"""A step of a pretrained MiniLM here and in PyTorch PEFT, method by method: same weights, batch and loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from rich.console import Console
 
 import subspace_jax as sj
 from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._charts import Chart
 from benchmarks._measure import interleaved, paired_ratio
 from subspace_jax.assets import find_file
 from subspace_jax.models import load_minilm, mean_pool
@@ -33,7 +34,8 @@ class Config:
     Attributes:
       sequences: sequences in the batch.
       length: tokens in a sequence.
-      rank: of every adapter, on all kernels of the encoder.
+      rank: of LoRA and DoRA, on all kernels of the encoder.
+      methods: those of METHODS that are measured; all if empty.
       rounds: timed steps of each, interleaved.
       threads: of PyTorch; as many as there are cores if 0.
     """
@@ -41,8 +43,43 @@ class Config:
     sequences: int = 16
     length: int = 32
     rank: int = 8
+    methods: tuple[str, ...] = ()
     rounds: int = 20
     threads: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """One method in both libraries.
+
+    Attributes:
+      ours: makes the method of a rank.
+      theirs: makes PEFT's configuration of a rank and the names of the layers.
+      optimizer: makes our optimiser of Adam and the adapted tree; Adam alone if None.
+    """
+
+    ours: Callable[[int], sj.Method]
+    theirs: Callable[[Any, int, list[str]], Any]
+    optimizer: Callable[[optax.GradientTransformation, Any], optax.GradientTransformation] | None = None
+
+
+# Sizes other than LoRA's rank are PEFT's defaults. Its OFT approximates the Cayley transform by five terms of a series,
+# and so does ours here.
+METHODS = {
+    "lora": Peers(sj.lora, lambda peft, r, names: peft.LoraConfig(r=r, lora_alpha=r, target_modules=names)),
+    "dora": Peers(
+        lambda rank: sj.dora(sj.lora(rank)),
+        lambda peft, r, names: peft.LoraConfig(r=r, lora_alpha=r, target_modules=names, use_dora=True),
+    ),
+    "oft": Peers(
+        lambda _: sj.oft(32, terms=5), lambda peft, _, names: peft.OFTConfig(oft_block_size=32, target_modules=names)
+    ),
+    "randlora": Peers(
+        lambda _: sj.randlora(32, scaling="peft"),
+        lambda peft, _, names: peft.RandLoraConfig(r=32, target_modules=names),
+    ),
+    "osf": Peers(lambda _: sj.osf(0.5), lambda peft, _, names: peft.OSFConfig(target_modules=names), sj.osf_projection),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +124,7 @@ class _Run(abc.ABC):
 class JaxRun(_Run):
     """Full fine-tuning of the encoder's kernels, or LoRA on them."""
 
-    def __init__(self, name: str, method: sj.Method, batch: Batch):
+    def __init__(self, name: str, method: sj.Method, batch: Batch, peers: Peers | None = None):
         super().__init__()
         self.name = name
         model = load_minilm()
@@ -101,6 +138,8 @@ class JaxRun(_Run):
         self.learned, fixed = sj.partition(adapted)
         self.trainable_values = sum(leaf.size for leaf in jax.tree.leaves(self.learned))
         optimizer, adapted_loss = optax.adam(LEARNING_RATE), sj.with_adapters(loss)
+        if peers is not None and peers.optimizer is not None:
+            optimizer = peers.optimizer(optimizer, adapted)
         self.state = optimizer.init(self.learned)
 
         def step(learned: Any, state: Any, fixed: Any):
@@ -120,13 +159,13 @@ class JaxRun(_Run):
 
 
 class PeftRun(_Run):
-    """PEFT's LoRA on the same kernels, in PyTorch."""
+    """PEFT's method on the same kernels, in PyTorch."""
 
-    name = "PEFT LoRA"
     build_seconds = 0.0
 
-    def __init__(self, config: Config, batch: Batch):
+    def __init__(self, name: str, peers: Peers, config: Config, batch: Batch):
         super().__init__()
+        self.name = f"{name}, PEFT"
         import peft
         import torch
         import transformers
@@ -144,10 +183,9 @@ class PeftRun(_Run):
         model = transformers.BertModel(transformers.BertConfig(**sizes, **quiet), add_pooling_layer=False)
         weights = {k: v for k, v in load_file(file).items() if "pooler" not in k and "position_ids" not in k}
         model.load_state_dict(weights)
+        torch.manual_seed(0)
         targets = ["query", "key", "value", "dense"]
-        self.model: Any = peft.get_peft_model(
-            model, peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets)
-        )
+        self.model: Any = peft.get_peft_model(model, peers.theirs(peft, config.rank, targets))
         learned = [p for p in self.model.parameters() if p.requires_grad]
         self.trainable_values = sum(p.numel() for p in learned)
         self.optimizer = torch.optim.Adam(learned, lr=LEARNING_RATE)
@@ -168,59 +206,90 @@ class PeftRun(_Run):
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Measures both libraries, one step after the other."""
-    batch = Batch.of(config)
-    runs: list[Any] = [JaxRun("full kernels", sj.full(), batch), JaxRun("lora", sj.lora(config.rank), batch)]
+    unknown = sorted(set(config.methods) - set(METHODS))
+    if unknown:
+        raise SystemExit(f"methods={','.join(unknown)}: choose from {', '.join(METHODS)}.")
+    chosen, batch = config.methods or tuple(METHODS), Batch.of(config)
+    runs: list[Any] = [JaxRun("full kernels", sj.full(), batch)]
     absent = {}
-    try:
-        runs.append(PeftRun(config, batch))
-    except ImportError as error:
-        absent["PEFT LoRA"] = f"not installed: {error.name}"
+    for name in chosen:
+        console.print(f"  {name}")
+        runs.append(JaxRun(name, METHODS[name].ours(config.rank), batch, METHODS[name]))
+        try:
+            runs.append(PeftRun(name, METHODS[name], config, batch))
+        except ImportError as error:
+            absent[f"{name}, PEFT"] = f"not installed: {error.name}"
     console.print(f"{config.rounds} rounds of {', '.join(r.name for r in runs)}")
     interleaved(runs, config.rounds)
-    ours = next(r for r in runs if r.name == "lora")
-    measured = {
-        r.name: {
-            "trainable_values": r.trainable_values,
-            "build_seconds": r.build_seconds,
-            "losses": [r.losses[0], r.losses[-1]],
-            "seconds": r.seconds,
-            "seconds_ratio": paired_ratio(r.seconds, ours.seconds),
-        }
-        for r in runs
-    }
+    by_name = {r.name: r for r in runs}
+    measured = {r.name: _values(r, by_name) for r in runs}
     notes = [
-        "Same pretrained weights, batch, rank, loss and Adam; JAX compiled once, PyTorch eager. Ratios are medians "
-        "over rounds in which all ran one after the other.",
+        "Same pretrained weights, batch, loss and Adam on the same kernels; JAX compiled once, PyTorch eager. Ratios "
+        "are medians over rounds in which all ran one after the other. RandLoRA's sizes are PEFT's defaults; OSF "
+        "freezes half of the singular triples.",
         *(f"{name}: absent, {reason}." for name, reason in absent.items()),
     ]
-    order = [r.name for r in runs]
-    return {"measured": measured, "order": order, "notes": notes, "packages": ["torch", "peft", "transformers"]}
+    return {
+        **{"measured": measured, "methods": list(chosen), "notes": notes},
+        "packages": ["torch", "peft", "transformers"],
+    }
+
+
+def _values(run: _Run, by_name: Mapping[str, _Run]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "trainable_values": run.trainable_values,
+        "build_seconds": run.build_seconds,
+        "losses": [run.losses[0], run.losses[-1]],
+        "seconds": run.seconds,
+    }
+    theirs = by_name.get(f"{run.name}, PEFT")
+    lora = by_name.get("lora, PEFT" if run.name.endswith(", PEFT") else "lora")
+    for name, reference in (("of_peft", theirs), ("of_lora", lora)):
+        if reference is not None:
+            found[name] = paired_ratio(run.seconds, reference.seconds)
+    return found
 
 
 def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
-    """One row for each way."""
-    rows = [["way", "trainable", "compile s", "first loss", "last loss", "step ms", "time / lora"]]
-    for name in results["order"]:
-        values = results["measured"][name]
-        first, last = values["losses"]
+    """One row for each method."""
+    head = ["method", "trained", "PEFT's", "ms", "PEFT's", "of PEFT's", "of our LoRA", "PEFT's, of its LoRA"]
+    rows, measured = [head], results["measured"]
+    for name in ("full kernels", *results["methods"]):
+        ours, theirs = measured[name], measured.get(f"{name}, PEFT", {})
         rows.append(
             [
-                name,
-                f"{values['trainable_values']:,}",
-                f"{values['build_seconds']:.1f}" if values["build_seconds"] else "-",
-                f"{first:.5f}",
-                f"{last:.5f}",
-                f"{1e3 * statistics.median(values['seconds']):.1f}",
-                f"{values['seconds_ratio']:.3f}",
+                *(name, f"{ours['trainable_values']:,}"),
+                f"{theirs['trainable_values']:,}" if theirs else "",
+                f"{1e3 * statistics.median(ours['seconds']):.1f}",
+                f"{1e3 * statistics.median(theirs['seconds']):.1f}" if theirs else "",
+                *(_number(ours.get("of_peft")), _number(ours.get("of_lora")), _number(theirs.get("of_lora"))),
             ]
         )
     return [("A step of MiniLM", rows)]
 
 
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def charts(results: Mapping[str, Any]) -> list[Chart]:
+    """Step times, and how they compare with LoRA's of the same library."""
+    measured, times, ratios = results["measured"], {}, {}
+    for name in ("full kernels", *results["methods"]):
+        both = {"subspace_jax": measured[name], "PEFT": measured.get(f"{name}, PEFT")}
+        times[name] = {who: 1e3 * statistics.median(one["seconds"]) for who, one in both.items() if one}
+        ratios[name] = {who: one["of_lora"] for who, one in both.items() if one and "of_lora" in one}
+    return [
+        Chart("a step of MiniLM", "milliseconds", times),
+        Chart("the same, relative", "relative to LoRA in the same library", ratios, reference=1.0),
+    ]
+
+
 BENCHMARK = Benchmark(
     name="peft_minilm",
-    claim="How long a LoRA step of a pretrained MiniLM takes here and in PyTorch PEFT on the same CPU.",
+    claim="How long steps of a pretrained MiniLM take here and in PyTorch PEFT on the same CPU, method by method.",
     config=Config,
     run=run,
     tables=tables,
+    charts=charts,
 )

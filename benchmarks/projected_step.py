@@ -15,6 +15,7 @@ from rich.console import Console
 
 import subspace_jax as sj
 from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._charts import Chart
 from benchmarks._measure import combined, cost, interleaved, paired_ratio
 from experiments._results import human_bytes
 
@@ -174,10 +175,18 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     return [("one step", rows)]
 
 
+def charts(results: Mapping[str, Any]) -> list[Chart]:
+    """Operations and time of every way."""
+    ratios = {name: results["ways"][name]["ratios"] for name in results["order"]}
+    bars = {name: {"operations": r["flops"], "step time": r["seconds"]} for name, r in ratios.items()}
+    return [Chart("a training step", "relative to plain Adam", bars, reference=1.0)]
+
+
 BENCHMARK = Benchmark(
     name="projected_step",
     claim="What projecting away from earlier tasks adds to a training step: OSF, CoSO, project_orthogonal, sandwich.",
     config=Config,
     run=run,
     tables=tables,
+    charts=charts,
 )

@@ -107,6 +107,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "projected_step": lambda: benchmark_table("projected_step"),
     "lambda_orthogonality": lambda: experiment_table("lambda_orthogonality"),
     "continual_text": lambda: experiment_table("continual_text"),
+    "continual_vision": lambda: experiment_table("continual_vision"),
     "gcr_fashion": lambda: experiment_table("gcr_fashion"),
 }
 

@@ -1,7 +1,7 @@
 """Streams of tasks for one backbone with a head for each task: what the continual experiments share.
 
 Every method sees the same tasks in the same order, the same examples, and the same number of steps; the learning rate
-of each is the better of two on the validation split of a shorter stream, with a seed that is used for nothing else.
+of each is the best of three on the validation split of a shorter stream, with a seed that is used for nothing else.
 Heads learn at a rate of their own, the same for all.
 """
 
@@ -167,15 +167,15 @@ def _joint(data: StreamData, rate: float, config: StreamConfig) -> sj.Learner:
     )
 
 
-# Each with the two learning rates that it is tried with.
-METHODS: dict[str, tuple[Callable[[StreamData, float, StreamConfig], sj.Learner], tuple[float, float]]] = {
-    "full": (_full, (1e-4, 3e-4)),
-    "lora": (_lora, (1e-3, 3e-3)),
-    "o_lora": (_o_lora, (1e-3, 3e-3)),
-    "gpm": (_gpm, (1e-4, 3e-4)),
-    "osf": (_osf, (1e-4, 3e-4)),
-    "coso": (_coso, (1e-3, 3e-3)),
-    "joint": (_joint, (1e-4, 3e-4)),
+# Each with the three learning rates that it is tried with.
+METHODS: dict[str, tuple[Callable[[StreamData, float, StreamConfig], sj.Learner], tuple[float, float, float]]] = {
+    "full": (_full, (3e-5, 1e-4, 3e-4)),
+    "lora": (_lora, (3e-4, 1e-3, 3e-3)),
+    "o_lora": (_o_lora, (3e-4, 1e-3, 3e-3)),
+    "gpm": (_gpm, (1e-4, 3e-4, 1e-3)),
+    "osf": (_osf, (3e-5, 1e-4, 3e-4)),
+    "coso": (_coso, (3e-4, 1e-3, 3e-3)),
+    "joint": (_joint, (3e-5, 1e-4, 3e-4)),
 }
 TITLES = {
     "full": "sequential full fine-tuning",

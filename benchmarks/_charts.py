@@ -1,0 +1,63 @@
+"""Pictures of results: bars of every variant, one chart beside the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Bars, one group for each label.
+
+    Attributes:
+      title: above the bars.
+      axis: what the bars' length is.
+      bars: by label, then by series.
+      reference: where a line is drawn; None for none.
+      log: whether the axis is logarithmic.
+    """
+
+    title: str
+    axis: str
+    bars: Mapping[str, Mapping[str, float]]
+    reference: float | None = None
+    log: bool = False
+
+
+def draw(charts: Sequence[Chart], path: Path) -> None:
+    """Draws charts beside each other into a PNG file.
+
+    Args:
+      charts: at least one.
+      path: the file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    most = max(len(chart.bars) for chart in charts)
+    size = (5.5 * len(charts), 1.2 + 0.34 * max(most, 4))
+    figure, axes = plt.subplots(1, len(charts), figsize=size, layout="constrained", squeeze=False)
+    for axis, chart in zip(axes[0], charts, strict=True):
+        series = list(dict.fromkeys(name for group in chart.bars.values() for name in group))
+        thick = 0.8 / len(series)
+        for number, name in enumerate(series):
+            places = [i + (number - (len(series) - 1) / 2) * thick for i in range(len(chart.bars))]
+            values = [group.get(name, float("nan")) for group in chart.bars.values()]
+            axis.barh(places, values, thick, label=name)
+        axis.set_yticks(range(len(chart.bars)), list(chart.bars), fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(chart.title, fontsize=10)
+        axis.set_xlabel(chart.axis, fontsize=9)
+        if chart.log:
+            axis.set_xscale("log")
+        if chart.reference is not None:
+            axis.axvline(chart.reference, color="0.3", linewidth=0.8)
+        if len(series) > 1:
+            axis.legend(fontsize=8)
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110, metadata={"Software": ""})
+    plt.close(figure)

@@ -1,0 +1,280 @@
+"""One training step with every adapter of the catalogue, relative to LoRA's at equal budget, in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from rich.console import Console
+
+import subspace_jax as sj
+from benchmarks import _arithmetic as arithmetic
+from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._charts import Chart
+from benchmarks._measure import Runner, interleaved, paired_ratio, step_cost
+from benchmarks._models import ModelConfig, Plain, cross_entropy, linen
+from benchmarks._variants import Variant
+from experiments._results import human_bytes
+
+TARGETS = {
+    "all": ("query", "key", "value", "out", "mlp_in", "mlp_out", "head"),
+    "query and value": ("query", "value"),
+}
+S2FT = {"**/out/kernel": sj.s2ft(1 / 8, heads=8), "**/mlp_out/kernel": sj.s2ft(1 / 24)}
+RATE = 1e-4
+# Seconds of training relative to LoRA's, of PEFT's own comparison of methods on a language model.
+PUBLISHED_BY_PEFT = {"randlora": 1.51, "dora": 1.26, "osf": 2.8, "oft": 1.26}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings.
+
+    Attributes:
+      sequences: sequences in a batch.
+      length: tokens in a sequence.
+      longer: tokens of longer sequences, for which operations are counted only; 0 leaves this out.
+      rank: of LoRA, on all kernels; the others train as many values where their mathematics allows.
+      targets: "all" kernels, or "query and value", which PEFT adapts by default.
+      methods: names of the methods; all if empty.
+      rounds: timed steps of each method, interleaved; 0 compiles only and allocates nothing.
+    """
+
+    vocabulary: int = 1000
+    width: int = 512
+    heads: int = 8
+    mlp_width: int = 2048
+    layers: int = 4
+    dtype: str = "float32"
+    sequences: int = 4
+    length: int = 128
+    longer: int = 512
+    rank: int = 8
+    targets: tuple[str, ...] = ("all", "query and value")
+    methods: tuple[str, ...] = ()
+    rounds: int = 10
+
+    def model(self) -> ModelConfig:
+        """Returns the model, its blocks one after the other."""
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig) if f.name != "layout"}
+        return ModelConfig(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One method as it is measured.
+
+    Attributes:
+      method: what adapts the kernels; None where `rules` says it.
+      products: operations of its products with one kernel; None where this is not written down.
+      optimizer: makes its optimiser of the adapted tree; Adam behind a global-norm clip if None.
+      statistics: name of what it starts from.
+      rules: rules of its own, in place of `method` on the adapted kernels.
+      pattern: what of a layer the method takes.
+      note: what a reader has to know.
+    """
+
+    method: sj.Method | None
+    products: arithmetic.Products | None = None
+    optimizer: Callable[[Any], optax.GradientTransformation] | None = None
+    statistics: str = ""
+    rules: Mapping[str, Any] | None = None
+    pattern: str = "kernel"
+    note: str = ""
+
+
+def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
+    """Returns every method at about the budget of LoRA.
+
+    Args:
+      config: the settings.
+      trained: values that LoRA trains.
+      kernels: number of adapted kernels.
+    """
+    rank = config.rank
+    square, share = round((trained / kernels) ** 0.5), trained // kernels
+    of_rank, of_width = arithmetic.lora(rank), arithmetic.diagonal(config.width)
+    found = {
+        "lora": Arm(sj.lora(rank), of_rank),
+        "dora": Arm(sj.dora(sj.lora(rank)), arithmetic.dora(rank)),
+        "pissa": Arm(sj.pissa(rank), of_rank),
+        "corda": Arm(sj.corda(rank), of_rank, statistics="gram"),
+        "matryoshka": Arm(sj.matryoshka(sj.lora(rank)), of_rank),
+        "flora": Arm(sj.flora(rank), arithmetic.tucker(rank)),
+        "lora_xs": Arm(sj.lora_xs(square), arithmetic.core(square)),
+        "lora_sb": Arm(sj.lora_sb(square, learning_rate=1e-3), arithmetic.core(square), statistics="gradient"),
+        "randlora": Arm(sj.randlora(32), arithmetic.random_bases(32)),
+        "oft": Arm(sj.oft(32), arithmetic.rotation(32)),
+        "soka": Arm(sj.soka(rank)),
+        "loca": Arm(sj.loca(share), arithmetic.cosine, _alternating),
+        "svfit": Arm(sj.svfit(config.width), of_width),
+        "loldu": Arm(sj.loldu(), of_width),
+        "lift": Arm(sj.lift(rank, filter_rank=8 * rank), arithmetic.full, lambda _: sj.lift_adam(RATE)),
+        "s2ft": Arm(None, rules=S2FT, note="rows of the attention's and the MLP's outputs, whatever others adapt"),
+        "ssf": Arm(sj.ssf(), arithmetic.elementwise, pattern="*", note="kernels and biases, norms left out"),
+        "osf": Arm(sj.osf(0.5), optimizer=_osf, note="half of all singular triples learn, far more values than LoRA's"),
+        "full": Arm(sj.full(), arithmetic.full, note="of the same kernels"),
+    }
+    unknown = sorted(set(config.methods) - set(found))
+    if unknown:
+        raise SystemExit(f"methods={','.join(unknown)}: choose from {', '.join(found)}.")
+    return {name: arm for name, arm in found.items() if not config.methods or name in ("lora", *config.methods)}
+
+
+def _alternating(tree: Any) -> optax.GradientTransformation:
+    del tree
+    return sj.alternating(optax.adam(RATE), optax.adam(RATE), cutoff_step=1000)
+
+
+def _osf(tree: Any) -> optax.GradientTransformation:
+    return sj.osf_projection(optax.adam(RATE), tree)
+
+
+def batch(config: Config, length: int) -> jax.Array:
+    """Returns `[sequences, length]` tokens of one seed."""
+    return jax.random.randint(jax.random.key(2), (config.sequences, length), 0, config.vocabulary)
+
+
+def variant(plain: Plain, name: str, arm: Arm, targets: tuple[str, ...], tokens: jax.Array) -> Variant:
+    """Returns the model with one method on the kernels of `targets`."""
+    rules = arm.rules or {f"**/{kernel}/{arm.pattern}": arm.method for kernel in targets}
+    stats = None
+    if arm.statistics:
+
+        def loss(params: Any, tokens: jax.Array) -> jax.Array:
+            return cross_entropy(plain.apply(params, tokens), tokens)
+
+        select = [f"**/{kernel}/kernel" for kernel in targets]
+        stats = sj.capture(loss, plain.params, [tokens], statistics=arm.statistics, select=select)  # pyright: ignore[reportArgumentType]
+    roles = sj.roles(plain.apply, plain.params, tokens)
+    adapted = sj.adapt(plain.params, rules, key=jax.random.key(1), stats=stats, roles=roles)
+    learned, fixed = sj.partition(adapted)
+    apply = sj.with_adapters(plain.apply)
+    return Variant(
+        name,
+        lambda learned, fixed, tokens: apply(sj.combine(learned, fixed), tokens),
+        learned,
+        fixed,
+        arm.note,
+        "lora",
+        own=arm.optimizer(adapted) if arm.optimizer else None,
+    )
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    """Measures every method on each set of kernels."""
+    unknown = sorted(set(config.targets) - set(TARGETS))
+    if unknown:
+        raise SystemExit(f"targets={','.join(unknown)}: choose from {', '.join(TARGETS)}.")
+    plain = linen(config.model(), batch(config, config.length))
+    found = {targets: _measure(config, plain, TARGETS[targets], console) for targets in config.targets}
+    notes = [
+        "Relative to LoRA on the same kernels, in the same rounds. `products`: the operations of the matrix products "
+        "that the method cannot do without (`benchmarks/_arithmetic.py`), of LoRA's; the compiler counts everything "
+        "else as well. `seconds, PEFT` are the training times that PEFT's comparison of methods publishes, with its "
+        "default kernels, query and value. Times are medians over rounds in which all methods ran one after the other.",
+        *dict.fromkeys(
+            f"{n}: {one['note']}." for measured in found.values() for n, one in measured.items() if one["note"]
+        ),
+    ]
+    return {"measured": found, "order": list(config.targets), "notes": notes}
+
+
+def _measure(config: Config, plain: Plain, targets: tuple[str, ...], console: Console) -> dict[str, Any]:
+    tokens = batch(config, config.length)
+    kernels = len(targets) * config.layers - (config.layers - 1) * ("head" in targets)
+    first = variant(plain, "lora", Arm(sj.lora(config.rank)), targets, tokens)
+    measured: dict[str, Any] = {}
+    runners: dict[str, Runner] = {}
+    for name, arm in arms(config, first.trainable_values, kernels).items():
+        console.print(f"  {name}")
+        one = variant(plain, name, arm, targets, tokens)
+        cost, _ = step_cost(one, tokens)
+        measured[name] = {
+            "flops": cost.flops,
+            "products": _products(config, arm, targets, config.length),
+            "temporary_bytes": cost.temporary_bytes,
+            "trainable_values": one.trainable_values,
+            "note": arm.note,
+        }
+        if config.longer:
+            measured[name]["longer_flops"] = step_cost(one, batch(config, config.longer))[0].flops
+        if config.rounds:
+            runners[name] = Runner(one, tokens)
+    if runners:
+        console.print(f"  {config.rounds} rounds of {len(runners)} methods")
+        interleaved(list(runners.values()), config.rounds)
+    for name, runner in runners.items():
+        measured[name]["seconds"] = runner.seconds
+        measured[name]["losses"] = [runner.losses[0], runner.losses[-1]]
+        measured[name]["seconds_ratio"] = paired_ratio(runner.seconds, runners["lora"].seconds)
+    return measured
+
+
+def _products(config: Config, arm: Arm, targets: tuple[str, ...], length: int) -> float | None:
+    if arm.products is None:
+        return None
+    sizes = {name: getattr(config, name) for name in ("width", "mlp_width", "layers", "vocabulary")}
+    return arithmetic.transformer(sizes, config.sequences * length, length, arm.products, lambda name: name in targets)
+
+
+def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
+    """One table for each set of kernels."""
+    return [(f"{targets} kernels", _rows(results["measured"][targets])) for targets in results["order"]]
+
+
+def _rows(measured: Mapping[str, Any]) -> Rows:
+    header = [
+        "method",
+        "trained",
+        "operations",
+        "products",
+        "longer sequences",
+        "step time",
+        "seconds, PEFT",
+        "temporaries",
+    ]
+    rows, lora = [header], measured["lora"]
+    for name, one in sorted(measured.items(), key=lambda item: item[1]["flops"]):
+        rows.append(
+            [
+                name,
+                f"{one['trainable_values']:,}",
+                f"{one['flops'] / lora['flops']:.2f}",
+                f"{one['products'] / lora['products']:.2f}" if one["products"] else "",
+                f"{one['longer_flops'] / lora['longer_flops']:.2f}" if "longer_flops" in one else "",
+                f"{one['seconds_ratio']:.2f}" if "seconds_ratio" in one else "",
+                f"{PUBLISHED_BY_PEFT[name]:.2f}" if name in PUBLISHED_BY_PEFT else "",
+                human_bytes(one["temporary_bytes"]),
+            ]
+        )
+    return rows
+
+
+def charts(results: Mapping[str, Any]) -> list[Chart]:
+    """Operations and time of every method, one chart for each set of kernels."""
+    found = []
+    for targets in results["order"]:
+        measured = results["measured"][targets]
+        lora, bars = measured["lora"], {}
+        for name, one in sorted(measured.items(), key=lambda item: item[1]["flops"]):
+            bars[name] = {"operations": one["flops"] / lora["flops"]}
+            if "seconds_ratio" in one:
+                bars[name]["step time"] = one["seconds_ratio"]
+            if name in PUBLISHED_BY_PEFT:
+                bars[name]["seconds, published by PEFT"] = PUBLISHED_BY_PEFT[name]
+        found.append(Chart(f"{targets} kernels adapted", "relative to LoRA", bars, reference=1.0))
+    return found
+
+
+BENCHMARK = Benchmark(
+    name="adapters",
+    claim="What a training step costs with every adapter of the catalogue, relative to LoRA at equal budget.",
+    config=Config,
+    run=run,
+    tables=tables,
+    charts=charts,
+)
