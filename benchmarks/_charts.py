@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,26 +39,34 @@ def draw(charts: Sequence[Chart], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    most = max(len(chart.bars) for chart in charts)
-    size = (5.5 * len(charts), 1.2 + 0.34 * max(most, 4))
-    figure, axes = plt.subplots(1, len(charts), figsize=size, layout="constrained", squeeze=False)
-    for axis, chart in zip(axes[0], charts, strict=True):
-        series = list(dict.fromkeys(name for group in chart.bars.values() for name in group))
-        thick = 0.8 / len(series)
-        for number, name in enumerate(series):
-            places = [i + (number - (len(series) - 1) / 2) * thick for i in range(len(chart.bars))]
-            values = [group.get(name, float("nan")) for group in chart.bars.values()]
-            axis.barh(places, values, thick, label=name)
-        axis.set_yticks(range(len(chart.bars)), list(chart.bars), fontsize=8)
-        axis.invert_yaxis()
-        axis.set_title(chart.title, fontsize=10)
-        axis.set_xlabel(chart.axis, fontsize=9)
-        if chart.log:
-            axis.set_xscale("log")
-        if chart.reference is not None:
-            axis.axvline(chart.reference, color="0.3", linewidth=0.8)
-        if len(series) > 1:
-            axis.legend(fontsize=8)
-        axis.grid(axis="x", alpha=0.3)
+    columns = min(2, len(charts))
+    lines = -(-len(charts) // columns)
+    most = max(4, *(len(chart.bars) for chart in charts))
+    size = (5.5 * columns, (1.2 + 0.3 * most) * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis, chart in zip(axes.ravel(), charts, strict=False):
+        _draw_one(axis, chart)
+    for axis in axes.ravel()[len(charts) :]:
+        axis.axis("off")
     figure.savefig(path, dpi=110, metadata={"Software": ""})
     plt.close(figure)
+
+
+def _draw_one(axis: Any, chart: Chart) -> None:
+    series = list(dict.fromkeys(name for group in chart.bars.values() for name in group))
+    thick = 0.8 / len(series)
+    for number, name in enumerate(series):
+        places = [i + (number - (len(series) - 1) / 2) * thick for i in range(len(chart.bars))]
+        values = [group.get(name, float("nan")) for group in chart.bars.values()]
+        axis.barh(places, values, thick, label=name)
+    axis.set_yticks(range(len(chart.bars)), list(chart.bars), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title(chart.title, fontsize=10, pad=22 if len(series) > 1 else 6)
+    axis.set_xlabel(chart.axis, fontsize=9)
+    if chart.log:
+        axis.set_xscale("log")
+    if chart.reference is not None:
+        axis.axvline(chart.reference, color="0.3", linewidth=0.8)
+    if len(series) > 1:  # above the bars, which would lie under it
+        axis.legend(fontsize=8, ncols=len(series), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axis.grid(axis="x", alpha=0.3)
