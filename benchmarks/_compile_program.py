@@ -43,21 +43,32 @@ SPECS = {
 }
 
 
+# Layers whose inputs are split over "data", and those whose inputs are split over "model".
+INWARD = "decoder/**/{query,key,value,gate,up}/kernel"
+OUTWARD = "decoder/**/{output,down}/kernel"
+
 Make = Callable[[Any], optax.GradientTransformation]
 
 
 def methods(settings: dict[str, Any]) -> dict[str, tuple[dict[str, sj.Method], Make]]:
     """Returns the rules of every variant that trains, and a function from the frozen tree to the optimiser."""
-    rank = settings["rank"]
+    rank, (data, model) = settings["rank"], settings["mesh"]
 
     def adam(_: Any) -> optax.GradientTransformation:
         return optax.adam(1e-4)
+
+    def lift_adam(_: Any) -> optax.GradientTransformation:
+        return sj.lift_adam(1e-4)
+
+    def in_blocks(rows: int, cols: int) -> sj.Method:
+        return sj.lift(rank, filter_rank=rank, svd="randomized", blocks=(rows, cols), keep_formed=settings["remat"])
 
     return {
         "norms": ({"**/scale": sj.full()}, adam),
         "lora": ({KERNELS: sj.lora(rank)}, adam),
         "pissa": ({KERNELS: sj.pissa(rank)}, adam),
-        "lift": ({KERNELS: sj.lift(rank, filter_rank=rank, svd="randomized")}, lambda _: sj.lift_adam(1e-4)),
+        "lift": ({KERNELS: in_blocks(1, 1)}, lift_adam),
+        "lift_blocks": ({INWARD: in_blocks(data, model), OUTWARD: in_blocks(model, data)}, lift_adam),
         "osf": ({KERNELS: sj.osf(0.5)}, lambda frozen: sj.osf_projection(adam(frozen), frozen)),
         "full": ({"**": sj.full()}, adam),
     }

@@ -44,7 +44,7 @@ class Config:
     length: int = 2048
     rank: int = 16
     mesh: tuple[int, ...] = (16, 16)
-    variants: tuple[str, ...] = ("forward", "norms", "lora", "pissa", "lift", "osf", "full")
+    variants: tuple[str, ...] = ("forward", "norms", "lora", "pissa", "lift", "lift_blocks", "osf", "full")
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:

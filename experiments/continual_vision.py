@@ -7,12 +7,13 @@ compared. The methods are those of `continual_text`; joint training compares all
 
     python -m experiments run continual_vision
 
-Measured over three seeds, 32 steps of 16 images a task, final accuracy and backward transfer: GPM 45.5 ± 1.8 % and -25 ±
-10, O-LoRA 30.3 ± 1.9 and -30 ± 22, OSF 28.8 ± 5.1 and -35 ± 5, CoSO 25.6 ± 1.8 and -65 ± 11, full fine-tuning 23.3 ±
-5.3 and -57 ± 7, LoRA 17.9 ± 6.6 and -56 ± 23; joint training 66.9 ± 1.5. So OSF forgets less than LoRA (the spreads
-overlap) and CoSO does not: it learns each task best (78 %) and ends above LoRA all the same. Its subspaces are renewed
-every 20 steps, so that a task of 32 steps leaves it two of them to remember, where the paper's tasks have hundreds. The
-rates were chosen on streams of three tasks with one seed. Other programs ran beside, so step times are rough.
+Measured over three seeds, 32 steps of 16 images a task, final accuracy and backward transfer: GPM 45.5 ± 1.8 % and
+-25 ± 10, O-LoRA 30.3 ± 1.9 and -30 ± 22, OSF 28.8 ± 5.1 and -35 ± 5, CoSO 25.6 ± 1.8 and -65 ± 11, full fine-tuning
+23.3 ± 5.3 and -57 ± 7, LoRA 17.9 ± 6.6 and -56 ± 23; joint training 66.9 ± 1.5. So OSF forgets less than LoRA (the
+spreads overlap) and CoSO does not: it learns each task best (78 %) and ends above LoRA all the same. Its subspaces are
+renewed every 20 steps, so that a task of 32 steps leaves it two of them to remember, where the paper's tasks have
+hundreds. The rates were chosen on streams of three tasks with one seed. Other programs ran beside, so step times are
+rough.
 """
 
 from __future__ import annotations

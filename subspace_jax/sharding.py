@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from subspace_jax.core import StructureError, is_weight, map_with_paths
+from subspace_jax.core import StructureError, Weight, is_weight, map_with_paths
 
 
 def shardings(adapted: Any, base: Any, mesh: Mesh | None = None) -> Any:
@@ -16,7 +17,9 @@ def shardings(adapted: Any, base: Any, mesh: Mesh | None = None) -> Any:
 
     The parts of a stand-in are split as the axes of its weight that they share: `a` as the input axis, `b` as the
     output axis, stacked layers as the stack; the rank's axis is whole on every device. So no step with adapters moves
-    a frozen weight. Give it to `jax.device_put`, or as `out_shardings` of a jitted start or step.
+    a frozen weight. Axes as long as the weight's own, the rank of `SplitSVD` and the entries of `SparseDelta`, are
+    split over the weight's other mesh axes, where they divide: a device holds as small a share of such a part as of
+    the weight. Give it to `jax.device_put`, or as `out_shardings` of a jitted start or step.
 
     Args:
       adapted: the tree from `adapt`, or one part of it from `partition`; arrays may be abstract.
@@ -52,12 +55,46 @@ def shardings(adapted: Any, base: Any, mesh: Mesh | None = None) -> Any:
         sharding = _named(path, given[path], mesh)
         if not is_weight(value):
             return sharding
-        specs = value.partition_specs(sharding.spec)
+        specs = _spread(value, value.partition_specs(sharding.spec), sharding)
         return jax.tree.map(
             lambda spec: NamedSharding(sharding.mesh, spec), specs, is_leaf=lambda v: isinstance(v, PartitionSpec)
         )
 
     return map_with_paths(one, adapted)
+
+
+def _spread(weight: Weight, specs: Weight, whole: NamedSharding) -> Weight:
+    """The specs with the mesh axes of the whole array that a part leaves over on that part's long axis."""
+
+    def one(name: str, spec: Any) -> Any:
+        part = getattr(weight, name)
+        if is_weight(part):
+            return _spread(part, spec, whole)
+        if name not in weight.spread:
+            return spec
+        entries = [*spec, *(None,) * (part.ndim - len(spec))]
+        axis = weight.spread[name] % part.ndim
+        entries[axis] = _left_over(whole, entries, part.shape[axis])
+        return PartitionSpec(*entries)
+
+    return specs.map_fields(one)
+
+
+def _left_over(whole: NamedSharding, entries: list[Any], size: int) -> Any:
+    """The mesh axes of an array's spec that are not in `entries`, as many as divide the size."""
+    used = {name for entry in entries for name in _names(entry)}
+    kept: list[str] = []
+    for name in (n for entry in whole.spec for n in _names(entry) if n not in used):
+        if size % math.prod(whole.mesh.shape[n] for n in (*kept, name)) == 0:
+            kept.append(name)
+    return tuple(kept) if len(kept) > 1 else (kept or [None])[0]
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a spec."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _base_leaves(base: Any) -> list[tuple[str, Any]]:

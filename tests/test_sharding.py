@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import subspace_jax as sj
 from subspace_jax.core import StructureError
+
+from .eight_devices import run_on_8_devices
 
 MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
 SPECS = {"w": P("data", "model"), "stack": P(None, "model", "data"), "heads": P("data", "model", None), "bias": P()}
@@ -43,6 +45,48 @@ def test_factors_are_split_as_the_axes_that_they_share():
     assert (found["stack"].a, found["stack"].b) == (P(None, "model", None), P(None, None, "data"))
     assert (found["heads"].a, found["heads"].b) == (P("data", None), P(None, "model"))
     assert found["bias"].value == P(None)
+
+
+def on_a_pod(method, sizes=(4, 2)):
+    """Specs on a mesh of several devices, of which none has to be there."""
+    _, adapted = make(method)
+    return adapted, specs_of(sj.shardings(adapted, SPECS, AbstractMesh(sizes, ("data", "model"))))
+
+
+def test_a_rank_as_long_as_the_weight_is_split_over_the_mesh_axes_left_over():
+    _, found = on_a_pod(sj.osf(2))  # ranks 2 and 4 of 6 or 8
+    assert (found["w"].left, found["w"].right) == (P("data", "model"), P("data", "model"))
+    assert (found["stack"].left, found["stack"].right) == (P(None, "model", "data"), P(None, "model", "data"))
+    assert (found["heads"].left, found["heads"].right) == (P("data", "model"), P(None, "model"))  # 6 is not 4 times 1
+    assert (found["w"].high_left, found["w"].high_right) == (P("data", "model"), P(None, "model"))  # nor is 2
+    assert found["stack"].core == P(None, None)
+
+
+def test_entries_are_split_over_all_mesh_axes_of_the_weight_that_divide_their_number():
+    adapted, found = on_a_pod(sj.lift(4, filter_rank=2))  # all 48 entries
+    assert adapted["w"].count == 48
+    assert found["w"].indices == found["w"].values == P(("data", "model"))
+    assert found["stack"].values == P(None, ("model", "data"))
+    _, found = on_a_pod(sj.lift(1, filter_rank=2))  # 14 entries
+    assert (found["w"].values, found["stack"].values) == (P("model"), P(None, "model"))
+    assert found["heads"].values == P(("data", "model"))
+    _, found = on_a_pod(sj.lift(1, filter_rank=2, blocks=(2, 2)))
+    assert found["w"].indices == found["w"].values == P("data", "model", None)
+    assert found["stack"].values == P(None, "model", "data", None)
+
+
+def test_small_ranks_stay_whole():
+    for method in (sj.lora(4), sj.pissa(4)):
+        _, found = on_a_pod(method)
+        assert [s for s in jax.tree.leaves(found["w"]) if s == P("data", None)], "no factor has the input axis"
+        assert (found["stack"].a, found["stack"].b) == (P(None, "model", None), P(None, None, "data"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["auto", "explicit"])
+def test_split_entries_and_ranks_train_as_on_one_device(axes):
+    lines, output = run_on_8_devices(__file__, axes)
+    assert len(lines) == 4, output
 
 
 @pytest.mark.parametrize("kind", ["arrays", "shardings", "specs"])

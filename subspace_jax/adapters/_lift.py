@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from subspace_jax.adapters._catalogue import Source, register
 from subspace_jax.adapters._lora import check_rank
-from subspace_jax.core import Method, RankError, Role, require_matrix
+from subspace_jax.core import Method, RankError, Role, RoleError, require_matrix
 from subspace_jax.linalg import randomized_svd, truncated_svd, wide_dtype
-from subspace_jax.weights import SparseDelta, entries_at, largest_entries
+from subspace_jax.weights import SparseBlocks, SparseDelta, entries_at, largest_entries
 
 
 def lift(
@@ -20,6 +20,8 @@ def lift(
     filter_rank: int,
     svd: Literal["exact", "randomized"] = "exact",
     iterations: int = 4,
+    blocks: tuple[int, int] = (1, 1),
+    keep_formed: bool = False,
 ) -> Method:
     r"""Trains the entries of a weight that are largest after the weight was replaced by its best low-rank fit.
 
@@ -37,12 +39,21 @@ def lift(
         2-7B: 128, 64, 2000; 3-8B: 32, 16, 2000.
       svd: "exact", or "randomized" with a sketch of \(\min(2r, d_{in}, d_{out})\) columns.
       iterations: power iterations of the randomised decomposition.
+      blocks: of this library: cuts the matrix into `(rows, cols)` equal blocks, of which each trains its own
+        \(\lceil k / (rows \cdot cols) \rceil\) largest entries. That is another selection than the published one, which
+        \((1, 1)\) is. On a mesh choose over how many devices the weight's inputs and outputs are split: then a step
+        sends nothing for the entries, where one list costs 8 bytes of each entry per use. Measured on the data of
+        `python -m experiments run lift` (64 x 64, 20 seeds), loss left: 19.1 % with one block, 18.8, 19.4, 21.0 and
+        22.0 with 2, 4, 8 and 16 blocks each way, 23.8 for the largest entries of W.
+      keep_formed: give True where the model is rematerialised; see `SparseDelta`.
 
     Returns:
-      A method whose weights are `SparseDelta` with values `[*stack, k]` that replace entries.
+      A method whose weights are `SparseDelta` with values `[*stack, k]` that replace entries, or, in blocks,
+      `SparseBlocks` with values `[*stack, rows, cols, k]`.
 
     Raises:
       RankError: `filter_rank` is above the weight's smaller side; raised by `adapt`, with the path.
+      RoleError: the blocks do not divide the weight; raised by `adapt`, with the path.
 
     Warning:
       Where the singular values \(s_r\) and \(s_{r+1}\) are equal the fit is not unique, and neither is the selection.
@@ -65,6 +76,9 @@ def lift(
         raise RankError(f"lift: filter_rank={filter_rank!r}; expected a positive Python int.")
     if svd not in ("exact", "randomized"):
         raise ValueError(f'lift: svd={svd!r} is "exact" or "randomized".')
+    if len(blocks) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in blocks):
+        raise ValueError(f"lift: blocks={blocks!r}; expected two positive Python ints, (rows, cols).")
+    rows, cols = blocks
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> SparseDelta:
         del stats
@@ -75,24 +89,38 @@ def lift(
                 f"filter_rank={filter_rank} is above the weight's smaller side {min(inputs, outputs)}; choose at most "
                 "that (there the fit is the weight itself)."
             )
+        if inputs % rows or outputs % cols:
+            raise RoleError(
+                f"blocks={blocks} do not divide a matrix of {inputs} inputs and {outputs} outputs; give numbers that "
+                "do, by a rule of its own for this weight if need be."
+            )
         matrix = role.matrix(array).astype(wide_dtype(array.dtype))
         if svd == "randomized":
             factors = randomized_svd(key, matrix, filter_rank, iterations=iterations, oversample=filter_rank)
         else:
             factors = truncated_svd(matrix, filter_rank)
         fit = jnp.matmul(factors.u * factors.s[..., None, :], factors.vt, precision=jax.lax.Precision.HIGHEST)
-        scores = jnp.abs(fit).reshape(*role.stack_shape(array.shape), -1)
-        indices = largest_entries(scores, min(rank * (inputs + outputs), inputs * outputs))
-        return SparseDelta(
+        count = min(rank * (inputs + outputs), inputs * outputs)
+        indices = largest_entries(_in_blocks(jnp.abs(fit), rows, cols), -(-count // (rows * cols)), axes=2)
+        return (SparseDelta if rows * cols == 1 else SparseBlocks)(
             base=array,
             indices=indices,
             values=entries_at(array, indices, role).astype(wide_dtype(array.dtype)),
+            keep_formed=keep_formed,
             role=role,
             dtype=array.dtype,
             trainable=("values",),
         )
 
     return Method("lift", make)
+
+
+def _in_blocks(scores: jax.Array, rows: int, cols: int) -> jax.Array:
+    """Scores `[*stack, in, out]` as `[*stack, rows, cols, m, n]`, or as they are for one block."""
+    if rows * cols == 1:
+        return scores
+    *stack, inputs, outputs = scores.shape
+    return jnp.swapaxes(scores.reshape(*stack, rows, inputs // rows, cols, outputs // cols), -2, -3)
 
 
 register(

@@ -31,8 +31,8 @@ def svfit(
     \(W_e\) is what remains. The values are free: they may change order or sign.
 
     A step with n rows and a kernel of K entries has about \(4 n K + 4 n r (d_{in} + d_{out})\) operations factored, and
-    \(6 n K + 4 r K\) formed, where LoRA's has 4 n K. At full rank nothing is left beside the factors, and factored it has
-    \(4 n r (d_{in} + d_{out})\): 1.43 times LoRA's step with 512 rows at width 512, 1.31 with 2048 rows
+    \(6 n K + 4 r K\) formed, where LoRA's has 4 n K. At full rank nothing is left beside the factors, and factored it
+    has \(4 n r (d_{in} + d_{out})\): 1.43 times LoRA's step with 512 rows at width 512, 1.31 with 2048 rows
     (`python -m benchmarks run adapters`).
 
     Args:

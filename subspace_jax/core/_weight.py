@@ -36,7 +36,8 @@ class Weight(abc.ABC):
     names the axes of every array field, which slicing, sharding and checkpoints rely on: "array" for the shape of
     the array stood for, else words such as "stack in rank": `stack` are the stacked axes (absent where one array
     serves all layers), `in` and `out` the products of the role's input and output axes. The class attribute
-    `regenerated` names the data fields that follow from the static ones, which files then leave out.
+    `spread` names, by field, an axis that is as long as the weight's own and is split over mesh axes that are left
+    over; `regenerated` names the data fields that follow from the static ones, which files then leave out.
 
     Attributes:
       role: which axes are stacked, contracted and produced.
@@ -54,6 +55,7 @@ class Weight(abc.ABC):
     links: tuple[tuple[str, str, str], ...] = static(default=())
 
     axes: ClassVar[Mapping[str, str]] = {}
+    spread: ClassVar[Mapping[str, int]] = {}
     mergeable: ClassVar[bool] = True
     regenerated: ClassVar[tuple[str, ...]] = ()
     classes: ClassVar[dict[str, type[Weight]]] = {}

@@ -6,6 +6,7 @@ Matrix Decompositions (Halko, Martinsson, Tropp, 2011).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -67,6 +68,12 @@ def truncated_svd(matrix: jax.Array, rank: int) -> SVD:
       >>> [round(v, 3) for v in truncated_svd(jnp.diag(jnp.array([3.0, 2.0, 1.0])), 2).s.tolist()]
       [3.0, 2.0]
     """
+    return _truncated(matrix, rank)
+
+
+# One compiled program per shape and setting, whoever calls: outside jit a loop would be compiled anew by every call.
+@functools.partial(jax.jit, static_argnames="rank")
+def _truncated(matrix: jax.Array, rank: int) -> SVD:
     matrix = whole_matrices(matrix).astype(wide_dtype(matrix.dtype))
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     u, vt = fix_signs(u[..., :rank], vt[..., :rank, :])
@@ -92,10 +99,14 @@ def randomized_svd(key: jax.Array, matrix: jax.Array, rank: int, *, iterations: 
       >>> [round(v, 3) for v in randomized_svd(jax.random.key(0), m, 2).s.tolist()]
       [3.0, 2.0]
     """
+    return _randomized(key, matrix, rank, iterations, oversample)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "iterations", "oversample"))
+def _randomized(key: jax.Array, matrix: jax.Array, rank: int, iterations: int, oversample: int) -> SVD:
     matrix = whole_matrices(matrix).astype(wide_dtype(matrix.dtype))
     *stack, m, n = matrix.shape
     columns = min(rank + oversample, m, n)
-    transposed = jnp.swapaxes(matrix, -1, -2)
 
     def times(left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
@@ -103,10 +114,16 @@ def randomized_svd(key: jax.Array, matrix: jax.Array, rank: int, *, iterations: 
     def orthonormal(columns: jax.Array) -> jax.Array:
         return jnp.linalg.qr(columns)[0]
 
+    def transposed(q: jax.Array) -> jax.Array:
+        # The few rows are transposed, not the matrix: a loop would hold it both ways. Without the barrier the compiler
+        # joins the transpose to the product, which is then slower for few columns.
+        rows = lax.optimization_barrier(times(jnp.swapaxes(q, -1, -2), matrix))
+        return jnp.swapaxes(rows, -1, -2)
+
     test = jax.random.normal(key, (*stack, n, columns), matrix.dtype)
 
     def power(_: int, q: jax.Array) -> jax.Array:
-        return orthonormal(times(matrix, orthonormal(times(transposed, q))))
+        return orthonormal(times(matrix, orthonormal(transposed(q))))
 
     q = lax.fori_loop(0, iterations, power, orthonormal(times(matrix, test)))
     # The projected matrix is wide and short; its decomposition goes through the small side.

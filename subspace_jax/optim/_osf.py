@@ -67,7 +67,9 @@ def osf_projection(
     Operations of a step with a square weight of width d: with half of the triples frozen \(4 d^3\) for the projections
     and \(3 d^3\) for forming the weight and its gradient, where a plain step of n rows has \(6 n d^2\). As compiled at
     d = 512 and n = 4096, with Adam: 1.15 times the plain step with half of the triples frozen, 0.95 times with seven
-    eighths, 1.46 times with half and the common width, whose columns of zeros are multiplied too.
+    eighths, 1.46 times with half and the common width, whose columns of zeros are multiplied too. On a mesh
+    (`sj.shardings`, `sj.state_shardings`) factors and states are split both ways, as the weight; a projection then
+    gathers one of its factors over the devices that split its rank.
 
     Args:
       inner: the optimiser; AdamW at 1e-5 in the authors' runs.

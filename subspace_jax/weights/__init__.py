@@ -31,6 +31,7 @@ from subspace_jax.weights._slice_algebra import serve_slices as serve_slices
 from subspace_jax.weights._slice_algebra import switch_slices as switch_slices
 from subspace_jax.weights._slices import DenseSlice as DenseSlice
 from subspace_jax.weights._slices import Parameterization as Parameterization
+from subspace_jax.weights._sparse import SparseBlocks as SparseBlocks
 from subspace_jax.weights._sparse import SparseDelta as SparseDelta
 from subspace_jax.weights._sparse import SparseMode as SparseMode
 from subspace_jax.weights._sparse import entries_at as entries_at
@@ -65,6 +66,7 @@ __all__ = [
     "Scaled",
     "ScaledShifted",
     "ShiftedBias",
+    "SparseBlocks",
     "SparseDelta",
     "SparseMode",
     "SplitSVD",

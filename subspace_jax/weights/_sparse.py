@@ -1,14 +1,16 @@
-"""A frozen array of which single entries learn, kept as a list of positions and one of values."""
+"""A frozen array of which single entries learn, kept as lists of positions and of values."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from subspace_jax.core import Role, RoleError, Use, Weight, static
 from subspace_jax.linalg import wide_dtype
@@ -29,6 +31,9 @@ class SparseDelta(Weight):
     Positions count the entries of one layer's matrix `[in, out]` row by row (of an array that is no matrix: its
     entries in order). A slot whose position is \(S\), the number of entries, is padding: it changes nothing.
 
+    On a mesh the lists may be split over all devices (`sj.shardings` does so). A use then sends the lists, never the
+    array: every device writes the entries that it holds. `SparseBlocks` sends nothing.
+
     Attributes:
       base: \(W\), of the weight's shape.
       indices: positions, ascending, `[*stack, k]` int32.
@@ -36,6 +41,8 @@ class SparseDelta(Weight):
       active: which values still learn, `[*stack, k]` bool; None for all. The others keep their value and get no
         gradient.
       mode: "set" or "add".
+      keep_formed: keep the formed array for the backward pass. Right under rematerialisation, where the forward pass
+        runs again just before the backward one: the array is then formed, and on a mesh gathered, once for both.
     """
 
     base: jax.Array
@@ -43,6 +50,7 @@ class SparseDelta(Weight):
     values: jax.Array
     active: jax.Array | None = None
     mode: SparseMode = static(default="set")
+    keep_formed: bool = static(default=False)
 
     axes: ClassVar[Mapping[str, str]] = {
         "base": "array",
@@ -50,6 +58,7 @@ class SparseDelta(Weight):
         "values": "stack entry",
         "active": "stack entry",
     }
+    spread: ClassVar[Mapping[str, int]] = {"indices": -1, "values": -1, "active": -1}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +73,7 @@ class SparseDelta(Weight):
     @property
     def count(self) -> int:
         r"""\(k\), the number of slots of one layer."""
-        return self.indices.shape[-1]
+        return math.prod(self.indices.shape[len(self.role.stack_axes) :])
 
     def materialize(self, dtype: Any = None) -> jax.Array:
         """Returns the array with the values in their places, cast once; all other entries are those of `base`."""
@@ -75,23 +84,25 @@ class SparseDelta(Weight):
         return one._write(one.base, one.indices, values, self.dtype if dtype is None else dtype)
 
     def contract(self, x: jax.Array, use: Use) -> jax.Array:
-        """Returns the operation on the formed array, of which the backward pass keeps nothing."""
+        """Returns the operation on the formed array, of which nothing is kept unless `keep_formed` says so."""
 
         @jax.custom_vjp
         def apply(x: jax.Array, base: jax.Array, indices: jax.Array, values: jax.Array, active: Any) -> jax.Array:
-            del active
-            # Barriers put the forming of the array behind its input: left free, the compiler forms the arrays of all
-            # layers first, and keeps those of the forward pass for the backward one.
-            x, indices, values = lax.optimization_barrier((x, indices, values))
-            return use.apply(x, self._write(base, indices, values, use.dtype))
+            return forward(x, base, indices, values, active)[0]
 
         def forward(x: jax.Array, base: jax.Array, indices: jax.Array, values: jax.Array, active: Any):
-            return apply(x, base, indices, values, active), (x, base, indices, values, active)
+            # Barriers put the forming of the array behind its input: left free, the compiler forms the arrays of all
+            # layers first, and keeps those of the forward pass for the backward one.
+            behind, where, what = lax.optimization_barrier((x, indices, values))
+            formed = self._write(base, where, what, use.dtype)
+            return use.apply(behind, formed), (x, base, indices, values, active, formed if self.keep_formed else None)
 
         def backward(saved: Any, cotangent: jax.Array):
-            x, base, indices, values, active = saved
-            indices, values, cotangent = lax.optimization_barrier((indices, values, cotangent))
-            _, pull = jax.vjp(use.apply, x, self._write(base, indices, values, use.dtype))
+            x, base, indices, values, active, formed = saved
+            if formed is None:
+                indices, values, cotangent = lax.optimization_barrier((indices, values, cotangent))
+                formed = self._write(base, indices, values, use.dtype)
+            _, pull = jax.vjp(use.apply, x, formed)
             x_cotangent, array_cotangent = pull(cotangent)
             picked = entries_at(array_cotangent, indices, self.role, like=values).astype(values.dtype)
             if active is not None:
@@ -106,12 +117,54 @@ class SparseDelta(Weight):
         wide = wide_dtype(base.dtype)
 
         def write(base: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
-            flat = flat_entries(base, self.role)
+            grid = _grid(base, self.role, _blocks_of(indices, self.role))
             if self.mode == "add":
-                values = _gather(flat, indices).astype(wide) + values
-            return unflat_entries(_scatter(flat.astype(dtype), indices, values.astype(dtype)), self.role, base.shape)
+                values = _gather(grid, indices).astype(wide) + values
+            return _ungrid(_scatter(grid.astype(dtype), indices, values.astype(dtype)), self.role, base.shape)
 
         return placed_as(write, base)(base, indices, values)
+
+    def partition_specs(self, spec: PartitionSpec, *, exact: bool = False) -> SparseDelta:
+        """As for `Weight`; with `exact` a split matrix is refused where positions count the whole one.
+
+        Raises:
+          RoleError: `exact`, and the array is split along an axis that is not stacked.
+        """
+        split = any(entry is not None for i, entry in enumerate(spec) if i not in self.role.stack_axes)
+        if exact and split and self.spread:
+            raise RoleError(
+                f"SparseDelta of shape {self.shape}: split {spec}, but its positions count the whole matrix; select "
+                "by blocks (for sj.lift: blocks=), or merge() the weight first."
+            )
+        return super().partition_specs(spec, exact=exact)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseBlocks(SparseDelta):
+    r"""`SparseDelta` with a list of its own for every block of the matrix, so that each device needs its lists alone.
+
+    The matrix is cut into `rows` times `cols` blocks of equal shape, all with the same number of slots. Where the
+    weight is split over as many devices, or a divisor of it, on each side, writing the values and picking their
+    gradients send nothing.
+
+    Attributes:
+      base: as for `SparseDelta`; a matrix.
+      indices: positions in the block, row by row, ascending, `[*stack, rows, cols, k]` int32; padding is the number of
+        a block's entries.
+      values: `[*stack, rows, cols, k]` float32.
+      active: `[*stack, rows, cols, k]` bool, or None.
+      mode: as for `SparseDelta`.
+      keep_formed: as for `SparseDelta`.
+    """
+
+    axes: ClassVar[Mapping[str, str]] = {
+        "base": "array",
+        "indices": "stack in out entry",
+        "values": "stack in out entry",
+        "active": "stack in out entry",
+    }
+    spread: ClassVar[Mapping[str, int]] = {}
 
 
 def flat_entries(array: jax.Array, role: Role) -> jax.Array:
@@ -131,11 +184,7 @@ def flat_entries(array: jax.Array, role: Role) -> jax.Array:
     """
     stack = role.stack_shape(array.shape)
     flat = jnp.transpose(array, _order(role, array.ndim)).reshape(*stack, -1)
-    if flat.shape[-1] >= 2**31:
-        raise RoleError(
-            f"shape {array.shape} has {flat.shape[-1]} entries in one layer; positions are int32, so at most "
-            f"{2**31 - 1} can be counted. Split the weight, or leave it out of the pattern."
-        )
+    _check_count(array.shape, flat.shape[-1])
     return flat
 
 
@@ -147,11 +196,11 @@ def unflat_entries(flat: jax.Array, role: Role, shape: tuple[int, ...]) -> jax.A
 
 
 def entries_at(array: jax.Array, indices: jax.Array, role: Role, *, like: jax.Array | None = None) -> jax.Array:
-    """Returns the entries at the given positions, `[*stack, k]`; 0 at padding.
+    """Returns the entries at the given positions, in the shape of `indices`; 0 at padding.
 
     Args:
       array: of this role.
-      indices: positions, `[*stack, k]`.
+      indices: positions, `[*stack, k]`; or in blocks, `[*stack, rows, cols, k]`.
       role: of the array.
       like: an array laid out as the result shall be, where mesh axes are explicit; `indices` if None.
 
@@ -162,7 +211,7 @@ def entries_at(array: jax.Array, indices: jax.Array, role: Role, *, like: jax.Ar
     """
 
     def pick(array: jax.Array, indices: jax.Array) -> jax.Array:
-        return _gather(flat_entries(array, role), indices)
+        return _gather(_grid(array, role, _blocks_of(indices, role)), indices)
 
     return placed_as(pick, indices if like is None else like)(array, indices)
 
@@ -202,18 +251,58 @@ def _order(role: Role, ndim: int) -> tuple[int, ...]:
     return (*role.stack_axes, *(i for i in range(ndim) if i not in role.stack_axes))
 
 
-def _gather(flat: jax.Array, indices: jax.Array) -> jax.Array:
-    def of_one(flat: jax.Array, indices: jax.Array) -> jax.Array:
-        return flat.at[indices].get(mode="fill", fill_value=0, indices_are_sorted=True)
+def _check_count(shape: tuple[int, ...], count: int) -> None:
+    if count >= 2**31:
+        raise RoleError(
+            f"shape {shape} has {count} entries in one layer or block; positions are int32, so at most "
+            f"{2**31 - 1} can be counted. Split the weight, or leave it out of the pattern."
+        )
 
-    return jnp.vectorize(of_one, signature="(s),(k)->(k)")(flat, indices)
+
+def _blocks_of(indices: jax.Array, role: Role) -> tuple[int, ...]:
+    """Blocks each way, `(rows, cols)`; empty for one list of the whole matrix."""
+    return indices.shape[len(role.stack_axes) : -1]
 
 
-def _scatter(flat: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
-    def of_one(flat: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
-        return flat.at[indices].set(values, mode="drop", indices_are_sorted=True)
+def _grid(array: jax.Array, role: Role, blocks: tuple[int, ...] = ()) -> jax.Array:
+    """The array as `[*stack, *blocks, m, n]`, whose entries positions count row by row; of no matrix m is 1.
 
-    return jnp.vectorize(of_one, signature="(s),(k),(k)->(s)")(flat, indices, values)
+    Never one long axis: a matrix that is split both ways could not be flattened without being gathered.
+    """
+    if not role.is_matrix:
+        return flat_entries(array, role)[..., None, :]
+    matrix = role.matrix(array)
+    *stack, inputs, outputs = matrix.shape
+    _check_count(array.shape, inputs * outputs // math.prod(blocks))
+    if not blocks:
+        return matrix
+    rows, cols = blocks
+    return jnp.swapaxes(matrix.reshape(*stack, rows, inputs // rows, cols, outputs // cols), -2, -3)
+
+
+def _ungrid(grid: jax.Array, role: Role, shape: tuple[int, ...]) -> jax.Array:
+    """The array of `shape` whose `_grid` is the given one."""
+    if not role.is_matrix:
+        return unflat_entries(grid[..., 0, :], role, shape)
+    if grid.ndim == len(role.stack_axes) + 4:
+        grid = jnp.swapaxes(grid, -2, -3)
+        grid = grid.reshape(*grid.shape[:-4], *role.sizes(shape))
+    return role.unmatrix(grid, shape)
+
+
+def _gather(grid: jax.Array, indices: jax.Array) -> jax.Array:
+    def of_one(matrix: jax.Array, indices: jax.Array) -> jax.Array:
+        return matrix.at[jnp.divmod(indices, matrix.shape[1])].get(mode="fill", fill_value=0)
+
+    return jnp.vectorize(of_one, signature="(m,n),(k)->(k)")(grid, indices)
+
+
+def _scatter(grid: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+    def of_one(matrix: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+        places = jnp.divmod(indices, matrix.shape[1])
+        return matrix.at[places].set(values, mode="drop", indices_are_sorted=True)
+
+    return jnp.vectorize(of_one, signature="(m,n),(k),(k)->(m,n)")(grid, indices, values)
 
 
 def placed_as(function: Callable[..., jax.Array], reference: jax.Array) -> Callable[..., jax.Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ import optax
 import pytest
 
 import subspace_jax as sj
-from subspace_jax.core import RankError
+from subspace_jax.core import RankError, RoleError
+from subspace_jax.weights import SparseBlocks
 
 SHAPES = [(12, 7), (7, 12), (8, 8)]
 
@@ -101,6 +104,45 @@ def test_layers_of_a_stack_and_windows_of_a_convolution():
     np.testing.assert_array_equal(conv.indices, adapt(kernel.reshape(18, 5), sj.lift(1, filter_rank=2))["w"].indices)
 
 
+def test_blocks_train_their_own_largest_entries():
+    w, (rows, cols) = np.stack([matrix((12, 8), seed) for seed in range(2)]), (3, 2)
+    method = sj.lift(1, filter_rank=2, blocks=(rows, cols))
+    weight = adapt(w, method, roles={"w": sj.Role.dense((1,), (2,), (0,))})["w"]
+    k = -(-20 // 6)
+    assert weight.indices.shape == weight.values.shape == (2, rows, cols, k)
+    for layer, row, col in np.ndindex(2, rows, cols):
+        block = np.s_[4 * row : 4 * row + 4, 4 * col : 4 * col + 4]
+        scores = np.abs(fit(w[layer], 2))[block].ravel()
+        found = np.asarray(weight.indices[layer, row, col])
+        assert (np.diff(found) > 0).all()
+        assert set(found) == set(np.argsort(-scores)[:k])
+        np.testing.assert_array_equal(weight.values[layer, row, col], w[layer][block].ravel()[found])
+    np.testing.assert_array_equal(weight.materialize(), w)
+
+
+def test_one_block_is_the_published_selection():
+    w = matrix((12, 7))
+    whole, published = (adapt(w, sj.lift(1, filter_rank=2, **o))["w"] for o in ({"blocks": (1, 1)}, {}))
+    assert not isinstance(whole, SparseBlocks)
+    np.testing.assert_array_equal(whole.indices, published.indices)
+
+
+def test_blocks_are_selected_anew_and_take_their_moments_along():
+    w, method = matrix((12, 8)), sj.lift(1, filter_rank=2, blocks=(2, 2))
+    adapted, optimizer = adapt(w, method), optax.adam(1e-2)
+    trainable, _ = sj.partition(adapted)
+    ones = jax.tree.map(jnp.ones_like, trainable)
+    _, state = optimizer.update(ones, optimizer.init(trainable), trainable)
+    moved = dataclasses.replace(adapted["w"], values=adapted["w"].values * -3.0)
+    new, state = sj.reselect_principal({"w": moved}, state, method, key=jax.random.key(1))
+    np.testing.assert_allclose(sj.merge(new)["w"], moved.materialize(), rtol=1e-6)
+    old, now, moments = (np.asarray(v) for v in (moved.indices, new["w"].indices, state[0].mu["w"].values))
+    assert now.shape == old.shape
+    assert (old != now).any(), "nothing was selected anew, so the test shows nothing"
+    for place in np.ndindex(2, 2):
+        np.testing.assert_allclose(moments[place], np.where(np.isin(now[place], old[place]), 0.1, 0.0), rtol=1e-6)
+
+
 def test_entries_that_were_never_selected_stay_bit_for_bit():
     w, method = matrix((12, 7)), sj.lift(1, filter_rank=2)
     adapted, optimizer = adapt(w, method), sj.lift_adam(3e-2)
@@ -141,3 +183,7 @@ def test_bad_options_are_refused_by_name():
         sj.lift(1, filter_rank=0)
     with pytest.raises(ValueError, match="svd='fast'"):
         sj.lift(1, filter_rank=1, svd="fast")
+    with pytest.raises(ValueError, match=r"blocks=\(2, 0\)"):
+        sj.lift(1, filter_rank=1, blocks=(2, 0))
+    with pytest.raises(RoleError, match=r"w: lift: blocks=\(4, 2\) do not divide a matrix of 12 inputs and 7 outputs"):
+        adapt(matrix((12, 7)), sj.lift(1, filter_rank=2, blocks=(4, 2)))

@@ -73,7 +73,8 @@ def test_whole_factorisation_is_the_weight_and_leaves_nothing(shape):
     weight = adapt(w, sj.loldu())["w"]
     assert weight.scale == 1.0
     np.testing.assert_allclose((weight.left * weight.core) @ weight.right, w, atol=1e-5 * np.abs(w).max())
-    assert weight.base is None and weight.shape == shape
+    assert weight.base is None
+    assert weight.shape == shape
     np.testing.assert_allclose(weight.materialize(), w, atol=1e-5 * np.abs(w).max())
     kept = adapt(w, sj.loldu(residual_dtype=jnp.float32))["w"]
     np.testing.assert_allclose(kept.base, 0, atol=1e-5)

@@ -85,16 +85,27 @@ def test_adapters_send_no_frozen_matrix_more_than_a_backward_pass_needs():
         vocabulary=96, width=64, heads=4, mlp_width=160, layers=3, sequences=8, length=24, rank=4, mesh=(4, 2)
     )
     found = {}
-    for variant in ("norms", "lora"):
+    for variant in ("norms", "lora", "lift", "lift_blocks", "osf"):
         command = [sys.executable, "-m", "benchmarks._compile_program", json.dumps(dataclasses.asdict(config)), variant]
         environment = os.environ | eight_devices()
         root = Path(__file__).parents[2]
         done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         found[variant] = json.loads(done.stdout.splitlines()[-1])
-    norms, lora = found["norms"], found["lora"]
-    kinds = lora["of_weights"]
-    assert sum(v["count"] for v in norms["of_weights"].values()) >= 7 * 3  # the measure sees them
-    assert all(kinds[kind]["count"] <= norms["of_weights"][kind]["count"] for kind in kinds), (kinds, norms)
-    parts = sum(lora[f"{key}_bytes"] for key in ("frozen", "trainable", "optimizer"))
-    assert 0 <= lora["argument_bytes"] - parts <= 8 * 24 * 4 // 4 + 64  # beside them: tokens, step and key
+    bare = found.pop("norms")
+    norms = bare["of_weights"]
+    assert sum(v["count"] for v in norms.values()) >= 7 * 3  # the measure sees them
+    for variant, values in found.items():
+        kinds = values["of_weights"]
+        # Gradients of matrices are summed over devices where a method picks or multiplies them.
+        summed = ("all-reduce", "reduce-scatter") if variant != "lora" else ()
+        assert all(kinds[k]["count"] <= norms[k]["count"] for k in kinds if k not in summed), (variant, kinds, norms)
+        parts = sum(values[f"{key}_bytes"] for key in ("frozen", "trainable", "optimizer"))
+        if variant != "osf":  # whose step reads the frozen factors from the optimiser's state
+            assert 0 <= values["argument_bytes"] - parts <= 8 * 24 * 4 // 4 + 64  # beside them: tokens, step and key
+    whole = 4 * found["lift"]["trainable_values"]
+    assert found["lift"]["trainable_bytes"] * 8 == found["lift_blocks"]["trainable_bytes"] * 8 == whole
+    assert found["lift_blocks"]["collectives"]["all-gather"] == bare["collectives"]["all-gather"]
+    factors = found["osf"]["trainable_values"]
+    assert found["osf"]["trainable_bytes"] < 1.1 * 4 * factors / 8
+    assert found["osf"]["optimizer_bytes"] < 1.1 * (2 + 1) * 4 * factors / 8  # two moments, and the frozen factors

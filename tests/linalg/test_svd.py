@@ -101,3 +101,26 @@ def test_signs_do_not_depend_on_those_of_the_decomposition():
     largest = np.take_along_axis(np.asarray(first[0]), np.abs(u).argmax(-2)[:, None, :], axis=-2)
     assert (largest > 0).all()
     np.testing.assert_allclose(first[0] @ first[1], u @ vt, atol=1e-5)
+
+
+@pytest.mark.parametrize("svd", [truncated_svd, lambda w, r: randomized_svd(jax.random.key(0), w, r)])
+def test_a_second_matrix_of_one_shape_compiles_nothing(svd):
+    """Adapters are started outside jit, kernel by kernel: a program for each would take most of the time."""
+    w = np.random.default_rng(8).normal(size=(2, 11, 7)).astype(np.float32)
+    first, second = jnp.asarray(w[0]), jnp.asarray(w[1])
+    events = []
+
+    def note(event, duration_secs, **_):
+        events.append(event)
+
+    svd(first, 3)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        svd(second, 3)
+        counted = [event for event in events if event.endswith("backend_compile_duration")]
+        events.clear()
+        svd(second, 4)
+        assert any(event.endswith("backend_compile_duration") for event in events)  # the measure sees compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert counted == []

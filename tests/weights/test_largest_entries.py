@@ -29,6 +29,16 @@ def test_stack_is_served_row_by_row_and_extremes_are_ordered():
     assert found.tolist() == [[[1, 2, 4]], [[0, 1, 2]]]
 
 
+@pytest.mark.parametrize("shape", [(6, 7), (1, 42), (42, 1), (8, 8)])
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_matrices_are_counted_row_by_row(shape, levels):
+    scores = (np.random.default_rng(0).integers(0, levels, (2, *shape)) / 7).astype(np.float32)
+    scores[1, -1] = scores.max()  # a full row, after rows with few
+    for count in (1, 13, 41):
+        found = largest_entries(jnp.asarray(scores), count, axes=2)
+        np.testing.assert_array_equal(found, [brute(layer.ravel(), count) for layer in scores])
+
+
 def test_count_beyond_the_scores_is_refused():
     with pytest.raises(ValueError, match="count=6 of 5"):
         largest_entries(jnp.ones(5), 6)

@@ -10,7 +10,7 @@ from jax import lax
 
 import subspace_jax as sj
 from subspace_jax.core import Role
-from subspace_jax.weights import SparseDelta, entries_at, flat_entries, migrate_entries, unflat_entries
+from subspace_jax.weights import SparseBlocks, SparseDelta, entries_at, flat_entries, migrate_entries, unflat_entries
 
 ROLES = {
     "dense": (Role.dense(), (6, 5)),
@@ -55,6 +55,55 @@ def test_materialize_writes_every_layers_values_and_nothing_else(name, mode):
             moved[layer, i] = v if mode == "set" else moved[layer, i] + v
     np.testing.assert_array_equal(flat_entries(weight.materialize(), role).reshape(-1, size), moved)
     np.testing.assert_array_equal(unflat_entries(flat_entries(weight.base, role), role, shape), weight.base)
+
+
+@pytest.mark.parametrize("name", ["dense", "heads_in_the_middle", "conv", "stacked", "stacked_last"])
+@pytest.mark.parametrize("mode", ["set", "add"])
+def test_blocks_have_lists_of_their_own(name, mode):
+    role, shape = ROLES[name]
+    stack, (inputs, outputs), (rows, cols) = role.stack_shape(shape), role.sizes(shape), (3, 5)
+    height, width = inputs // rows, outputs // cols
+    size, rng = height * width, np.random.default_rng(1)
+    assert (rows * height, cols * width) == (inputs, outputs)
+    base = rng.normal(size=shape).astype(np.float32)
+    lists = [np.sort(rng.choice(size, 2, replace=False)) for _ in range(int(np.prod(stack)) * rows * cols)]
+    positions = np.stack(lists).reshape(*stack, rows, cols, 2)
+    positions[..., 1] = np.where(rng.random(positions.shape[:-1]) < 0.5, size, positions[..., 1])  # padding
+    values = rng.normal(size=positions.shape).astype(np.float32)
+    weight = SparseBlocks(
+        base=jnp.asarray(base),
+        indices=jnp.asarray(positions, jnp.int32),
+        values=jnp.asarray(values),
+        mode=mode,
+        role=role,
+        dtype=np.dtype("float32"),
+        trainable=("values",),
+    )
+    moved = base.transpose(role.order).reshape(-1, inputs, outputs).copy()
+    picked = np.zeros((moved.shape[0], rows, cols, 2), np.float32)
+    where, what = (v.reshape(picked.shape) for v in (positions, values))
+    for place in np.ndindex(*picked.shape):
+        if where[place] == size:
+            continue
+        layer, row, col, _ = place
+        i, j = row * height + where[place] // width, col * width + where[place] % width
+        picked[place] = moved[layer, i, j]
+        moved[layer, i, j] = what[place] if mode == "set" else moved[layer, i, j] + what[place]
+    expected = moved.reshape(*stack, *(shape[i] for i in (*role.in_axes, *role.out_axes)))
+    np.testing.assert_array_equal(weight.materialize(), expected.transpose(np.argsort(role.order)))
+    np.testing.assert_array_equal(entries_at(weight.base, weight.indices, role), picked.reshape(values.shape))
+    assert weight.count == rows * cols * 2
+
+
+def test_lists_of_the_whole_matrix_are_refused_where_a_device_sees_a_part_of_it():
+    spec = jax.sharding.PartitionSpec("layer", "data", None)
+    role, shape = ROLES["stacked"]
+    weight = sparse(shape, role, np.zeros((3, 1)), np.zeros((3, 1)))
+    with pytest.raises(sj.core.RoleError, match="positions count the whole matrix"):
+        weight.partition_specs(spec, exact=True)
+    assert weight.partition_specs(spec).values == jax.sharding.PartitionSpec("layer", None)
+    whole = jax.sharding.PartitionSpec("layer", None, None)
+    assert weight.partition_specs(whole, exact=True).values == jax.sharding.PartitionSpec("layer", None)
 
 
 def flat_order(role, ndim):
