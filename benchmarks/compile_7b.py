@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._charts import Chart
 from experiments._results import human_bytes
 
 KEYS = ("count", "bytes")
@@ -127,10 +128,21 @@ def _cell(found: Mapping[str, int]) -> str:
     return f"{found['count']}: {human_bytes(found['bytes'])}" if found["count"] else "-"
 
 
+def charts(results: Mapping[str, Any]) -> list[Chart]:
+    """What one device holds between steps, and what it sends and receives in one."""
+    measured = {name: results["measured"][name] for name in results["order"]}
+    parts = {"frozen": "frozen", "learned": "trainable", "optimiser": "optimizer"}
+    held = {name: {part: v[f"{key}_bytes"] / 2**20 for part, key in parts.items()} for name, v in measured.items()}
+    kinds = ("all-gather", "all-reduce")
+    sent = {name: {kind: v["collectives"][kind]["bytes"] / 2**30 for kind in kinds} for name, v in measured.items()}
+    return [Chart("held by one device", "MiB", held), Chart("collectives of one step", "GiB on one device", sent)]
+
+
 BENCHMARK = Benchmark(
     name="compile_7b",
     claim="What a step of a 7B model holds, computes and sends on each device of a 16 x 16 mesh, compiled only.",
     config=Config,
     run=run,
     tables=tables,
+    charts=charts,
 )

@@ -124,3 +124,12 @@ def test_a_second_matrix_of_one_shape_compiles_nothing(svd):
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert counted == []
+
+
+@pytest.mark.optimized
+def test_power_iterations_hold_the_matrix_once():
+    """A transposed copy, and those that a loop makes of both, took three times the matrix."""
+    shape = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
+    program = jax.jit(lambda w: randomized_svd(jax.random.key(0), jnp.sign(w), 4))
+    memory = program.lower(shape).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.5 * 4 * 512 * 1024
