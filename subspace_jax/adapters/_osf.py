@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.sharding import AxisType, PartitionSpec
 
 from subspace_jax.adapters._catalogue import Source, register
 from subspace_jax.core import (
@@ -134,7 +131,7 @@ def _ranks_of(chosen: Any, sizes: tuple[int, int], stack: tuple[int, ...]) -> np
 
 
 def _split(array: jax.Array, role: Role, ranks: np.ndarray, width: Width, route: Route) -> SplitSVD:
-    matrix = _layers_apart(role.matrix(array).astype(wide_dtype(array.dtype)))
+    matrix = role.matrix(array).astype(wide_dtype(array.dtype))
     smaller = min(matrix.shape[-2:])
     most, least = (smaller, 0) if width == "common" else (int(ranks.max(initial=0)), int(ranks.min(initial=smaller)))
     u, s, vt = truncated_svd(matrix, smaller)
@@ -161,24 +158,6 @@ def _split(array: jax.Array, role: Role, ranks: np.ndarray, width: Width, route:
         dtype=array.dtype,
         trainable=("left", "core", "right"),
     )
-
-
-def _layers_apart(matrix: jax.Array) -> jax.Array:
-    """The stack with its layers on different devices, in a program for a mesh with automatic axes.
-
-    A decomposition needs whole matrices; left alone, the compiler gathers all layers on every device.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
-    if mesh.empty or not automatic or matrix.ndim == 2 or not isinstance(matrix, Tracer):
-        return matrix
-    kept: list[str] = []
-    for name in mesh.axis_names:
-        if matrix.shape[0] % math.prod(mesh.shape[n] for n in (*kept, name)) == 0:
-            kept.append(name)
-    if not kept:
-        return matrix
-    return jax.lax.with_sharding_constraint(matrix, PartitionSpec(tuple(kept)))
 
 
 def osf_schedule(task: int, tasks: int) -> float:

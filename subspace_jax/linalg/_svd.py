@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from subspace_jax.linalg._sharding import whole_matrices
+from subspace_jax.linalg._sharding import layers_apart, whole_matrices
 
 
 class SVD(NamedTuple):
@@ -68,7 +68,7 @@ def truncated_svd(matrix: jax.Array, rank: int) -> SVD:
       >>> [round(v, 3) for v in truncated_svd(jnp.diag(jnp.array([3.0, 2.0, 1.0])), 2).s.tolist()]
       [3.0, 2.0]
     """
-    return _truncated(matrix, rank)
+    return _truncated(layers_apart(matrix), rank)
 
 
 # One compiled program per shape and setting, whoever calls: outside jit a loop would be compiled anew by every call.

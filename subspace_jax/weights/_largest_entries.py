@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -35,7 +37,12 @@ def largest_entries(scores: jax.Array, count: int, *, axes: int = 1) -> jax.Arra
     size = scores.shape[-2] * scores.shape[-1]
     if not 0 <= count <= size:
         raise ValueError(f"largest_entries: count={count} of {size} scores; expected at least 0 and at most {size}.")
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    return _largest(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), count)
+
+
+# One compiled program per shape and count: outside jit the loops would be compiled anew by every call.
+@functools.partial(jax.jit, static_argnames="count")
+def _largest(scores: jax.Array, count: int) -> jax.Array:
     width = 8 * scores.dtype.itemsize
     # Non-negative floats are ordered as their bits are.
     bits = lax.bitcast_convert_type(jnp.abs(scores), jnp.int64 if width == 64 else jnp.int32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from subspace_jax.weights import largest_entries
+from tests.compilations import compilations
 
 
 def brute(scores, count):
@@ -42,3 +43,12 @@ def test_matrices_are_counted_row_by_row(shape, levels):
 def test_count_beyond_the_scores_is_refused():
     with pytest.raises(ValueError, match="count=6 of 5"):
         largest_entries(jnp.ones(5), 6)
+
+
+def test_a_second_array_of_one_shape_compiles_nothing():
+    rows = jnp.asarray(np.random.default_rng(1).random((2, 9, 4), np.float32))
+    first, second = rows[0], rows[1]
+    largest_entries(first, 3, axes=2)
+    with compilations() as found:
+        largest_entries(second, 3, axes=2)
+    assert not found
