@@ -26,8 +26,8 @@ from ._grassmann_head import grassmann_logits as grassmann_logits
 from ._layers import stack_layers as stack_layers
 from ._layers import unstack_layers as unstack_layers
 from ._llama import Llama as Llama
-from ._llama import LlamaConfig as LlamaConfig
-from ._llama import small_llama as small_llama
+from ._llama_config import LlamaConfig as LlamaConfig
+from ._llama_config import small_llama as small_llama
 from ._minilm import load_minilm as load_minilm
 from ._onnx import OnnxGraph as OnnxGraph
 from ._onnx import OnnxNode as OnnxNode

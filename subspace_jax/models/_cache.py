@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ._llama_config import LlamaConfig
 from ._rotary import rotary_tables
-
-if TYPE_CHECKING:
-    from ._llama import LlamaConfig
 
 
 class KVCache(NamedTuple):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._cache import KVCache, init_cache
-from ._llama import Llama, LlamaConfig
+from ._llama import Llama
+from ._llama_config import LlamaConfig
 
 
 def greedy_decode(

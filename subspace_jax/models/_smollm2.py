@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ._gguf import GgufTensor, read_gguf
-from ._llama import Llama, LlamaConfig
+from ._llama import Llama
+from ._llama_config import LlamaConfig
 from ._pretrained import (
     PretrainedModel,
     TensorRule,

@@ -8,6 +8,10 @@ from subspace_jax.weights._co_permute import reordered as reordered
 from subspace_jax.weights._cosine import CosineSpectrum as CosineSpectrum
 from subspace_jax.weights._cosine import Evaluation as Evaluation
 from subspace_jax.weights._draw_basis import draw_basis as draw_basis
+from subspace_jax.weights._entries import entries_at as entries_at
+from subspace_jax.weights._entries import flat_entries as flat_entries
+from subspace_jax.weights._entries import migrate_entries as migrate_entries
+from subspace_jax.weights._entries import unflat_entries as unflat_entries
 from subspace_jax.weights._kronecker import KroneckerSum as KroneckerSum
 from subspace_jax.weights._largest_entries import largest_entries as largest_entries
 from subspace_jax.weights._low_rank import LowRank as LowRank
@@ -34,10 +38,6 @@ from subspace_jax.weights._slices import Parameterization as Parameterization
 from subspace_jax.weights._sparse import SparseBlocks as SparseBlocks
 from subspace_jax.weights._sparse import SparseDelta as SparseDelta
 from subspace_jax.weights._sparse import SparseMode as SparseMode
-from subspace_jax.weights._sparse import entries_at as entries_at
-from subspace_jax.weights._sparse import flat_entries as flat_entries
-from subspace_jax.weights._sparse import migrate_entries as migrate_entries
-from subspace_jax.weights._sparse import unflat_entries as unflat_entries
 from subspace_jax.weights._split_svd import SplitSVD as SplitSVD
 from subspace_jax.weights._tucker import Tucker as Tucker
 from subspace_jax.weights._tucker import tucker_in_factors as tucker_in_factors

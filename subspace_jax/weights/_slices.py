@@ -12,7 +12,7 @@ from jax import lax
 
 from subspace_jax.core import Dot, Use, Weight, static
 from subspace_jax.linalg import wide_dtype
-from subspace_jax.weights._sparse import placed_as
+from subspace_jax.weights._entries import placed_as
 
 Parameterization = Literal["delta", "in_place"]
 
