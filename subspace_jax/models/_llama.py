@@ -114,6 +114,7 @@ class Llama(nn.Module):
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from subspace_jax.models import Llama, small_llama
         >>> model = Llama(small_llama())
         >>> tokens = jnp.ones((2, 5), jnp.int32)
         >>> params = model.init(jax.random.key(0), tokens)["params"]
