@@ -36,6 +36,15 @@ class Benchmark:
     charts: Callable[[Mapping[str, Any]], Sequence[Chart]] | None = None
 
 
+def number(value: float | None, digits: int = 2, absent: str = "-") -> str:
+    """Returns a figure of a table, which may not have been measured.
+
+    >>> number(1.234), number(None)
+    ('1.23', '-')
+    """
+    return absent if value is None else f"{value:.{digits}f}"
+
+
 def names() -> list[str]:
     """Returns the names of all benchmarks: the public modules of this package."""
     return _registry.names(benchmarks)

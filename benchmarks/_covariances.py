@@ -13,24 +13,21 @@ from rich.console import Console
 
 import subspace_jax as sj
 from benchmarks._measure import Cost, cost
-
-
-def _times(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+from benchmarks._starts import times
 
 
 def _add(total: jax.Array, part: jax.Array) -> jax.Array:
-    return total + _times(part.T, part)
+    return total + times(part.T, part)
 
 
 def _by_qr(x: jax.Array) -> jax.Array:
     r = jnp.linalg.qr(x, mode="r")
-    return _times(r.T, r)
+    return times(r.T, r)
 
 
 def _by_svd(x: jax.Array) -> jax.Array:
     _, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    return _times(vt.T * s**2, vt)
+    return times(vt.T * s**2, vt)
 
 
 def _damped(gram: jax.Array) -> jax.Array:

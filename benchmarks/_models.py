@@ -52,6 +52,39 @@ class ModelConfig:
         return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.dtype)}
 
 
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """Settings of benchmarks that take training steps of the transformer.
+
+    Attributes:
+      sequences: sequences in a batch.
+      length: tokens in a sequence.
+      rank: of adapters, on all kernels.
+    """
+
+    vocabulary: int = 1000
+    width: int = 512
+    heads: int = 8
+    mlp_width: int = 2048
+    layers: int = 4
+    dtype: str = "float32"
+    sequences: int = 4
+    length: int = 128
+    rank: int = 8
+
+    def model(self, layout: Layout = "unrolled") -> ModelConfig:
+        """Returns the model of one layout."""
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig) if f.name != "layout"}
+        return ModelConfig(**sizes, layout=layout)
+
+    def tokens(self, length: int | None = None, *, abstract: bool = False) -> Any:
+        """Returns `[sequences, length]` tokens of one seed, or their shape."""
+        shape = (self.sequences, length or self.length)
+        if abstract:
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+        return jax.random.randint(jax.random.key(2), shape, 0, self.vocabulary)
+
+
 class LinenBlock(nn.Module):
     """A pre-norm block: attention, then MLP; returns a pair, as a scanned body does."""
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,27 +12,12 @@ import numpy as np
 from rich.console import Console
 
 import subspace_jax as sj
+from benchmarks._compilations import compilations
 from benchmarks._starts import LEARNING_RATE, covariance
 from subspace_jax.core import Statistics, leaves_with_paths, select_paths
 from subspace_jax.models import Bert, BertConfig
 
 KERNELS = "encoder/**/kernel"
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[float]]:
-    """Collects the seconds of every compilation inside the block."""
-    seconds: list[float] = []
-
-    def note(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        yield seconds
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def start_encoder(layers: int, width: int, console: Console) -> list[dict[str, Any]]:

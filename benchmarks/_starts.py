@@ -31,6 +31,11 @@ class Factors(NamedTuple):
     right: jax.Array
 
 
+def times(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns the matrix product in full precision."""
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
 def power_law(rng: np.random.Generator, shape: Sequence[int], decay: float) -> np.ndarray:
     r"""Returns a matrix with singular values \(i^{-decay}\) and mixed-up vectors, `[m, n]` in float32.
 
@@ -91,9 +96,6 @@ def start(method: sj.Method) -> Callable[..., Any]:
 
 def gram_start(rank: int) -> Callable[..., Factors]:
     """Returns a start by the eigenvectors of the smaller Gram matrix, which the library does not use."""
-
-    def times(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
     def program(key: jax.Array, matrices: jax.Array, statistics: Any) -> Factors:
         del key, statistics

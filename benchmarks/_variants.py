@@ -95,18 +95,20 @@ def adapted_tree(plain: Plain, method: sj.Method, tokens: Any, abstract: bool) -
     return jax.eval_shape(build, plain.params) if abstract else build(plain.params)
 
 
-def ours(plain: Plain, method: sj.Method, tokens: Any, name: str, baseline: str, abstract: bool) -> Variant:
-    """This library, as the README shows it."""
-    trainable, frozen = sj.partition(adapted_tree(plain, method, tokens, abstract))
+def of_tree(plain: Plain, adapted: Any, name: str, baseline: str, **others: Any) -> Variant:
+    """Returns this library's way to train an adapted tree, as the README shows it; `others` are fields of `Variant`."""
+    trainable, frozen = sj.partition(adapted)
     apply = sj.with_adapters(plain.apply)
-    return Variant(
-        name,
-        lambda learned, fixed, tokens: apply(sj.combine(learned, fixed), tokens),
-        trainable,
-        frozen,
-        "",
-        baseline,
-    )
+
+    def forward(learned: Any, fixed: Any, tokens: jax.Array) -> jax.Array:
+        return apply(sj.combine(learned, fixed), tokens)
+
+    return Variant(name, forward, trainable, frozen, baseline=baseline, **others)
+
+
+def ours(plain: Plain, method: sj.Method, tokens: Any, name: str, baseline: str, abstract: bool) -> Variant:
+    """This library with one method on all kernels."""
+    return of_tree(plain, adapted_tree(plain, method, tokens, abstract), name, baseline)
 
 
 def materialised(plain: Plain, rank: int, tokens: Any, abstract: bool) -> Variant:

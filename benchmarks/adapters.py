@@ -12,11 +12,11 @@ from rich.console import Console
 
 import subspace_jax as sj
 from benchmarks import _arithmetic as arithmetic
-from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._benchmark import Benchmark, Rows, number
 from benchmarks._charts import Chart
 from benchmarks._measure import Runner, interleaved, paired_ratio, step_cost
-from benchmarks._models import ModelConfig, Plain, cross_entropy, linen
-from benchmarks._variants import Variant
+from benchmarks._models import Plain, StepConfig, cross_entropy, linen
+from benchmarks._variants import Variant, of_tree
 from experiments._results import human_bytes
 
 TARGETS = {
@@ -30,37 +30,20 @@ PUBLISHED_BY_PEFT = {"randlora": 1.51, "dora": 1.26, "osf": 2.8, "oft": 1.26}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings.
+class Config(StepConfig):
+    """Settings: those of `StepConfig`, and these. The rank is LoRA's; others train as many values if they can.
 
     Attributes:
-      sequences: sequences in a batch.
-      length: tokens in a sequence.
       longer: tokens of longer sequences, for which operations are counted only; 0 leaves this out.
-      rank: of LoRA, on all kernels; the others train as many values where their mathematics allows.
       targets: "all" kernels, or "query and value", which PEFT adapts by default.
       methods: names of the methods; all if empty.
       rounds: timed steps of each method, interleaved; 0 compiles only and allocates nothing.
     """
 
-    vocabulary: int = 1000
-    width: int = 512
-    heads: int = 8
-    mlp_width: int = 2048
-    layers: int = 4
-    dtype: str = "float32"
-    sequences: int = 4
-    length: int = 128
     longer: int = 512
-    rank: int = 8
     targets: tuple[str, ...] = ("all", "query and value")
     methods: tuple[str, ...] = ()
     rounds: int = 10
-
-    def model(self) -> ModelConfig:
-        """Returns the model, its blocks one after the other."""
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig) if f.name != "layout"}
-        return ModelConfig(**sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +116,6 @@ def _osf(tree: Any) -> optax.GradientTransformation:
     return sj.osf_projection(optax.adam(RATE), tree)
 
 
-def batch(config: Config, length: int) -> jax.Array:
-    """Returns `[sequences, length]` tokens of one seed."""
-    return jax.random.randint(jax.random.key(2), (config.sequences, length), 0, config.vocabulary)
-
-
 def variant(plain: Plain, name: str, arm: Arm, targets: tuple[str, ...], tokens: jax.Array) -> Variant:
     """Returns the model with one method on the kernels of `targets`."""
     rules = arm.rules or {f"**/{kernel}/{arm.pattern}": arm.method for kernel in targets}
@@ -151,17 +129,8 @@ def variant(plain: Plain, name: str, arm: Arm, targets: tuple[str, ...], tokens:
         stats = sj.capture(loss, plain.params, [tokens], statistics=arm.statistics, select=select)  # pyright: ignore[reportArgumentType]
     roles = sj.roles(plain.apply, plain.params, tokens)
     adapted = sj.adapt(plain.params, rules, key=jax.random.key(1), stats=stats, roles=roles)
-    learned, fixed = sj.partition(adapted)
-    apply = sj.with_adapters(plain.apply)
-    return Variant(
-        name,
-        lambda learned, fixed, tokens: apply(sj.combine(learned, fixed), tokens),
-        learned,
-        fixed,
-        arm.note,
-        "lora",
-        own=arm.optimizer(adapted) if arm.optimizer else None,
-    )
+    own = arm.optimizer(adapted) if arm.optimizer else None
+    return of_tree(plain, adapted, name, "lora", note=arm.note, own=own)
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -169,7 +138,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     unknown = sorted(set(config.targets) - set(TARGETS))
     if unknown:
         raise SystemExit(f"targets={','.join(unknown)}: choose from {', '.join(TARGETS)}.")
-    plain = linen(config.model(), batch(config, config.length))
+    plain = linen(config.model(), config.tokens())
     found = {targets: _measure(config, plain, TARGETS[targets], console) for targets in config.targets}
     notes = [
         "Relative to LoRA on the same kernels, in the same rounds. `products`: the operations of the matrix products "
@@ -184,14 +153,14 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 
 def _measure(config: Config, plain: Plain, targets: tuple[str, ...], console: Console) -> dict[str, Any]:
-    tokens = batch(config, config.length)
+    tokens = config.tokens()
     kernels = len(targets) * config.layers - (config.layers - 1) * ("head" in targets)
     first = variant(plain, "lora", Arm(sj.lora(config.rank)), targets, tokens)
     measured: dict[str, Any] = {}
     runners: dict[str, Runner] = {}
     for name, arm in arms(config, first.trainable_values, kernels).items():
         console.print(f"  {name}")
-        one = variant(plain, name, arm, targets, tokens)
+        one = first if name == "lora" else variant(plain, name, arm, targets, tokens)
         cost, _ = step_cost(one, tokens)
         measured[name] = {
             "flops": cost.flops,
@@ -201,7 +170,7 @@ def _measure(config: Config, plain: Plain, targets: tuple[str, ...], console: Co
             "note": arm.note,
         }
         if config.longer:
-            measured[name]["longer_flops"] = step_cost(one, batch(config, config.longer))[0].flops
+            measured[name]["longer_flops"] = step_cost(one, config.tokens(config.longer))[0].flops
         if config.rounds:
             runners[name] = Runner(one, tokens)
     if runners:
@@ -246,8 +215,8 @@ def _rows(measured: Mapping[str, Any]) -> Rows:
                 f"{one['flops'] / lora['flops']:.2f}",
                 f"{one['products'] / lora['products']:.2f}" if one["products"] else "",
                 f"{one['longer_flops'] / lora['longer_flops']:.2f}" if "longer_flops" in one else "",
-                f"{one['seconds_ratio']:.2f}" if "seconds_ratio" in one else "",
-                f"{PUBLISHED_BY_PEFT[name]:.2f}" if name in PUBLISHED_BY_PEFT else "",
+                number(one.get("seconds_ratio"), absent=""),
+                number(PUBLISHED_BY_PEFT.get(name), absent=""),
                 human_bytes(one["temporary_bytes"]),
             ]
         )

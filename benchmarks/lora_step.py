@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 
-from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._benchmark import Benchmark, Rows, number
 from benchmarks._charts import Chart
 from benchmarks._measure import (
     Cost,
@@ -23,55 +22,30 @@ from benchmarks._measure import (
     paired_ratio,
     step_cost,
 )
-from benchmarks._models import ModelConfig
+from benchmarks._models import StepConfig
 from benchmarks._variants import Variant, variants
 from experiments._results import human_bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings; the defaults are the sizes that the README's figures are for.
+class Config(StepConfig):
+    """Settings: those of `StepConfig`, and these; the defaults are the sizes that the README's figures are for.
 
     A model of the shape of a 3-billion-parameter language model in bfloat16, on a GPU of 80 GB:
     `--set width=2560 heads=20 mlp_width=10240 layers=32 vocabulary=32000 dtype=bfloat16 layouts=scan+remat
     sequences=2 length=1024 variants=full,lora`.
 
     Attributes:
-      sequences: sequences in a batch.
-      length: tokens in a sequence.
-      rank: of every adapter, on all kernels.
       layouts: of the blocks.
       variants: names of the ways to fine-tune; all if empty.
       rounds: timed steps of each variant, interleaved; 0 compiles only and allocates nothing.
       compilations: number of times that tracing and compiling are timed.
     """
 
-    vocabulary: int = 1000
-    width: int = 512
-    heads: int = 8
-    mlp_width: int = 2048
-    layers: int = 4
-    dtype: str = "float32"
-    sequences: int = 4
-    length: int = 128
-    rank: int = 8
     layouts: tuple[str, ...] = ("unrolled", "remat", "scan", "scan+remat")
     variants: tuple[str, ...] = ()
     rounds: int = 10
     compilations: int = 3
-
-    def model(self, layout: str) -> ModelConfig:
-        """Returns the model of one layout."""
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig) if f.name != "layout"}
-        return ModelConfig(**sizes, layout=layout)  # pyright: ignore[reportArgumentType]
-
-
-def batch(config: Config, *, abstract: bool = False) -> Any:
-    """Returns `[sequences, length]` tokens of one seed, or their shape."""
-    shape = (config.sequences, config.length)
-    if abstract:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-    return jax.random.randint(jax.random.key(2), shape, 0, config.vocabulary)
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -89,7 +63,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 def _layout(config: Config, layout: str, console: Console) -> tuple[dict[str, Any], dict[str, str]]:
     abstract = config.rounds == 0
-    tokens = batch(config, abstract=abstract)
+    tokens = config.tokens(abstract=abstract)
     found = list(variants(config.model(layout), config.rank, tokens, abstract=abstract, only=config.variants))
     absent = dict(v for v in found if not isinstance(v, Variant))
     made = [v for v in found if isinstance(v, Variant)]
@@ -175,8 +149,8 @@ def _counted(measured: Mapping[str, Any]) -> Rows:
             [
                 name,
                 f"{step['flops'] / 1e9:.2f}",
-                _number(ratios.get("step_flops")),
-                _number(ratios.get("forward_flops")),
+                number(ratios.get("step_flops"), 3),
+                number(ratios.get("forward_flops"), 3),
                 human_bytes(step["temporary_bytes"]),
                 f"{values['trainable_values']:,}",
                 human_bytes(values["state_bytes"]),
@@ -195,17 +169,13 @@ def _clocked(measured: Mapping[str, Any]) -> Rows:
                 name,
                 f"{step['lower_seconds']:.2f}",
                 f"{step['compile_seconds']:.2f}",
-                _number(ratios.get("step_build")),
-                _number(ratios.get("forward_build")),
+                number(ratios.get("step_build"), 3),
+                number(ratios.get("forward_build"), 3),
                 "-" if not seconds else f"{1e3 * statistics.median(seconds):.1f}",
-                _number(ratios.get("seconds")),
+                number(ratios.get("seconds"), 3),
             ]
         )
     return rows
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def charts(results: Mapping[str, Any]) -> list[Chart]:

@@ -15,7 +15,7 @@ from optax import contrib
 from rich.console import Console
 
 import subspace_jax as sj
-from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._benchmark import Benchmark, Rows, number
 from benchmarks._charts import Chart
 from benchmarks._measure import Cost, combined, cost, interleaved, paired_ratio
 from experiments._results import human_bytes
@@ -158,18 +158,14 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
             [
                 name,
                 human_bytes(values["state_bytes"]),
-                _number(ratios.get("state_bytes")),
+                number(ratios.get("state_bytes")),
                 f"{1e3 * statistics.median(values['seconds']):.1f}",
-                _number(ratios.get("seconds")),
+                number(ratios.get("seconds")),
                 f"{1e3 * statistics.median(values['refresh_seconds']):.1f}",
-                _number(ratios.get("average_seconds")),
+                number(ratios.get("average_seconds")),
             ]
         )
     return [("one update", rows)]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def charts(results: Mapping[str, Any]) -> list[Chart]:

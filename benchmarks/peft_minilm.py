@@ -17,7 +17,7 @@ import optax
 from rich.console import Console
 
 import subspace_jax as sj
-from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._benchmark import Benchmark, Rows, number
 from benchmarks._charts import Chart
 from benchmarks._measure import interleaved, paired_ratio
 from subspace_jax.assets import find_file
@@ -106,6 +106,7 @@ class _Run(abc.ABC):
 
     name = ""
     trainable_values = 0
+    build_seconds = 0.0
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -160,8 +161,6 @@ class JaxRun(_Run):
 
 class PeftRun(_Run):
     """PEFT's method on the same kernels, in PyTorch."""
-
-    build_seconds = 0.0
 
     def __init__(self, name: str, peers: Peers, config: Config, batch: Batch):
         super().__init__()
@@ -262,14 +261,14 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
                 f"{theirs['trainable_values']:,}" if theirs else "",
                 f"{1e3 * statistics.median(ours['seconds']):.1f}",
                 f"{1e3 * statistics.median(theirs['seconds']):.1f}" if theirs else "",
-                *(_number(ours.get("of_peft")), _number(ours.get("of_lora")), _number(theirs.get("of_lora"))),
+                *(
+                    number(ours.get("of_peft"), absent=""),
+                    number(ours.get("of_lora"), absent=""),
+                    number(theirs.get("of_lora"), absent=""),
+                ),
             ]
         )
     return [("A step of MiniLM", rows)]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def charts(results: Mapping[str, Any]) -> list[Chart]:

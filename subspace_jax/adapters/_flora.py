@@ -87,7 +87,7 @@ def flora(
             sizes, ranks = [], []
         else:
             require_matrix(array, role)
-            sizes = [array.shape[i] for i in role.in_axes] if role.kind == "conv" else [role.sizes(array.shape)[0]]
+            sizes = list(role.in_shape(array.shape)) if role.kind == "conv" else [role.sizes(array.shape)[0]]
             ranks = [*_window_ranks(given, sizes[:-1]), rank]
         sizes.append(role.sizes(array.shape)[1])
         ranks.append(out_rank or rank)

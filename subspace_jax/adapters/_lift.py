@@ -11,7 +11,7 @@ from subspace_jax.adapters._catalogue import Source, register
 from subspace_jax.adapters._lora import check_rank
 from subspace_jax.core import Method, RankError, Role, RoleError, require_matrix
 from subspace_jax.linalg import randomized_svd, truncated_svd, wide_dtype
-from subspace_jax.weights import SparseBlocks, SparseDelta, entries_at, largest_entries
+from subspace_jax.weights import SparseBlocks, SparseDelta, entries_at, in_blocks, largest_entries
 
 
 def lift(
@@ -101,8 +101,10 @@ def lift(
             factors = truncated_svd(matrix, filter_rank)
         fit = jnp.matmul(factors.u * factors.s[..., None, :], factors.vt, precision=jax.lax.Precision.HIGHEST)
         count = min(rank * (inputs + outputs), inputs * outputs)
-        indices = largest_entries(_in_blocks(jnp.abs(fit), rows, cols), -(-count // (rows * cols)), axes=2)
-        return (SparseDelta if rows * cols == 1 else SparseBlocks)(
+        whole = rows * cols == 1
+        scores = jnp.abs(fit) if whole else in_blocks(jnp.abs(fit), rows, cols)
+        indices = largest_entries(scores, -(-count // (rows * cols)), axes=2)
+        return (SparseDelta if whole else SparseBlocks)(
             base=array,
             indices=indices,
             values=entries_at(array, indices, role).astype(wide_dtype(array.dtype)),
@@ -113,14 +115,6 @@ def lift(
         )
 
     return Method("lift", make)
-
-
-def _in_blocks(scores: jax.Array, rows: int, cols: int) -> jax.Array:
-    """Scores `[*stack, in, out]` as `[*stack, rows, cols, m, n]`, or as they are for one block."""
-    if rows * cols == 1:
-        return scores
-    *stack, inputs, outputs = scores.shape
-    return jnp.swapaxes(scores.reshape(*stack, rows, inputs // rows, cols, outputs // cols), -2, -3)
 
 
 register(

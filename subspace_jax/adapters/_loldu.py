@@ -124,8 +124,8 @@ def loldu(
             base = role.unmatrix(matrix - product, array.shape).astype(residual_dtype or array.dtype)
         return LowRankCore(
             base=base,
-            in_sizes=tuple(array.shape[i] for i in role.in_axes),
-            out_sizes=tuple(array.shape[i] for i in role.out_axes),
+            in_sizes=role.in_shape(array.shape),
+            out_sizes=role.out_shape(array.shape),
             left=left,
             core=core,
             right=factors.right,
@@ -180,7 +180,7 @@ def _channels_first(role: Role, shape: tuple[int, ...]) -> np.ndarray | None:
     """The rows of a convolution's matrix with the last input axis slowest instead of fastest."""
     if role.kind != "conv":
         return None
-    sizes = [shape[i] for i in role.in_axes]
+    sizes = role.in_shape(shape)
     return np.moveaxis(np.arange(np.prod(sizes)).reshape(sizes), -1, 0).ravel()
 
 

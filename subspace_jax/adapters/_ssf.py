@@ -178,7 +178,7 @@ def fold_ssf(adapted: Any) -> Any:
 def _bias_of(weight: ScaledShifted) -> jax.Array:
     """The shift in the shape that the layer's bias has: stacked axes, then output axes."""
     role, shape = weight.role, weight.shape
-    return weight.shift.reshape(*role.stack_shape(shape), *(shape[i] for i in role.out_axes)).astype(weight.dtype)
+    return weight.shift.reshape(*role.stack_shape(shape), *role.out_shape(shape)).astype(weight.dtype)
 
 
 def _with_entry(tree: Any, names: list[str], value: jax.Array, path: str) -> Any:

@@ -92,8 +92,8 @@ def svfit(
             residual = role.unmatrix(matrix - principal, array.shape).astype(residual_dtype or array.dtype)
         return LowRankCore(
             base=residual,
-            in_sizes=tuple(array.shape[i] for i in role.in_axes),
-            out_sizes=tuple(array.shape[i] for i in role.out_axes),
+            in_sizes=role.in_shape(array.shape),
+            out_sizes=role.out_shape(array.shape),
             left=factors.u,
             core=factors.s,
             right=factors.vt,

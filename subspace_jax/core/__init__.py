@@ -42,6 +42,7 @@ from subspace_jax.core._paths import leaves_with_paths as leaves_with_paths
 from subspace_jax.core._paths import map_with_paths as map_with_paths
 from subspace_jax.core._paths import matches as matches
 from subspace_jax.core._paths import path_string as path_string
+from subspace_jax.core._put import put as put
 from subspace_jax.core._role import Role as Role
 from subspace_jax.core._roles import roles as roles
 from subspace_jax.core._summary import Summary as Summary
@@ -98,6 +99,7 @@ __all__ = [
     "path_string",
     "placed_like",
     "product",
+    "put",
     "register",
     "require_matrix",
     "resolve_links",

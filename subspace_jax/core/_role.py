@@ -73,6 +73,24 @@ class Role:
         """Returns the sizes of the stacked axes of an array of this shape."""
         return tuple(shape[i] for i in self.stack_axes)
 
+    def in_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the sizes of the input axes of an array of this shape."""
+        return tuple(shape[i] for i in self.in_axes)
+
+    def out_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the sizes of the output axes of an array of this shape."""
+        return tuple(shape[i] for i in self.out_axes)
+
+    def joined_shape(
+        self, stack: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Returns the shape of an array whose stacked, input and output axes have these sizes.
+
+        >>> Role.dense(in_axes=(1,), out_axes=(0, 2)).joined_shape((), (5,), (2, 3))
+        (2, 5, 3)
+        """
+        return tuple(size for _, size in sorted(zip(self.order, (*stack, *inputs, *outputs), strict=True)))
+
     @property
     def order(self) -> tuple[int, ...]:
         """The array's axes in the order stack, in, out."""

@@ -183,11 +183,3 @@ def on_host(value: Any, where: str) -> np.ndarray:
             "base=, which every host takes part in."
         )
     return np.asarray(value, order="C")
-
-
-def placed(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Returns an array laid out by a sharding; of one that every host holds whole, each host places its part."""
-    if isinstance(value, jax.Array) and (sharding.is_fully_addressable or not value.is_fully_addressable):
-        return jax.device_put(value, sharding)
-    host = np.asarray(value)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

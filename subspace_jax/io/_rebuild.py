@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 import subspace_jax.weights  # noqa: F401  (enters every stand-in weight of the library into Weight.classes)
-from subspace_jax.core import Weight, nearest
-from subspace_jax.io._array import ArraySpec, array_spec, from_stored, placed
+from subspace_jax.core import Weight, nearest, put
+from subspace_jax.io._array import ArraySpec, array_spec, from_stored
 from subspace_jax.io._base import BaseArrays, digest
 from subspace_jax.io._errors import ManifestError, listing
 from subspace_jax.io._manifest import MakeLeaf, Regenerated, check_header, differences, join, static_names
@@ -223,6 +223,6 @@ def concrete_leaf(
         if reference is None:
             return from_stored(arrays[name], spec, name)
         value = base.leaves[reference[0]]
-        return value if place is None else placed(value, place)
+        return value if place is None else put(value, place)
 
     return leaf

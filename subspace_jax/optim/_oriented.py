@@ -19,6 +19,7 @@ class PlainLeaf(NamedTuple):
 
 
 def is_compressed(leaf: Any, view: Matrices | None, largest: int) -> bool:
+    """Whether an array is a stack of matrices of which no side is longer than `largest`."""
     return view is not None and not view.is_vector and max(view.unfold(leaf).shape[-2:]) <= largest
 
 
@@ -37,4 +38,5 @@ def restored(view: Matrices, matrix: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def wide_zeros(array: jax.Array) -> jax.Array:
+    """Zeros of an array's shape and layout in float32."""
     return jnp.zeros_like(array, jnp.float32)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from subspace_jax.core import StructureError, combine, partition, path_string
+from subspace_jax.core import StructureError, combine, partition, path_string, put
 from subspace_jax.io import Checkpointer
 from subspace_jax.training._preemption import Preemption
-from subspace_jax.training._state import TrainState, put
+from subspace_jax.training._state import TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from subspace_jax.core import StructureError, Weight, is_weight, map_with_paths, partition
+from subspace_jax.core import StructureError, Weight, is_weight, map_with_paths, partition, put
 from subspace_jax.sharding import state_shardings
 
 
@@ -93,16 +92,6 @@ def init_train_state(
     mesh = next(s.mesh for s in jax.tree.leaves(placed) if isinstance(s, NamedSharding))
     step, key = (put(value, NamedSharding(mesh, PartitionSpec())) for value in (step, key))
     return TrainState(step, trainable, frozen, opt_state, jnp.copy(key))
-
-
-def put(value: Any, sharding: NamedSharding) -> jax.Array:
-    """Places an array; of one that every process holds whole, each places its part, and nothing is sent."""
-    if sharding.is_fully_addressable or not getattr(value, "is_fully_addressable", True):
-        return jax.device_put(value, sharding)
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(put(jax.random.key_data(value), sharding), impl=jax.random.key_impl(value))
-    host = np.asarray(value)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def with_compute_dtype(adapted: Any, dtype: Any) -> Any:

@@ -10,6 +10,7 @@ from subspace_jax.weights._cosine import Evaluation as Evaluation
 from subspace_jax.weights._draw_basis import draw_basis as draw_basis
 from subspace_jax.weights._entries import entries_at as entries_at
 from subspace_jax.weights._entries import flat_entries as flat_entries
+from subspace_jax.weights._entries import in_blocks as in_blocks
 from subspace_jax.weights._entries import migrate_entries as migrate_entries
 from subspace_jax.weights._entries import unflat_entries as unflat_entries
 from subspace_jax.weights._kronecker import KroneckerSum as KroneckerSum
@@ -77,6 +78,7 @@ __all__ = [
     "entries_at",
     "flat_entries",
     "fuse_slices",
+    "in_blocks",
     "inverse_order",
     "largest_entries",
     "map_weights",

@@ -109,6 +109,18 @@ def blocks_of(indices: jax.Array, role: Role) -> tuple[int, ...]:
     return indices.shape[len(role.stack_axes) : -1]
 
 
+def in_blocks(matrix: jax.Array, rows: int, cols: int) -> jax.Array:
+    """Returns matrices `[*stack, in, out]` cut into equal blocks, `[*stack, rows, cols, in / rows, out / cols]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> in_blocks(jnp.arange(8).reshape(2, 4), 1, 2).tolist()
+      [[[[0, 1], [4, 5]], [[2, 3], [6, 7]]]]
+    """
+    *stack, inputs, outputs = matrix.shape
+    return jnp.swapaxes(matrix.reshape(*stack, rows, inputs // rows, cols, outputs // cols), -2, -3)
+
+
 def in_grid(array: jax.Array, role: Role, blocks: tuple[int, ...] = ()) -> jax.Array:
     """The array as `[*stack, *blocks, m, n]`, whose entries positions count row by row; of no matrix m is 1.
 
@@ -117,12 +129,11 @@ def in_grid(array: jax.Array, role: Role, blocks: tuple[int, ...] = ()) -> jax.A
     if not role.is_matrix:
         return flat_entries(array, role)[..., None, :]
     matrix = role.matrix(array)
-    *stack, inputs, outputs = matrix.shape
+    inputs, outputs = matrix.shape[-2:]
     _check_count(array.shape, inputs * outputs // math.prod(blocks))
     if not blocks:
         return matrix
-    rows, cols = blocks
-    return jnp.swapaxes(matrix.reshape(*stack, rows, inputs // rows, cols, outputs // cols), -2, -3)
+    return in_blocks(matrix, *blocks)
 
 
 def from_grid(grid: jax.Array, role: Role, shape: tuple[int, ...]) -> jax.Array:

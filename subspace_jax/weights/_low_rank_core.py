@@ -54,8 +54,7 @@ class LowRankCore(Weight):
         """The shape of `base`, or what the factors stand for without one."""
         if self.base is not None:
             return self.base.shape
-        sizes = (*self.left.shape[:-2], *self.in_sizes, *self.out_sizes)
-        return tuple(size for _, size in sorted(zip(self.role.order, sizes, strict=True)))
+        return self.role.joined_shape(self.left.shape[:-2], self.in_sizes, self.out_sizes)
 
     @property
     def rank(self) -> int:
@@ -89,8 +88,7 @@ class LowRankCore(Weight):
         found = super().reshape(shape)
         if found is None or self.base is not None:
             return found
-        inputs, outputs = (tuple(shape[i] for i in axes) for axes in (found.role.in_axes, found.role.out_axes))
-        return dataclasses.replace(found, in_sizes=inputs, out_sizes=outputs)
+        return dataclasses.replace(found, in_sizes=found.role.in_shape(shape), out_sizes=found.role.out_shape(shape))
 
     def _forming_is_cheaper(self, x: jax.Array, use: Use) -> bool:
         """Compares multiplications of both routes, forward and backward, for `x` of this size.

@@ -55,8 +55,7 @@ class NF4(Weight):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array that was quantised."""
-        sizes = (*self.codes.shape[:-1], *self.in_sizes, *self.out_sizes)
-        return tuple(size for _, size in sorted(zip(self.role.order, sizes, strict=True)))
+        return self.role.joined_shape(self.codes.shape[:-1], self.in_sizes, self.out_sizes)
 
     def materialize(self, dtype: Any = None) -> jax.Array:
         """Returns the dequantised array."""
@@ -77,8 +76,7 @@ class NF4(Weight):
         moved = super().reshape(shape)
         if moved is None:
             return None
-        sizes = (tuple(shape[i] for i in axes) for axes in (moved.role.in_axes, moved.role.out_axes))
-        return dataclasses.replace(moved, **dict(zip(("in_sizes", "out_sizes"), sizes, strict=True)))
+        return dataclasses.replace(moved, in_sizes=moved.role.in_shape(shape), out_sizes=moved.role.out_shape(shape))
 
 
 def quantize_nf4(array: jax.Array, role: Role | None = None, order: Order = "out_in") -> NF4:
@@ -115,8 +113,8 @@ def quantize_nf4(array: jax.Array, role: Role | None = None, order: Order = "out
     return NF4(
         codes=pairs[..., 0] | (pairs[..., 1] << 4),
         absmax=absmax,
-        in_sizes=tuple(array.shape[i] for i in role.in_axes),
-        out_sizes=tuple(array.shape[i] for i in role.out_axes),
+        in_sizes=role.in_shape(array.shape),
+        out_sizes=role.out_shape(array.shape),
         order=order,
         role=role,
         dtype=array.dtype,

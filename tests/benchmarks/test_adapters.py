@@ -18,12 +18,12 @@ MOST = {"lora": 1.02, "dora": 1.03, "randlora": 1.02, "oft": 1.03, "ssf": 1.02, 
 
 @functools.cache
 def plain():
-    return linen(CONFIG.model(), adapters.batch(CONFIG, CONFIG.length))
+    return linen(CONFIG.model(), CONFIG.tokens())
 
 
 @functools.cache
 def measured(name, targets):
-    kernels, tokens = adapters.TARGETS[targets], adapters.batch(CONFIG, CONFIG.length)
+    kernels, tokens = adapters.TARGETS[targets], CONFIG.tokens()
     arm = adapters.arms(CONFIG, 81_000, 7)[name]
     flops = step_cost(adapters.variant(plain(), name, arm, kernels, tokens), tokens)[0].flops
     sizes = {

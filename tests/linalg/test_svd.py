@@ -5,8 +5,8 @@ import pytest
 import scipy.linalg
 import scipy.sparse.linalg
 
+from benchmarks._compilations import compilations
 from subspace_jax.linalg import fix_signs, randomized_svd, truncated_svd, wide_dtype
-from tests.compilations import compilations
 
 
 def decaying(rng, m, n, power):

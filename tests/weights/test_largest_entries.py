@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks._compilations import compilations
 from subspace_jax.weights import largest_entries
-from tests.compilations import compilations
 
 
 def brute(scores, count):
