@@ -13,8 +13,7 @@ from rich.table import Table
 
 from benchmarks import _benchmark
 from benchmarks._results import FOLDER, save, write_page
-from experiments._cli import configure
-from experiments._results import terminal_table
+from experiments.runner import configure, terminal_table
 
 Settings = Annotated[
     tuple[str, ...],

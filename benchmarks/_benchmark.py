@@ -10,7 +10,7 @@ from rich.console import Console
 
 import benchmarks
 from benchmarks._charts import Chart
-from experiments import _registry
+from experiments import runner
 
 Rows = Sequence[Sequence[str]]
 
@@ -47,7 +47,7 @@ def number(value: float | None, digits: int = 2, absent: str = "-") -> str:
 
 def names() -> list[str]:
     """Returns the names of all benchmarks: the public modules of this package."""
-    return _registry.names(benchmarks)
+    return runner.names(benchmarks)
 
 
 def find(name: str) -> Benchmark:
@@ -60,6 +60,6 @@ def find(name: str) -> Benchmark:
       SystemExit: there is none of this name; the message has the nearest ones.
     """
     try:
-        return _registry.find_module(name, benchmarks, "benchmark").BENCHMARK
+        return runner.find_module(name, benchmarks, "benchmark").BENCHMARK
     except KeyError as error:
         raise SystemExit(error.args[0]) from error

@@ -58,7 +58,7 @@ def methods(settings: dict[str, Any]) -> dict[str, tuple[dict[str, sj.Method], M
         return optax.adam(1e-4)
 
     def lift_adam(_: Any) -> optax.GradientTransformation:
-        return sj.lift_adam(1e-4)
+        return sj.methods.lift.lift_adam(1e-4)
 
     def in_blocks(rows: int, cols: int) -> sj.Method:
         return sj.lift(rank, filter_rank=rank, svd="randomized", blocks=(rows, cols), keep_formed=settings["remat"])
@@ -69,7 +69,7 @@ def methods(settings: dict[str, Any]) -> dict[str, tuple[dict[str, sj.Method], M
         "pissa": ({KERNELS: sj.pissa(rank)}, adam),
         "lift": ({KERNELS: in_blocks(1, 1)}, lift_adam),
         "lift_blocks": ({INWARD: in_blocks(data, model), OUTWARD: in_blocks(model, data)}, lift_adam),
-        "osf": ({KERNELS: sj.osf(0.5)}, lambda frozen: sj.osf_projection(adam(frozen), frozen)),
+        "osf": ({KERNELS: sj.osf(0.5)}, lambda frozen: sj.methods.osf.projection(adam(frozen), frozen)),
         "full": ({"**": sj.full()}, adam),
     }
 

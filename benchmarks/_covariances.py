@@ -31,7 +31,7 @@ def _by_svd(x: jax.Array) -> jax.Array:
 
 
 def _damped(gram: jax.Array) -> jax.Array:
-    return sj.damped_covariance(gram).covariance
+    return sj.methods.corda.damped_covariance(gram).covariance
 
 
 def covariances(inputs: int, rows: int, chunk: int, console: Console) -> list[dict[str, Any]]:

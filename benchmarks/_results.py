@@ -12,7 +12,7 @@ import jax
 
 from benchmarks._benchmark import find
 from benchmarks._charts import draw
-from experiments._results import environment, markdown_table, read_json, write_json
+from experiments.runner import environment, markdown_table, read_json, write_json
 
 FOLDER = Path(__file__).parent / "results"
 

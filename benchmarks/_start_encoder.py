@@ -47,7 +47,7 @@ def start_encoder(layers: int, width: int, console: Console) -> list[dict[str, A
         "pissa": lambda: sj.pissa(small),
         "corda": lambda: sj.corda(small),
         "lora_sb": lambda: sj.lora_sb(rank, learning_rate=LEARNING_RATE),
-        "lora_xs": lambda: sj.lora_xs(rank),
+        "lora_xs": lambda: sj.methods.lora_sb.lora_xs(rank),
         "svfit, full SVD": lambda: sj.svfit(width),
     }
     rows = []

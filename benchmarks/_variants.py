@@ -125,10 +125,10 @@ def masked(plain: Plain, rank: int, tokens: Any, abstract: bool) -> Variant:
     """The trap: everything is differentiated, and `optax.masked` freezes afterwards."""
 
     def open_up(weight: Any) -> Any:
-        return dataclasses.replace(weight, trainable=weight.data_names()) if sj.is_weight(weight) else weight
+        return dataclasses.replace(weight, trainable=weight.data_names()) if sj.core.is_weight(weight) else weight
 
     tree = adapted_tree(plain, sj.lora(rank), tokens, abstract)
-    tree = jax.tree.map(open_up, tree, is_leaf=sj.is_weight)
+    tree = jax.tree.map(open_up, tree, is_leaf=sj.core.is_weight)
 
     def frozen(path: tuple[Any, ...], _: Any) -> bool:
         return getattr(path[-1], "name", "") not in ("a", "b")

@@ -17,7 +17,7 @@ from benchmarks._charts import Chart
 from benchmarks._measure import Runner, interleaved, paired_ratio, step_cost
 from benchmarks._models import Plain, StepConfig, cross_entropy, linen
 from benchmarks._variants import Variant, of_tree
-from experiments._results import human_bytes
+from experiments.runner import human_bytes
 
 TARGETS = {
     "all": ("query", "key", "value", "out", "mlp_in", "mlp_out", "head"),
@@ -87,7 +87,7 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
         "corda": Arm(sj.corda(rank), of_rank, statistics="gram"),
         "matryoshka": Arm(sj.matryoshka(sj.lora(rank)), of_rank),
         "flora": Arm(sj.flora(rank), arithmetic.tucker(rank)),
-        "lora_xs": Arm(sj.lora_xs(square), arithmetic.core(square)),
+        "lora_xs": Arm(sj.methods.lora_sb.lora_xs(square), arithmetic.core(square)),
         "lora_sb": Arm(sj.lora_sb(square, learning_rate=1e-3), arithmetic.core(square), statistics="gradient"),
         "randlora": Arm(sj.randlora(32), arithmetic.random_bases(32)),
         "oft": Arm(sj.oft(32), arithmetic.rotation(32)),
@@ -95,7 +95,7 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
         "loca": Arm(sj.loca(share), arithmetic.cosine, _alternating),
         "svfit": Arm(sj.svfit(config.width), of_width),
         "loldu": Arm(sj.loldu(), of_width),
-        "lift": Arm(sj.lift(rank, filter_rank=8 * rank), arithmetic.full, lambda _: sj.lift_adam(RATE)),
+        "lift": Arm(sj.lift(rank, filter_rank=8 * rank), arithmetic.full, lambda _: sj.methods.lift.lift_adam(RATE)),
         "s2ft": Arm(None, rules=S2FT, note="rows of the attention's and the MLP's outputs, whatever others adapt"),
         "ssf": Arm(sj.ssf(), arithmetic.elementwise, pattern="*", note="kernels and biases, norms left out"),
         "osf": Arm(sj.osf(0.5), optimizer=_osf, note="half of all singular triples learn, far more values than LoRA's"),
@@ -109,11 +109,11 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
 
 def _alternating(tree: Any) -> optax.GradientTransformation:
     del tree
-    return sj.alternating(optax.adam(RATE), optax.adam(RATE), cutoff_step=1000)
+    return sj.methods.loca.alternating(optax.adam(RATE), optax.adam(RATE), cutoff_step=1000)
 
 
 def _osf(tree: Any) -> optax.GradientTransformation:
-    return sj.osf_projection(optax.adam(RATE), tree)
+    return sj.methods.osf.projection(optax.adam(RATE), tree)
 
 
 def variant(plain: Plain, name: str, arm: Arm, targets: tuple[str, ...], tokens: jax.Array) -> Variant:

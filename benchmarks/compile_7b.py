@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks._benchmark import Benchmark, Rows
 from benchmarks._charts import Chart
-from experiments._results import human_bytes
+from experiments.runner import human_bytes
 
 KEYS = ("count", "bytes")
 # A matrix that is moved is a weight; one that is summed over devices is a gradient.

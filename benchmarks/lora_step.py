@@ -24,7 +24,7 @@ from benchmarks._measure import (
 )
 from benchmarks._models import StepConfig
 from benchmarks._variants import Variant, variants
-from experiments._results import human_bytes
+from experiments.runner import human_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import subspace_jax as sj
 from benchmarks._benchmark import Benchmark, Rows
 from benchmarks._charts import Chart
 from benchmarks._compile_program import KERNELS, Make, Setting
-from experiments._results import human_bytes
+from experiments.runner import human_bytes
 from subspace_jax.training import make_mesh
 
 # Name, width, heads, width of the MLP, layers.
@@ -84,10 +84,13 @@ def methods(config: Config) -> dict[str, tuple[dict[str, sj.Method], Make]]:
     everything = {"**": sj.full()}
     return {
         "full": (everything, adam),
-        "dct_adam": (everything, rated(sj.scale_by_dct_adam(optimizer_rank, error_feedback=False))),
-        "dct_adam, error feedback": (everything, rated(sj.scale_by_dct_adam(optimizer_rank))),
+        "dct_adam": (everything, rated(sj.methods.dct_lowrank.scale_by_dct_adam(optimizer_rank, error_feedback=False))),
+        "dct_adam, error feedback": (everything, rated(sj.methods.dct_lowrank.scale_by_dct_adam(optimizer_rank))),
         "galore": (everything, lambda _: sj.galore(1e-4, optimizer_rank)),
-        "lift": ({KERNELS: sj.lift(rank, filter_rank=rank, svd="randomized")}, lambda _: sj.lift_adam(1e-4)),
+        "lift": (
+            {KERNELS: sj.lift(rank, filter_rank=rank, svd="randomized")},
+            lambda _: sj.methods.lift.lift_adam(1e-4),
+        ),
         "lora": ({KERNELS: sj.lora(rank)}, adam),
         "qpissa": ({KERNELS: sj.qpissa(rank)}, adam),
     }

@@ -18,7 +18,7 @@ import subspace_jax as sj
 from benchmarks._benchmark import Benchmark, Rows, number
 from benchmarks._charts import Chart
 from benchmarks._measure import Cost, combined, cost, interleaved, paired_ratio
-from experiments._results import human_bytes
+from experiments.runner import human_bytes
 
 BASELINE = "optax.adam"
 RATE = 1e-3
@@ -63,20 +63,22 @@ def optimizers(config: Config) -> dict[str, Callable[[int], optax.GradientTransf
         return optax.chain(transformation, optax.scale_by_learning_rate(RATE))
 
     def subspace(every: int, **options: Any) -> optax.GradientTransformation:
-        return rated(sj.in_subspace(optax.scale_by_adam(), rank=rank, every=every, **options))
+        return rated(sj.optim.in_subspace(optax.scale_by_adam(), rank=rank, every=every, **options))
 
     return {
         BASELINE: lambda every: optax.adam(RATE),
         "optax.contrib.galore": lambda every: contrib.galore(RATE, rank, update_proj_gap=every),
         "optax.contrib.muon": lambda every: contrib.muon(RATE),
         "sj.galore": lambda every: sj.galore(RATE, rank, every=every, scale=1.0),
-        "sj.in_subspace, randomised": lambda every: subspace(every, decomposition="randomized"),
-        "sj.scale_by_dct_adam": lambda every: rated(sj.scale_by_dct_adam(rank)),
-        "sj.scale_by_dct_adam, fft": lambda every: rated(sj.scale_by_dct_adam(rank, transform="fft")),
-        "sj.scale_by_dct_adam, no error feedback": lambda every: rated(
-            sj.scale_by_dct_adam(rank, error_feedback=False)
+        "sj.optim.in_subspace, randomised": lambda every: subspace(every, decomposition="randomized"),
+        "sj.methods.dct_lowrank.scale_by_dct_adam": lambda every: rated(sj.methods.dct_lowrank.scale_by_dct_adam(rank)),
+        "sj.methods.dct_lowrank.scale_by_dct_adam, fft": lambda every: rated(
+            sj.methods.dct_lowrank.scale_by_dct_adam(rank, transform="fft")
         ),
-        "sj.scale_by_trion": lambda every: rated(sj.scale_by_trion(rank)),
+        "sj.methods.dct_lowrank.scale_by_dct_adam, no error feedback": lambda every: rated(
+            sj.methods.dct_lowrank.scale_by_dct_adam(rank, error_feedback=False)
+        ),
+        "sj.methods.dct_lowrank.scale_by_trion": lambda every: rated(sj.methods.dct_lowrank.scale_by_trion(rank)),
     }
 
 

@@ -78,7 +78,9 @@ METHODS = {
         lambda _: sj.randlora(32, scaling="peft"),
         lambda peft, _, names: peft.RandLoraConfig(r=32, target_modules=names),
     ),
-    "osf": Peers(lambda _: sj.osf(0.5), lambda peft, _, names: peft.OSFConfig(target_modules=names), sj.osf_projection),
+    "osf": Peers(
+        lambda _: sj.osf(0.5), lambda peft, _, names: peft.OSFConfig(target_modules=names), sj.methods.osf.projection
+    ),
 }
 
 

@@ -17,7 +17,7 @@ import subspace_jax as sj
 from benchmarks._benchmark import Benchmark, Rows
 from benchmarks._charts import Chart
 from benchmarks._measure import combined, cost, interleaved, paired_ratio
-from experiments._results import human_bytes
+from experiments.runner import human_bytes
 
 PLAIN = "plain Adam"
 
@@ -74,7 +74,7 @@ def ways(config: Config) -> dict[str, Way]:
         return sj.adapt(params, {"**": method}, key=jax.random.key(1))
 
     def osf(width: Any) -> Way:
-        return Way(adapt(sj.osf(k, width=width)), lambda frozen: sj.osf_projection(optax.adam(1e-3), frozen))
+        return Way(adapt(sj.osf(k, width=width)), lambda frozen: sj.methods.osf.projection(optax.adam(1e-3), frozen))
 
     def coso(side: Any) -> Way:
         optimizer = sj.coso(1e-3, config.r1, config.r2, config.gap, side, tasks=4)
@@ -126,7 +126,7 @@ class _Runner:
 
 
 def _has_weights(tree: Any) -> bool:
-    return any(sj.is_weight(leaf) for leaf in jax.tree.leaves(tree, is_leaf=sj.is_weight))
+    return any(sj.core.is_weight(leaf) for leaf in jax.tree.leaves(tree, is_leaf=sj.core.is_weight))
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:

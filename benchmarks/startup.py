@@ -32,7 +32,7 @@ from benchmarks._starts import (
     start,
     values,
 )
-from experiments._results import human_bytes
+from experiments.runner import human_bytes
 from subspace_jax.core import Statistics
 
 FULL, GRAM, RANDOMISED = "full SVD", "eigh of the Gram", "randomised"
@@ -196,7 +196,7 @@ def _job(method: str, spectrum: str, matrices: np.ndarray) -> _Job:
     gram = jnp.broadcast_to(
         covariance(np.random.default_rng(1), matrices.shape[1]), (len(matrices), *2 * matrices.shape[1:2])
     )
-    damped = sj.damped_covariance(gram).covariance
+    damped = sj.methods.corda.damped_covariance(gram).covariance
     return _Job(method, spectrum, kernel, Statistics(gram=gram), np.asarray(damped @ kernel), damped)
 
 
@@ -208,7 +208,7 @@ def _method(
         "pissa": lambda: sj.pissa(rank, **options),
         "corda": lambda: sj.corda(rank, **options),
         "lora_sb": lambda: sj.lora_sb(rank, learning_rate=LEARNING_RATE, iterations=iterations),
-        "lora_xs": lambda: sj.lora_xs(rank, iterations=iterations),
+        "lora_xs": lambda: sj.methods.lora_sb.lora_xs(rank, iterations=iterations),
         "svfit": lambda: sj.svfit(rank, svd=svd),
     }
     if name not in known:

@@ -1,6 +1,6 @@
 """Entry point of `python -m experiments`."""
 
-from experiments._cli import main
+from experiments.runner import main
 
 if __name__ == "__main__":
     main()

@@ -32,10 +32,9 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments._experiment import Context, Experiment
-from experiments._results import human_bytes, mean_and_spread, read_json, with_spread, write_json
-from experiments._text import KERNELS, TextJob
-from experiments._training import evaluate
+from experiments.runner import Context, Experiment, human_bytes, mean_and_spread, read_json, with_spread, write_json
+from experiments.tasks.text_job import KERNELS, TextJob
+from experiments.tasks.training import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ def _kernels(make: Callable[[], sj.Method]) -> Callable[[], Mapping[str, Any]]:
 
 def _loca(schedule: optax.Schedule, steps: int) -> optax.GradientTransformation:
     # A location moves about a cell a step; it rests after a fifth of the steps, which a turn's length requires here.
-    return sj.alternating(
+    return sj.methods.loca.alternating(
         optax.adamw(schedule, weight_decay=0.0),
         optax.adam(1e-3),
         cutoff_step=max(1, steps // 5),
@@ -74,7 +73,7 @@ def _loca(schedule: optax.Schedule, steps: int) -> optax.GradientTransformation:
 
 def _lift(schedule: optax.Schedule, steps: int) -> optax.GradientTransformation:
     del steps
-    return sj.lift_adam(schedule)
+    return sj.methods.lift.lift_adam(schedule)
 
 
 # s2ft's two shares: one of 12 heads, and 36 of 1536 channels, of every layer on average.
@@ -86,7 +85,7 @@ ARMS: dict[str, Arm] = {
     "pissa": Arm(_kernels(lambda: sj.pissa(4)), 1e-3, (3e-4, 1e-3, 3e-3)),
     "corda": Arm(_kernels(lambda: sj.corda(4)), 1e-3, (3e-4, 1e-3, 3e-3), needs="gram"),
     "lora_sb": Arm(_kernels(lambda: sj.lora_sb(64, learning_rate=1e-3)), 1e-3, (3e-4, 1e-3, 3e-3), needs="gradient"),
-    "lora_xs": Arm(_kernels(lambda: sj.lora_xs(64)), 3e-3, (1e-3, 3e-3, 1e-2)),
+    "lora_xs": Arm(_kernels(lambda: sj.methods.lora_sb.lora_xs(64)), 3e-3, (1e-3, 3e-3, 1e-2)),
     "matryoshka": Arm(_kernels(lambda: sj.matryoshka(sj.lora(4))), 1e-3, (3e-4, 1e-3, 3e-3)),
     "flora": Arm(_kernels(lambda: sj.flora(4)), 1e-2, (1e-3, 3e-3, 1e-2)),
     "randlora": Arm(_kernels(lambda: sj.randlora(32)), 3e-3, (3e-3, 1e-2, 3e-2)),

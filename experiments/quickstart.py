@@ -31,10 +31,9 @@ import jax
 import numpy as np
 
 import subspace_jax as sj
-from experiments._experiment import Context, Experiment
-from experiments._results import human_bytes, mean_and_spread, read_json, with_spread, write_json
-from experiments._text import KERNELS, TextJob
-from experiments._training import evaluate
+from experiments.runner import Context, Experiment, human_bytes, mean_and_spread, read_json, with_spread, write_json
+from experiments.tasks.text_job import KERNELS, TextJob
+from experiments.tasks.training import evaluate
 
 METHODS = ("head", "full", "lora", "dora", "pissa")
 # Three learning rates each, a factor of about three apart, around what is usual for the method.

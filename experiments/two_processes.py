@@ -30,8 +30,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import subspace_jax as sj
-from experiments._experiment import Context, Experiment
-from experiments._text import KERNELS, TextJob
+from experiments.runner import Context, Experiment
+from experiments.tasks.text_job import KERNELS, TextJob
 from subspace_jax import training
 
 PROJECTED = "/attention/value/kernel"
@@ -98,7 +98,7 @@ def process(number: int, port: int, folder: Path, config: Config) -> None:
         print(json.dumps({"step": step, "loss": float(metrics["loss"])}), flush=True)
 
     step = training.make_train_step(lambda tree, batch, key: job.loss(tree, batch), optimizer)
-    with sj.Checkpointer(folder / "checkpoints", base=params, max_to_keep=2) as checkpointer:
+    with sj.io.Checkpointer(folder / "checkpoints", base=params, max_to_keep=2) as checkpointer:
         state = training.fit(
             state,
             step,

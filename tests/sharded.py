@@ -41,11 +41,11 @@ class Case:
 
 
 def osf_adam(frozen):
-    return sj.osf_projection(optax.adam(1e-2, eps=1e-3), frozen)
+    return sj.methods.osf.projection(optax.adam(1e-2, eps=1e-3), frozen)
 
 
 def lift_adam(_):
-    return sj.lift_adam(1e-2, eps=1e-3)
+    return sj.methods.lift.lift_adam(1e-2, eps=1e-3)
 
 
 def blocks(path):

@@ -1,4 +1,4 @@
-"""The house keeps its plan: imports point down, and the documents tell the truth."""
+"""The house keeps its plan: imports point down, names are where they are said to be, and the documents are true."""
 
 from __future__ import annotations
 
@@ -12,67 +12,140 @@ import pytest
 
 import subspace_jax as sj
 from docs import generate
-from experiments import _registry
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "subspace_jax"
 
-# What each topic may import of this library.
+# What each room may import of this library, from the ground floor to the roof.
 MAY_IMPORT = {
     "core": set(),
     "linalg": set(),
-    "assets": set(),
-    "weights": {"core", "linalg"},
-    "adapters": {"core", "linalg", "weights"},
-    "manifolds": {"core", "linalg"},
-    "regularizers": {"core", "linalg"},
-    "optim": {"core", "linalg", "manifolds", "regularizers", "weights"},
-    "continual": {"adapters", "core", "linalg", "metrics", "optim", "weights"},
     "metrics": set(),
-    "models": {"assets", "core", "linalg", "manifolds"},
+    "assets": set(),
     "data": {"assets"},
-    "io": {"core", "weights"},
+    "weights": {"core", "linalg"},
+    "manifolds": {"core", "linalg"},
+    "sharding": {"core"},
+    "models": {"assets", "core"},
+    "continual": {"core", "metrics"},
+    "optim": {"core", "linalg", "manifolds", "weights"},
+    "methods": {"continual", "core", "linalg", "manifolds", "metrics", "optim", "weights"},
+    "io": {"core", "methods", "weights"},
     "training": {"core", "io", "sharding"},
+    "errors": {"assets", "continual", "core", "io"},
 }
+# No part of a published method stays behind in these, and one method uses another by its public names only.
+FAMILIES = ("low_rank", "structured", "sparse", "optimizers", "continual", "regularized", "systems")
 
 
-def imported_topics(path: Path) -> set[str]:
-    topics = set()
+def imported(path: Path) -> set[str]:
+    """The modules of this library that a file imports."""
+    found: set[str] = set()
+    package = ".".join(path.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [base])]
+                )
+            found |= {base} if base != "subspace_jax" else {f"{base}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level > 1:
-            names = [f"subspace_jax.{node.module}"]
-        topics |= {name.split(".")[1] for name in names if name.startswith("subspace_jax.")}
-    return topics
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("subspace_jax.")}
 
 
-def test_every_topic_is_planned():
-    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
-    assert folders == set(MAY_IMPORT)
+def files_of(room: str) -> list[Path]:
+    return [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else sorted((PACKAGE / room).rglob("*.py"))
 
 
-@pytest.mark.parametrize("topic", sorted(MAY_IMPORT))
-def test_imports_point_down(topic):
-    for path in (PACKAGE / topic).rglob("*.py"):
-        allowed = MAY_IMPORT[topic] | {topic}
-        assert imported_topics(path) <= allowed, f"{path.relative_to(ROOT)} imports {imported_topics(path) - allowed}"
+def test_every_room_is_planned():
+    rooms = {p.stem for p in PACKAGE.iterdir() if p.stem not in ("__init__", "__pycache__", "py")}
+    assert rooms == set(MAY_IMPORT)
+    families = {p.name for p in (PACKAGE / "methods").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert families == set(FAMILIES)
 
 
-def test_nothing_reaches_into_private_files_of_another_topic():
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
+def test_imports_point_down(room):
+    allowed = MAY_IMPORT[room] | {room}
+    for path in files_of(room):
+        rooms = {name.split(".")[1] for name in imported(path)}
+        assert rooms <= allowed, f"{path.relative_to(ROOT)} imports {rooms - allowed}"
+
+
+def test_the_plan_has_no_circle():
+    left = dict(MAY_IMPORT)
+    while left:
+        floor = [room for room, below in left.items() if not below & set(left)]
+        assert floor, f"these import each other in a circle: {sorted(left)}"
+        left = {room: below for room, below in left.items() if room not in floor}
+
+
+def home(module: str) -> str:
+    """The folder whose face a module's names are handed out by: a room, or a method's home."""
+    parts = module.split(".")
+    return ".".join(parts[:4] if parts[1] == "methods" else parts[:2])
+
+
+def test_nothing_reaches_into_private_files_of_another_home():
     for path in PACKAGE.rglob("*.py"):
-        topic = path.relative_to(PACKAGE).parts[0]
-        for module in re.findall(r"from (subspace_jax\.\w+\._\w+) import", path.read_text()):
-            assert module.split(".")[1] == topic, f"{path.relative_to(ROOT)} imports {module}"
+        here = home(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for module in imported(path):
+            if any(part.startswith("_") for part in module.split(".")):
+                assert home(module) == here, f"{path.relative_to(ROOT)} imports {module}"
 
 
-def test_the_picture_names_every_topic():
+def test_experiments_benchmarks_and_docs_use_no_private_names_of_each_other():
+    for top in ("experiments", "benchmarks", "docs"):
+        for path in (ROOT / top).rglob("*.py"):
+            for module, names in re.findall(r"^from ([\w.]+) import (.*)$", path.read_text(), flags=re.MULTILINE):
+                first, *others = module.split(".")
+                if first in ("experiments", "benchmarks", "docs", "subspace_jax") and first != top:
+                    private = [n for n in [*others, *names.split(", ")] if n.startswith("_")]
+                    assert not private, f"{path.relative_to(ROOT)} imports {module}: {private}"
+
+
+def test_shared_packages_say_what_they_hand_out():
+    """A name in `__all__` exists, and a public name that an `__init__` imports is in its `__all__`."""
+    for path in PACKAGE.rglob("__init__.py"):
+        tree = ast.parse(path.read_text())
+        names = {a.asname for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
+        listed = [n for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
+        assert listed, f"{path.relative_to(ROOT)} has no __all__"
+        missing = names ^ (set(ast.literal_eval(listed[0].value)) - {"__version__", "data", "models", "training"})
+        assert not missing, f"{path.relative_to(ROOT)}: __all__ and the imports differ by {sorted(missing)}"
+
+
+def test_the_face_is_small_and_whole():
+    """About 45 functions and classes at 25 methods; modules come on top."""
+    functions = [name for name in sj.__all__ if callable(getattr(sj, name))]
+    assert len(functions) <= 60
+    assert sj.__version__
+    for name in (
+        "continual",
+        "data",
+        "errors",
+        "linalg",
+        "manifolds",
+        "methods",
+        "metrics",
+        "models",
+        "optim",
+        "training",
+    ):
+        assert getattr(sj, name).__name__ == f"subspace_jax.{name}"
+    assert issubclass(sj.errors.RankError, sj.errors.SubspaceError)
+    with pytest.raises(AttributeError, match=r"osf_ranks.*sj\.methods"):
+        sj.osf_ranks  # noqa: B018
+
+
+def test_the_picture_names_every_room():
     page = (ROOT / "docs" / "architecture.md").read_text()
-    for topic in MAY_IMPORT:
-        assert f"{topic}/" in page
+    for room in MAY_IMPORT:
+        assert re.search(rf"\b{room}\b", page), room
+    for family in FAMILIES:
+        assert f"{family}/" in page
     for name in re.findall(r"`(core/_\w+\.py)`", page):
         assert (PACKAGE / name).exists(), name
 
@@ -96,21 +169,16 @@ def test_generated_parts_are_up_to_date(name):
     assert generate.fill(page) == page, "run `make tables`"
 
 
-def test_catalogue_is_complete():
-    known = set(_registry.names())
-    for source in sj.catalogue():
-        assert source.experiment in known, f"{source.name}: no experiments/{source.experiment}.py"
-        for name in source.public:
-            assert callable(getattr(sj, name)), f"{source.name}: subspace_jax.{name}"
-    registered = {source.name for source in sj.catalogue()}
-    for path in (PACKAGE / "adapters").glob("_[a-z]*.py"):
-        name = path.stem.removeprefix("_")
-        parts = any(name == one or name.startswith(f"{one}_") for one in registered)
-        assert name == "catalogue" or parts, f"{path.name} does not register its method"
+def test_pages_of_methods_are_up_to_date():
+    folder = ROOT / "docs" / "methods"
+    pages = generate.method_pages()
+    assert {p.name for p in folder.glob("*.md")} == set(pages), "run `make tables`"
+    for name, text in pages.items():
+        assert (folder / name).read_text() == text, f"docs/methods/{name}: run `make tables`"
 
 
 def test_import_is_light():
-    heavy = "tensorflow_datasets", "orbax", "sklearn", "matplotlib", "rich", "tokenizers", "torch"
+    heavy = "tensorflow_datasets", "sklearn", "matplotlib", "rich", "tokenizers", "torch"
     code = f"import sys, subspace_jax; print([m for m in {heavy!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # flax itself imports some of these; what counts is what we add to it.

@@ -114,7 +114,7 @@ def test_parts_of_a_partition_have_the_shardings_of_the_whole():
 OPTIMIZERS = {
     "adam": (optax.adam(1e-3), lambda s: s[0].mu["w"], P("data", "model")),
     "in_subspace": (
-        sj.in_subspace(optax.scale_by_adam(), rank=2, side="in", roles=ROLES),
+        sj.optim.in_subspace(optax.scale_by_adam(), rank=2, side="in", roles=ROLES),
         lambda s: (s.basis["w"], s.inner.mu["w"], s.basis["stack"]),
         (P("data", None), P(None, "model"), P(None, "model", None)),
     ),
@@ -124,7 +124,7 @@ OPTIMIZERS = {
         (P("data", None), P(None, "model")),
     ),
     "dct_adam": (
-        sj.scale_by_dct_adam(2, roles=ROLES),
+        sj.methods.dct_lowrank.scale_by_dct_adam(2, roles=ROLES),
         lambda s: (s.leaves["w"].error, s.leaves["w"].mu),
         (P("data", "model"), P("data", None)),
     ),

@@ -106,18 +106,18 @@ class Update(Protocol):
         ...
 
 
-def resting(adapted: Any, memory: Any = None) -> LearnerState:
+def initial_state(adapted: Any, memory: Any = None) -> LearnerState:
     """Returns the state before the first task; every array is a copy, since steps may free what they are given."""
     state = LearnerState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), adapted, None, memory)
     return jax.tree.map(jnp.copy, state)
 
 
-def fresh(optimizer: optax.GradientTransformation, adapted: Any) -> Any:
+def init_opt_state(optimizer: optax.GradientTransformation, adapted: Any) -> Any:
     """Returns the first state of an optimiser of what learns, in arrays of its own."""
     return jax.tree.map(jnp.copy, optimizer.init(partition(adapted)[0]))
 
 
-def ended(state: LearnerState, **changed: Any) -> LearnerState:
+def end_state(state: LearnerState, **changed: Any) -> LearnerState:
     """Returns the state between a task that ends and the next one."""
     state = state._replace(task=state.task + 1, steps=jnp.zeros_like(state.steps), opt_state=None)
     return state._replace(**changed)
@@ -158,7 +158,7 @@ def check_start(name: str, state: LearnerState, task: int, tasks: int | None = N
     """Refuses to begin a task while another one runs, out of turn, or beyond the number that there is room for."""
     if state.opt_state is not None:
         raise StreamError(
-            f"{name}: start_task({task}) while task {known(state.task)} is running; end that one first with "
+            f"{name}: start_task({task}) while task {concrete_int(state.task)} is running; end that one first with "
             "end_task(state, task, batches)."
         )
     _check_number(name, "start_task", state, task)
@@ -173,8 +173,8 @@ def check_end(name: str, state: LearnerState, task: int) -> None:
     """Refuses to end a task that does not run."""
     if state.opt_state is None:
         raise StreamError(
-            f"{name}: end_task({task}), but no task is running: {known(state.task)} have ended. A task ends once, "
-            "after start_task(state, task, key)."
+            f"{name}: end_task({task}), but no task is running: {concrete_int(state.task)} have ended. A task ends "
+            "once, after start_task(state, task, key)."
         )
     _check_number(name, "end_task", state, task)
 
@@ -182,12 +182,12 @@ def check_end(name: str, state: LearnerState, task: int) -> None:
 def _check_number(name: str, what: str, state: LearnerState, task: int) -> None:
     if isinstance(task, bool) or not isinstance(task, int):
         raise StreamError(f"{name}: {what} got task={task!r}; expected the number of the task, a Python int from zero.")
-    expected = known(state.task)
+    expected = concrete_int(state.task)
     if expected is not None and task != expected:
         raise StreamError(f"{name}: {what}({task}), but it is the turn of task {expected}; tasks count from zero.")
 
 
-def known(value: jax.Array) -> int | None:
+def concrete_int(value: jax.Array) -> int | None:
     """Returns an integer scalar's value, or None under a trace."""
     return None if isinstance(value, (Tracer, jax.ShapeDtypeStruct)) else int(value)
 

@@ -15,15 +15,15 @@ from subspace_jax.continual._learner import (
     adapted_of,
     check_end,
     check_start,
-    ended,
-    fresh,
+    end_state,
+    init_opt_state,
+    initial_state,
     make_step,
-    resting,
 )
 from subspace_jax.core import Role, adapt
 
 
-def sequential(
+def sequential_learner(
     loss: Loss, rules: Any, optimizer: optax.GradientTransformation, *, roles: Mapping[str, Role] | None = None
 ) -> Learner:
     """Returns a learner that goes on with every task from where the last one ended: the baseline that forgets.
@@ -40,7 +40,7 @@ def sequential(
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
       >>> loss = lambda params, batch: sj.with_adapters(lambda p: jnp.mean((batch @ p["w"]) ** 2))(params)
-      >>> learner = sj.sequential(loss, {"w": sj.full()}, optax.sgd(0.1))
+      >>> learner = sj.continual.sequential_learner(loss, {"w": sj.full()}, optax.sgd(0.1))
       >>> state = learner.init({"w": jnp.ones((2, 1))}, jax.random.key(0))
       >>> state = learner.start_task(state, 0, jax.random.key(1))
       >>> state, metrics = jax.jit(learner.step, donate_argnums=0)(state, jnp.eye(2), jax.random.key(2))
@@ -50,22 +50,22 @@ def sequential(
     """
 
     def init(params: Any, key: jax.Array) -> LearnerState:
-        return resting(adapt(params, rules, key=key, roles=roles))
+        return initial_state(adapt(params, rules, key=key, roles=roles))
 
     def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
         del key
-        check_start("sequential", state, task)
-        return state._replace(opt_state=fresh(optimizer, state.adapted))
+        check_start("sequential_learner", state, task)
+        return state._replace(opt_state=init_opt_state(optimizer, state.adapted))
 
     def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
         del batches
-        check_end("sequential", state, task)
-        return ended(state)
+        check_end("sequential_learner", state, task)
+        return end_state(state)
 
     return Learner("sequential", init, start_task, make_step(loss, _plain(optimizer)), end_task, adapted_of)
 
 
-def joint(
+def joint_learner(
     loss: Loss, rules: Any, optimizer: optax.GradientTransformation, *, roles: Mapping[str, Role] | None = None
 ) -> Learner:
     """Returns a learner for which the boundaries of tasks do not exist: the ceiling, fed with examples of all tasks.
@@ -74,15 +74,15 @@ def joint(
     steps, and a row of the accuracy matrix after every share of them.
 
     Args:
-      loss: as for `sequential`.
-      rules: as for `sequential`.
+      loss: as for `sequential_learner`.
+      rules: as for `sequential_learner`.
       optimizer: any optax transformation; its state goes on through all tasks, so that a schedule spans the stream.
-      roles: as for `sequential`.
+      roles: as for `sequential_learner`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
       >>> loss = lambda params, batch: sj.with_adapters(lambda p: jnp.mean((batch @ p["w"]) ** 2))(params)
-      >>> learner = sj.joint(loss, {"w": sj.full()}, optax.adam(0.1))
+      >>> learner = sj.continual.joint_learner(loss, {"w": sj.full()}, optax.adam(0.1))
       >>> state = learner.init({"w": jnp.ones((2, 1))}, jax.random.key(0))
       >>> for task in range(2):
       ...     state = learner.start_task(state, task, jax.random.key(1))
@@ -94,17 +94,17 @@ def joint(
 
     def init(params: Any, key: jax.Array) -> LearnerState:
         adapted = adapt(params, rules, key=key, roles=roles)
-        return resting(adapted, fresh(optimizer, adapted))
+        return initial_state(adapted, init_opt_state(optimizer, adapted))
 
     def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
         del key
-        check_start("joint", state, task)
+        check_start("joint_learner", state, task)
         return state._replace(opt_state=state.memory, memory=None)
 
     def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
         del batches
-        check_end("joint", state, task)
-        return ended(state, memory=state.opt_state)
+        check_end("joint_learner", state, task)
+        return end_state(state, memory=state.opt_state)
 
     return Learner("joint", init, start_task, make_step(loss, _plain(optimizer)), end_task, adapted_of)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.continual._learner import Learner, LearnerState, StreamError, known
+from subspace_jax.continual._learner import Learner, LearnerState, StreamError, concrete_int
 
 
 class StreamTask(NamedTuple):
@@ -46,7 +46,7 @@ class StreamResult(NamedTuple):
 
 
 class StreamCheckpointer(Protocol):
-    """What a stream is saved with: `sj.Checkpointer`, or anything with these methods of it."""
+    """What a stream is saved with: `sj.io.Checkpointer`, or anything with these methods of it."""
 
     def save(self, step: int, adapted: Any, *, opt_state: Any = None, extra: Any = None) -> None:
         """Saves."""
@@ -96,13 +96,13 @@ def run_stream(
     key depends on `key`, the task and the step alone.
 
     Args:
-      learner: such as `gpm_learner(...)`.
+      learner: such as `gpm.learner(...)`.
       params: the parameters before the first task, with the heads of all tasks; they are copied.
       tasks: in the order to learn them.
       key: a random key; it is consumed.
       evaluate: after each task "seen" tasks only, which the lower triangle of the matrix needs; "all", and once before
         any training, for forward transfer, Transfer and Average; or "last" for the last row alone.
-      checkpointer: an open `sj.Checkpointer`, of a folder of this stream's own. With its `base=params` frozen arrays
+      checkpointer: an open `sj.io.Checkpointer`, of a folder of this stream's own. With its `base=params` frozen arrays
         that never change are not saved; `max_to_keep=1` keeps the latest only.
       save_every: number of steps from one checkpoint to the next within a task; none if None.
       on_step: told the number of the task, the number of the step in it, from one, and the step's metrics, which are
@@ -120,9 +120,9 @@ def run_stream(
       >>> def task(wanted):
       ...     batch = {"y": jnp.array(wanted)}
       ...     score = lambda params: 1.0 - abs(float(params["w"].value) - wanted)
-      ...     return sj.StreamTask(str(wanted), lambda start: [batch] * (5 - start), score)
+      ...     return sj.continual.StreamTask(str(wanted), lambda start: [batch] * (5 - start), score)
       >>> loss = lambda params, batch: jnp.square(sj.with_adapters(lambda p: p["w"] - batch["y"])(params))
-      >>> learner = sj.sequential(loss, {"w": sj.full()}, optax.sgd(0.5))
+      >>> learner = sj.continual.sequential_learner(loss, {"w": sj.full()}, optax.sgd(0.5))
       >>> result = sj.run_stream(learner, {"w": jnp.zeros(())}, [task(1.0), task(3.0)], key=jax.random.key(0))
       >>> result.matrix.tolist()
       [[1.0, nan], [-1.0, 1.0]]
@@ -242,8 +242,10 @@ def _restore(
     # What the checkpointer's base gave back is its own, and the first step would free it.
     state = jax.tree.map(jnp.copy, LearnerState(adapted=restored.adapted, **restored.opt_state))
     position = _Position(**restored.extra["position"])
-    if known(state.task) != position.task:
-        raise StreamError(f"run_stream: checkpoint {number} is of task {known(state.task)} and of {position.task}.")
+    if concrete_int(state.task) != position.task:
+        raise StreamError(
+            f"run_stream: checkpoint {number} is of task {concrete_int(state.task)} and of {position.task}."
+        )
     # NumPy arrays of a file may be read-only.
     return state, position._replace(matrix=np.array(position.matrix), base=np.array(position.base))
 

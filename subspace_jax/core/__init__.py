@@ -11,9 +11,14 @@ from subspace_jax.core._adapt import select_paths as select_paths
 from subspace_jax.core._apply import with_adapters as with_adapters
 from subspace_jax.core._capture import Statistics as Statistics
 from subspace_jax.core._capture import capture as capture
+from subspace_jax.core._catalogue import Kind as Kind
 from subspace_jax.core._catalogue import Source as Source
 from subspace_jax.core._catalogue import catalogue as catalogue
 from subspace_jax.core._catalogue import register as register
+from subspace_jax.core._checks import check_choice as check_choice
+from subspace_jax.core._checks import check_int as check_int
+from subspace_jax.core._checks import check_number as check_number
+from subspace_jax.core._checks import check_rank as check_rank
 from subspace_jax.core._errors import MaterializeError as MaterializeError
 from subspace_jax.core._errors import NonFiniteError as NonFiniteError
 from subspace_jax.core._errors import NotMergeableError as NotMergeableError
@@ -23,6 +28,7 @@ from subspace_jax.core._errors import RoleError as RoleError
 from subspace_jax.core._errors import StatisticsError as StatisticsError
 from subspace_jax.core._errors import StructureError as StructureError
 from subspace_jax.core._errors import SubspaceError as SubspaceError
+from subspace_jax.core._errors import WeightFileError as WeightFileError
 from subspace_jax.core._errors import nearest as nearest
 from subspace_jax.core._full import Full as Full
 from subspace_jax.core._labels import placed_like as placed_like
@@ -31,6 +37,8 @@ from subspace_jax.core._links import resolve_links as resolve_links
 from subspace_jax.core._merge import Rounding as Rounding
 from subspace_jax.core._merge import merge as merge
 from subspace_jax.core._merge import merge_rounding as merge_rounding
+from subspace_jax.core._operation import Operation as Operation
+from subspace_jax.core._operation import dense as dense
 from subspace_jax.core._operations import Convolution as Convolution
 from subspace_jax.core._operations import Dot as Dot
 from subspace_jax.core._operations import Lookup as Lookup
@@ -49,8 +57,6 @@ from subspace_jax.core._summary import Summary as Summary
 from subspace_jax.core._summary import SummaryRow as SummaryRow
 from subspace_jax.core._summary import summary as summary
 from subspace_jax.core._summary import trainable_size as trainable_size
-from subspace_jax.core._use import Use as Use
-from subspace_jax.core._use import dense as dense
 from subspace_jax.core._weight import Weight as Weight
 from subspace_jax.core._weight import is_weight as is_weight
 from subspace_jax.core._weight import static as static
@@ -60,12 +66,14 @@ __all__ = [
     "Dot",
     "Full",
     "InitFn",
+    "Kind",
     "Leaf",
     "Lookup",
     "MaterializeError",
     "Method",
     "NonFiniteError",
     "NotMergeableError",
+    "Operation",
     "PatternError",
     "PlanFn",
     "RankError",
@@ -79,11 +87,15 @@ __all__ = [
     "SubspaceError",
     "Summary",
     "SummaryRow",
-    "Use",
     "Weight",
+    "WeightFileError",
     "adapt",
     "capture",
     "catalogue",
+    "check_choice",
+    "check_int",
+    "check_number",
+    "check_rank",
     "combine",
     "dense",
     "full",

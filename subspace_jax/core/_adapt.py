@@ -142,7 +142,7 @@ def adapt(
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
       >>> params = {"block": {"kernel": jnp.ones((4, 3))}, "head": {"kernel": jnp.ones((3, 2))}}
       >>> adapted = sj.adapt(params, {"head/*": sj.full(), "**/kernel": sj.lora(rank=2)}, key=jax.random.key(0))
-      >>> [type(w).__name__ for w in jax.tree.leaves(adapted, is_leaf=sj.is_weight)]
+      >>> [type(w).__name__ for w in jax.tree.leaves(adapted, is_leaf=sj.core.is_weight)]
       ['LowRank', 'Full']
     """
     ordered: list[tuple[Any, Method | None]] = list(rules.items()) if isinstance(rules, Mapping) else list(rules)

@@ -13,8 +13,8 @@ from subspace_jax.core import _compat, _control_flow, _rules  # noqa: F401  (the
 from subspace_jax.core._interpret import Interpreter, OnMaterialize
 from subspace_jax.core._links import resolved
 from subspace_jax.core._paths import path_string
-from subspace_jax.core._standin import Standin
 from subspace_jax.core._weight import Weight, is_weight
+from subspace_jax.core._weight_view import WeightView
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,7 +79,8 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
         abstract = [jax.ShapeDtypeStruct(w.shape, w.dtype, **_sharding(w)) for w in weights]
         closed = jax.make_jaxpr(traced)(*abstract)
         standins = [
-            Standin.of(w.with_frozen_stopped(), path_string(paths[i][2:])) for i, w in zip(places, weights, strict=True)
+            WeightView.of(w.with_frozen_stopped(), path_string(paths[i][2:]))
+            for i, w in zip(places, weights, strict=True)
         ]
         results = Interpreter(on_materialize).run(_compat.program(closed), standins)
         return _assemble(outputs, results, on_materialize)
@@ -91,7 +92,7 @@ def _assemble(outputs: dict[str, Any], results: list[Any], on_materialize: OnMat
     """Puts arrays, handed-through weights and static results back into the tree that `fn` returned."""
     form = Interpreter(on_materialize).form
     whole = (
-        r.weight if isinstance(r, Standin) and r.is_plain else form(r, "the result of the function") for r in results
+        r.weight if isinstance(r, WeightView) and r.is_plain else form(r, "the result of the function") for r in results
     )
     leaves = [next(whole) if s is None else s for s in outputs["static"]]
     return jax.tree.unflatten(outputs["tree"], leaves)

@@ -1,8 +1,13 @@
-"""The one list of published methods; README's table, the docs and the command line are made from it."""
+"""The one list of published methods; README's table, the pages of docs/ and the command line are made from it."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
+from typing import Literal, get_args
+
+Kind = Literal["weight", "transformation", "learner", "merger", "penalty", "module", "analysis", "system"]
 
 _SOURCES: dict[str, Source] = {}
 
@@ -12,48 +17,100 @@ class Source:
     """A published method that this library implements.
 
     Attributes:
-      name: short name, as on the command line.
+      slug: its name everywhere: of its home, test, experiment and page.
+      family: folder of `subspace_jax.methods` that it lives in.
+      kinds: what it is: a stand-in weight, a gradient transformation, a learner of streams, a penalty, ...
       title: title of the publication.
       authors: its authors.
       year: year of publication.
-      public: public names of `subspace_jax` that implement it.
+      public: its public names, those of `subspace_jax.methods.<slug>`.
+      uses: names of `subspace_jax` that several methods share and that complete this one.
       experiment: the runnable experiment that shows it.
-      claim: what the experiment shows, in one sentence.
+      module: full name of its home.
     """
 
-    name: str
+    slug: str
+    family: str
+    kinds: tuple[Kind, ...]
     title: str
     authors: str
     year: int
     public: tuple[str, ...]
+    uses: tuple[str, ...]
     experiment: str
-    claim: str
+    module: str
+
+    @property
+    def citation(self) -> str:
+        """Authors, title and year in one line."""
+        return f"{self.authors}: {self.title}, {self.year}"
 
 
-def register(source: Source) -> Source:
-    """Enters a method into the catalogue; each method's file does this once.
+def register(
+    module: str,
+    *,
+    title: str,
+    authors: str,
+    year: int,
+    kinds: tuple[Kind, ...],
+    uses: tuple[str, ...] = (),
+    experiment: str | None = None,
+) -> Source:
+    """Enters a method into the catalogue; each method's home does this once, at its end.
+
+    Slug and family follow from where the home is, `subspace_jax.methods.<family>.<slug>`, public names are its
+    `__all__`. The citation is added to the docstring of each public function and class, so that it is written once.
 
     Args:
-      source: the entry.
+      module: `__name__` of the home.
+      title: title of the publication.
+      authors: its authors.
+      year: year of publication.
+      kinds: what kinds of object the method is made of.
+      uses: names of `subspace_jax` that several methods share and that complete this one.
+      experiment: name of its experiment; the slug if None.
 
     Returns:
       The entry.
 
     Raises:
-      ValueError: the name is taken.
+      ValueError: the slug is taken, a kind is unknown, or the module is no home of a method.
     """
-    if source.name in _SOURCES:
-        raise ValueError(f"The catalogue already has {source.name!r}, {_SOURCES[source.name].title!r}.")
-    _SOURCES[source.name] = source
+    parts = module.split(".")
+    if len(parts) != 4 or parts[1] != "methods":
+        raise ValueError(f"{module}: a method registers from its home, subspace_jax.methods.<family>.<slug>.")
+    family, slug = parts[2:]
+    if slug in _SOURCES:
+        raise ValueError(f"The catalogue already has {slug!r}, {_SOURCES[slug].title!r}.")
+    unknown = sorted(set(kinds) - set(get_args(Kind)))
+    if unknown or not kinds:
+        raise ValueError(f"{module}: kinds={kinds!r}; expected some of {', '.join(get_args(Kind))}.")
+    public = tuple(sys.modules[module].__all__)
+    source = Source(slug, family, kinds, title, authors, year, public, uses, experiment or slug, module)
+    for name in public:
+        _cite(getattr(sys.modules[module], name), source)
+    _SOURCES[slug] = source
     return source
 
 
-def catalogue() -> tuple[Source, ...]:
-    """Returns every published method of this library, by name.
+def _cite(value: object, source: Source) -> None:
+    """Appends the citation to the docstring of a function or class that the method's home defines."""
+    if not (inspect.isfunction(value) or inspect.isclass(value)) or not value.__module__.startswith(source.module):
+        return
+    if value.__doc__ and "\n    Source:\n" not in value.__doc__:
+        value.__doc__ = f"{value.__doc__.rstrip()}\n\n    Source:\n      {source.citation}.\n    "
+
+
+def catalogue(family: str | None = None) -> tuple[Source, ...]:
+    """Returns every published method of this library, by family and name.
+
+    Args:
+      family: one family only, such as "low_rank".
 
     Example:
       >>> import subspace_jax as sj
-      >>> [s.year for s in sj.catalogue() if s.name == "pissa"]
+      >>> [s.year for s in sj.catalogue("low_rank") if s.slug == "pissa"]
       [2024]
     """
-    return tuple(_SOURCES[name] for name in sorted(_SOURCES))
+    found = [source for source in _SOURCES.values() if family in (None, source.family)]
+    return tuple(sorted(found, key=lambda source: (source.family, source.slug)))

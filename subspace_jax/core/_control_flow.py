@@ -10,7 +10,7 @@ from jax import lax
 
 from subspace_jax.core import _compat
 from subspace_jax.core._interpret import Interpreter, rule
-from subspace_jax.core._standin import Standin
+from subspace_jax.core._weight_view import WeightView
 
 # Calls whose body means the same inline. A custom rule is for arrays; where a stand-in enters, the body itself is
 # differentiated, which is the rule's own specification.
@@ -86,9 +86,9 @@ def _scan(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] 
 
     mapped, rebuilds = [], []
     for value in scanned:
-        if isinstance(value, Standin) and not value.is_stacked(0, loop=True):
+        if isinstance(value, WeightView) and not value.is_stacked(0, loop=True):
             value = interpreter.form(value, "scan over an axis that is not stacked")
-        split, rebuild = value.split_stack() if isinstance(value, Standin) else (value, lambda v: v)
+        split, rebuild = value.split_stack() if isinstance(value, WeightView) else (value, lambda v: v)
         mapped.append(split)
         rebuilds.append(rebuild)
     # A stacked output that is a scanned input again needs no restacking.
@@ -96,7 +96,7 @@ def _scan(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] 
     restacked = {
         i: scanned[forwards[i] - first_scanned]
         for i in range(len(carry), len(body.outvars))
-        if forwards.get(i, -1) >= first_scanned and isinstance(scanned[forwards[i] - first_scanned], Standin)
+        if forwards.get(i, -1) >= first_scanned and isinstance(scanned[forwards[i] - first_scanned], WeightView)
     }
 
     def step(state: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -118,11 +118,11 @@ def _scan(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] 
 
 def _constant_carry(
     interpreter: Interpreter, carry: list[Any], first: int, forwards: dict[int, int]
-) -> dict[int, Standin]:
+) -> dict[int, WeightView]:
     """Carried weights that every iteration hands on unchanged; forms the others in place."""
-    constant: dict[int, Standin] = {}
+    constant: dict[int, WeightView] = {}
     for i, value in enumerate(carry):
-        if isinstance(value, Standin):
+        if isinstance(value, WeightView):
             if forwards.get(i) == first + i:
                 constant[i] = value
             else:
@@ -164,12 +164,12 @@ def _shard_map(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[
     p = eqn.params
     body = _compat.program(p["jaxpr"])
     in_specs = tuple(
-        v.partition_specs(spec, exact=True) if isinstance(v, Standin) else spec
+        v.partition_specs(spec, exact=True) if isinstance(v, WeightView) else spec
         for v, spec in zip(operands, p["in_specs"], strict=True)
     )
     if p["mesh"].explicit_axes:  # parts that lie otherwise than the whole
         operands = [
-            jax.tree.map(jax.sharding.reshard, v, specs) if isinstance(v, Standin) else v
+            jax.tree.map(jax.sharding.reshard, v, specs) if isinstance(v, WeightView) else v
             for v, specs in zip(operands, in_specs, strict=True)
         ]
 

@@ -42,6 +42,10 @@ class StructureError(SubspaceError):
     """Two trees that must fit together do not."""
 
 
+class WeightFileError(SubspaceError):
+    """A file of pretrained weights lacks a tensor, has one too many, or one of another shape or type."""
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """Returns `names` closest to `name` as one readable string, for error messages.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from subspace_jax.core import _compat
 from subspace_jax.core._errors import MaterializeError
-from subspace_jax.core._standin import Standin
+from subspace_jax.core._weight_view import WeightView
 
 OnMaterialize = Literal["error", "warn", "allow"]
 Rule = Callable[["Interpreter", Any, list[Any]], "list[Any] | None"]
@@ -66,7 +66,7 @@ class Interpreter:
         for index, eqn in enumerate(program.eqns):
             operands = [read(a) for a in eqn.invars]
             with _compat.scope(eqn):
-                if any(isinstance(v, Standin) for v in operands):
+                if any(isinstance(v, WeightView) for v in operands):
                     results = self.at(index).equation(eqn, operands)
                 else:
                     results = _compat.bind(eqn, operands)
@@ -84,7 +84,7 @@ class Interpreter:
 
     def form(self, value: Any, primitive: str) -> Any:
         """Returns an ordinary array for any value, as far as the caller allows it."""
-        if not isinstance(value, Standin):
+        if not isinstance(value, WeightView):
             return value
         observed = value.weight.observe(primitive, self.path)
         if observed is not None:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from subspace_jax.core._labels import Labels, product
-from subspace_jax.core._use import Use, kept
+from subspace_jax.core._operation import Operation, kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dot(Use):
+class Dot(Operation):
     """A `dot_general` of `x` and the weight.
 
     Attributes:
@@ -87,7 +87,7 @@ class Dot(Use):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Convolution(Use):
+class Convolution(Operation):
     """A `conv_general_dilated` of `x` with the weight as its kernel.
 
     Attributes:
@@ -176,7 +176,7 @@ class Convolution(Use):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lookup(Use):
+class Lookup(Operation):
     """A gather of whole slices of the weight along one axis, as an embedding does; `x` holds the indices.
 
     Attributes:

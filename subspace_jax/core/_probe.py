@@ -16,8 +16,8 @@ from jax import lax
 
 from subspace_jax.core._errors import StatisticsError
 from subspace_jax.core._labels import placed_like, product
+from subspace_jax.core._operation import Operation
 from subspace_jax.core._operations import Convolution, Dot
-from subspace_jax.core._use import Use
 from subspace_jax.core._weight import Weight, static
 
 ScaleExamples = Literal["max_abs", "signed_max"]
@@ -117,9 +117,9 @@ class Probed(Weight):
         del primitive, path
         return self.value
 
-    def contract(self, x: jax.Array, use: Use) -> jax.Array:
-        y = use.apply(x, self.value)
-        found = _input_rows(x, use)
+    def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
+        y = operation.apply(x, self.value)
+        found = _input_rows(x, operation)
         if found is None:  # a tied output embedding: those rows are not its inputs
             return y
         inputs = _inputs(*found, self.mask, self.scale_examples, self.count.dtype)
@@ -182,33 +182,33 @@ def _divisor(rows: jax.Array, counts: jax.Array | None, scale: ScaleExamples) ->
     return jnp.where(largest == 0, 1.0, found)
 
 
-def _input_rows(x: jax.Array, use: Use) -> tuple[jax.Array, tuple[int, ...]] | None:
+def _input_rows(x: jax.Array, operation: Operation) -> tuple[jax.Array, tuple[int, ...]] | None:
     """The rows `[*stack, n, in]` that a weight is multiplied with, and the sizes of the axes that were joined to `n`.
 
     None where `use` is no such product.
     """
-    if isinstance(use, Convolution):
-        return _patches(x, use)
-    if not isinstance(use, Dot) or not use.contracts_inputs:
+    if isinstance(operation, Convolution):
+        return _patches(x, operation)
+    if not isinstance(operation, Dot) or not operation.contracts_inputs:
         return None
-    stack = [f"w{i}" for i in use.role.stack_axes]
-    inputs = [f"w{i}" for i in use.role.in_axes]
-    rest = [n for n in use.x_labels if n not in stack and n not in inputs]
-    if any(n not in use.x_labels for n in stack):
+    stack = [f"w{i}" for i in operation.role.stack_axes]
+    inputs = [f"w{i}" for i in operation.role.in_axes]
+    rest = [n for n in operation.x_labels if n not in stack and n not in inputs]
+    if any(n not in operation.x_labels for n in stack):
         return None
-    order = [use.x_labels.index(n) for n in (*stack, *rest, *inputs)]
-    size, _ = use.role.sizes(use.shape)
-    rows = jnp.transpose(x, order).reshape(*use.role.stack_shape(use.shape), -1, size)
-    return rows, tuple(x.shape[use.x_labels.index(n)] for n in rest)
+    order = [operation.x_labels.index(n) for n in (*stack, *rest, *inputs)]
+    size, _ = operation.role.sizes(operation.shape)
+    rows = jnp.transpose(x, order).reshape(*operation.role.stack_shape(operation.shape), -1, size)
+    return rows, tuple(x.shape[operation.x_labels.index(n)] for n in rest)
 
 
-def _patches(x: jax.Array, use: Convolution) -> tuple[jax.Array, tuple[int, ...]] | None:
+def _patches(x: jax.Array, operation: Convolution) -> tuple[jax.Array, tuple[int, ...]] | None:
     """The window under each output pixel as a row, in the order of the kernel's own axes."""
-    p = use.parameters
+    p = operation.parameters
     spec = p["dimension_numbers"]
     if p["feature_group_count"] > 1 or p["batch_group_count"] > 1:
         return None
-    shape = [use.shape[i] for i in use.permutation]
+    shape = [operation.shape[i] for i in operation.permutation]
     window = [shape[i] for i in spec.rhs_spec[2:]]
     patches = lax.conv_general_dilated_patches(
         x,
@@ -224,6 +224,6 @@ def _patches(x: jax.Array, use: Convolution) -> tuple[jax.Array, tuple[int, ...]
     between = patches.shape[:-1]
     patches = patches.reshape(-1, shape[spec.rhs_spec[1]], *window)
     # Patches come as (feature, *window); the kernel's input axes follow the role's order.
-    made = [use.permutation[i] for i in (spec.rhs_spec[1], *spec.rhs_spec[2:])]
-    order = [1 + made.index(i) for i in use.role.in_axes]
+    made = [operation.permutation[i] for i in (spec.rhs_spec[1], *spec.rhs_spec[2:])]
+    order = [1 + made.index(i) for i in operation.role.in_axes]
     return jnp.transpose(patches, (0, *order)).reshape(patches.shape[0], -1), between

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.core._apply import with_adapters
+from subspace_jax.core._operation import Operation
 from subspace_jax.core._operations import Convolution, Dot, Lookup
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._role import Role
-from subspace_jax.core._use import Use
 from subspace_jax.core._weight import Weight, is_weight, static
 
 # Elementwise primitives by what they make of a leaf.
@@ -87,25 +87,25 @@ class _Observed(Weight):
         self.notes.uses[path] = Role(kind)  # pyright: ignore[reportArgumentType]
         return self.value
 
-    def contract(self, x: jax.Array, use: Use) -> jax.Array:
-        self.notes.uses[use.path] = self._role_in(use)
-        return use.apply(x, self.value)
+    def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
+        self.notes.uses[operation.path] = self._role_in(operation)
+        return operation.apply(x, self.value)
 
-    def _role_in(self, use: Use) -> Role:
+    def _role_in(self, operation: Operation) -> Role:
         if not self.whole:
             return Role("other")
-        batch = use.batch_labels if isinstance(use, Dot) else ()
+        batch = operation.batch_labels if isinstance(operation, Dot) else ()
         kinds = {Dot: "dense", Convolution: "conv", Lookup: "embedding"}
-        groups = use.parameters["feature_group_count"] if isinstance(use, Convolution) else 1
+        groups = operation.parameters["feature_group_count"] if isinstance(operation, Convolution) else 1
 
         def axes(test: Callable[[str], bool]) -> tuple[int, ...]:
-            return tuple(self.original[i] for i, n in enumerate(use.weight_labels) if test(n))
+            return tuple(self.original[i] for i, n in enumerate(operation.weight_labels) if test(n))
 
         return Role(
-            kinds[type(use)],  # pyright: ignore[reportArgumentType]
+            kinds[type(operation)],  # pyright: ignore[reportArgumentType]
             axes(lambda n: n in batch),
-            axes(lambda n: n in use.in_labels),
-            axes(lambda n: n not in batch and n not in use.in_labels),
+            axes(lambda n: n in operation.in_labels),
+            axes(lambda n: n not in batch and n not in operation.in_labels),
             groups,
         )
 

@@ -16,10 +16,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from subspace_jax.core import _compat
 from subspace_jax.core._interpret import Interpreter, rule
 from subspace_jax.core._operations import Convolution, Dot, Lookup
-from subspace_jax.core._standin import Standin
+from subspace_jax.core._weight_view import WeightView
 
 
-def _use_fields(interpreter: Interpreter, eqn: Any, value: Standin) -> dict[str, Any]:
+def _use_fields(interpreter: Interpreter, eqn: Any, value: WeightView) -> dict[str, Any]:
     return {
         "role": value.weight.role,
         "shape": value.weight.shape,
@@ -33,28 +33,28 @@ def _use_fields(interpreter: Interpreter, eqn: Any, value: Standin) -> dict[str,
 @rule("dot_general")
 def _dot_general(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     left, right = operands
-    weight_first = isinstance(left, Standin)
-    if weight_first and isinstance(right, Standin):
+    weight_first = isinstance(left, WeightView)
+    if weight_first and isinstance(right, WeightView):
         right = interpreter.form(right, "dot_general")
     value, x = (left, right) if weight_first else (right, left)
     parameters = dict(eqn.params)
-    use = Dot(
+    operation = Dot(
         **_use_fields(interpreter, eqn, value),
         dimension_numbers=parameters.pop("dimension_numbers"),
         weight_first=weight_first,
         x_ndim=x.ndim,
         parameters=parameters,
     )
-    return [value.weight.contract(x, use)]
+    return [value.weight.contract(x, operation)]
 
 
 @rule("conv_general_dilated")
 def _conv_general_dilated(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     x, value = operands
-    if isinstance(x, Standin):
+    if isinstance(x, WeightView):
         return None
-    use = Convolution(**_use_fields(interpreter, eqn, value), parameters=dict(eqn.params))
-    return [value.weight.contract(x, use)]
+    operation = Convolution(**_use_fields(interpreter, eqn, value), parameters=dict(eqn.params))
+    return [value.weight.contract(x, operation)]
 
 
 @rule("gather")
@@ -66,7 +66,7 @@ def _gather(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any
         n == (1 if i == collapsed[0] else value.shape[i]) for i, n in enumerate(sizes)
     )
     if (
-        isinstance(indices, Standin)
+        isinstance(indices, WeightView)
         or not whole_slices
         or numbers.start_index_map != collapsed
         or numbers.operand_batching_dims
@@ -74,14 +74,14 @@ def _gather(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any
     ):
         return None
     kept = ("indices_are_sorted", "unique_indices", "mode", "fill_value")
-    use = Lookup(
+    operation = Lookup(
         **_use_fields(interpreter, eqn, value),
         axis=collapsed[0],
         x_ndim=indices.ndim - 1,
         offset_dims=tuple(numbers.offset_dims),
         parameters={k: eqn.params[k] for k in kept},
     )
-    return [value.weight.contract(indices, use)]
+    return [value.weight.contract(indices, operation)]
 
 
 def _is_number(fill: Any) -> bool:
@@ -151,10 +151,10 @@ def _broadcast_in_dim(interpreter: Interpreter, eqn: Any, operands: list[Any]) -
     return _derive(operands[0], lambda array: lax.broadcast_in_dim(array, shape, dims))
 
 
-def _derive(value: Standin, function: Callable[[jax.Array], jax.Array]) -> list[Any] | None:
+def _derive(value: WeightView, function: Callable[[jax.Array], jax.Array]) -> list[Any] | None:
     """Follows a weight that only observes through an operation on shapes."""
     derived = value.weight.derived(lambda array: function(jnp.transpose(array, value.permutation)))
-    return None if derived is None else [dataclasses.replace(Standin.of(derived, value.path), dtype=value.dtype)]
+    return None if derived is None else [dataclasses.replace(WeightView.of(derived, value.path), dtype=value.dtype)]
 
 
 @rule("slice")
@@ -176,24 +176,24 @@ def _dynamic_slice(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> l
 
 
 def _lookup_of_one(
-    interpreter: Interpreter, eqn: Any, value: Standin, starts: Any, sizes: tuple[int, ...]
+    interpreter: Interpreter, eqn: Any, value: WeightView, starts: Any, sizes: tuple[int, ...]
 ) -> list[Any] | None:
     """One row of an embedding table, which a lookup by a single index slices out."""
     cut = [i for i, (n, m) in enumerate(zip(sizes, value.shape, strict=True)) if n != m]
     if value.weight.role.kind != "embedding" or len(cut) != 1 or sizes[cut[0]] != 1:
         return None
     axis = cut[0]
-    use = Lookup(
+    operation = Lookup(
         **_use_fields(interpreter, eqn, value),
         axis=axis,
         x_ndim=1,
         offset_dims=tuple(i for i in range(len(sizes)) if i != axis),
         parameters={"mode": lax.GatherScatterMode.CLIP},
     )
-    return [value.weight.contract(jnp.reshape(starts[axis], (1, 1)), use)]
+    return [value.weight.contract(jnp.reshape(starts[axis], (1, 1)), operation)]
 
 
-def _slice_stack(value: Standin, starts: Any, sizes: tuple[int, ...]) -> list[Any] | None:
+def _slice_stack(value: WeightView, starts: Any, sizes: tuple[int, ...]) -> list[Any] | None:
     """Some whole layers of a stacked weight; slicing any other axis would cut through its matrices."""
     cut = [i for i, (n, m) in enumerate(zip(sizes, value.shape, strict=True)) if n != m]
     if any(not value.is_stacked(i, loop=False) for i in cut):

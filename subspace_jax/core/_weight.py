@@ -17,7 +17,7 @@ from subspace_jax.core._errors import RoleError
 from subspace_jax.core._role import Role
 
 if TYPE_CHECKING:
-    from subspace_jax.core._use import Use
+    from subspace_jax.core._operation import Operation
 
 W = TypeVar("W", bound="Weight")
 
@@ -104,7 +104,7 @@ class Weight(abc.ABC):
           An array of `shape`, differentiable in the trainable fields only.
         """
 
-    def contract(self, x: jax.Array, use: Use) -> jax.Array:
+    def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns what the model's operation `use` gives for input `x` and this weight.
 
         The base class forms the array. A weight overrides this where its parts give the same result for less.
@@ -113,7 +113,7 @@ class Weight(abc.ABC):
           x: the other operand: activations, or indices of a lookup.
           use: the model's operation.
         """
-        return use.apply(x, self.materialize(use.dtype))
+        return operation.apply(x, self.materialize(operation.dtype))
 
     def squared_norms(self) -> jax.Array:
         """Returns the squared Euclidean norm of every output column, `[*stack, out]`, in float32.

@@ -22,12 +22,13 @@ from subspace_jax.io._errors import AdapterFileError, ManifestError, listing
 from subspace_jax.io._peft_config import CONFIG_NAME, FORMAT_VERSION, TENSORS_NAME, Settings, read_settings
 from subspace_jax.io._peft_full import pack_full, unpack_full
 from subspace_jax.io._peft_lora import is_low_rank, pack_lora, unpack_lora
-from subspace_jax.io._peft_names import NameMap, Place, require_places
+from subspace_jax.io._peft_names import NameMap, TensorPlace, require_places
 from subspace_jax.io._peft_oft import pack_oft, unpack_oft
 from subspace_jax.io._peft_randlora import pack_randlora, unpack_randlora
 from subspace_jax.io._peft_tensors import index_places, sort_tensors
 from subspace_jax.io._safetensors import read_safetensors, write_safetensors
-from subspace_jax.weights import RandomBases, Rotated
+from subspace_jax.methods.structured.oft import Rotated
+from subspace_jax.methods.structured.randlora import RandomBases
 
 _PACK = {"LORA": pack_lora, "OFT": pack_oft, "RANDLORA": pack_randlora}
 _UNPACK = {"LORA": unpack_lora, "OFT": unpack_oft, "RANDLORA": unpack_randlora}
@@ -203,7 +204,7 @@ def _unpack(
     settings: Settings, tensors: Mapping[str, np.ndarray], base_params: Any, names: NameMap
 ) -> dict[str, Weight]:
     base = BaseArrays(base_params)
-    places: dict[str, Place] = names.places(base.leaves)
+    places: dict[str, TensorPlace] = names.places(base.leaves)
     index = index_places(places.values())
     found = sort_tensors(tensors, settings.method, index)
     if not found.adapters and not found.whole:

@@ -13,7 +13,7 @@ from subspace_jax.core import Full, Weight, is_weight
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError, listing
 from subspace_jax.io._peft_layout import stack, unstack, whole_from_torch, whole_shape, whole_to_torch
-from subspace_jax.io._peft_names import Place
+from subspace_jax.io._peft_names import TensorPlace
 from subspace_jax.io._peft_tensors import (
     Found,
     check_shapes,
@@ -28,7 +28,7 @@ _BIAS = {"LORA": "lora_only", "OFT": "oft_only", "RANDLORA": "randlora_only"}
 
 
 def pack_full(
-    leaves: Mapping[str, Any], places: Mapping[str, Place], adapted: set[str], method: str
+    leaves: Mapping[str, Any], places: Mapping[str, TensorPlace], adapted: set[str], method: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the tensors of arrays that train as they are, and the settings that go with them.
 
@@ -93,7 +93,7 @@ def _check_names(whole: set[str], known: set[str], adapted: set[str]) -> None:
 
 
 def unpack_full(
-    found: Found, index: Mapping[tuple[str, str], tuple[Place, int]], base: BaseArrays
+    found: Found, index: Mapping[tuple[str, str], tuple[TensorPlace, int]], base: BaseArrays
 ) -> dict[str, Weight]:
     """Returns the arrays that stand in a file themselves, by path.
 

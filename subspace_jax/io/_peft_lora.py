@@ -28,7 +28,7 @@ from subspace_jax.io._peft_layout import (
     stack,
     unstack,
 )
-from subspace_jax.io._peft_names import Place
+from subspace_jax.io._peft_names import TensorPlace
 from subspace_jax.io._peft_tensors import (
     ONE_SETTING,
     Found,
@@ -41,7 +41,9 @@ from subspace_jax.io._peft_tensors import (
     tensor_name,
     whole_alpha,
 )
-from subspace_jax.weights import LowRank, Magnitude, NestedLowRank
+from subspace_jax.methods.low_rank.dora import Magnitude
+from subspace_jax.methods.low_rank.matryoshka import NestedLowRank
+from subspace_jax.weights import LowRank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def is_low_rank(weight: Any) -> bool:
 
 
 def pack_lora(
-    weights: Mapping[str, Any], places: Mapping[str, Place], base: BaseArrays
+    weights: Mapping[str, Any], places: Mapping[str, TensorPlace], base: BaseArrays
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the tensors of low-rank weights by name, and the settings that go with them.
 
@@ -155,7 +157,7 @@ def _check_base(weight: LowRank, path: str, base: BaseArrays) -> None:
 def unpack_lora(
     settings: Settings,
     found: Found,
-    index: Mapping[tuple[str, str], tuple[Place, int]],
+    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
     base: BaseArrays,
 ) -> dict[str, Weight]:
     """Returns the weights that the tensors of a LoRA file make, by path.
@@ -198,7 +200,7 @@ def unpack_lora(
     return weights
 
 
-def _part(settings: Settings, module: str, found: Mapping[str, np.ndarray], place: Place) -> _Part:
+def _part(settings: Settings, module: str, found: Mapping[str, np.ndarray], place: TensorPlace) -> _Part:
     """The adapter of one module, its tensors checked against the config and the module's shape."""
     expected = {"a", "b", *(["magnitude"] if settings.flag("use_dora") else [])}
     if set(found) != expected:
@@ -226,11 +228,11 @@ def _part(settings: Settings, module: str, found: Mapping[str, np.ndarray], plac
     )
 
 
-def _shapes(rank: int, place: Place) -> dict[str, tuple[int, ...]]:
+def _shapes(rank: int, place: TensorPlace) -> dict[str, tuple[int, ...]]:
     a, b = factor_shapes(rank, place)
     return {"a": a, "b": b, "magnitude": magnitude_shape(place)}
 
 
-def _squares(array: Any, place: Place) -> Any:
+def _squares(array: Any, place: TensorPlace) -> Any:
     matrix = place.role.matrix(jnp.asarray(array)).astype(jnp.promote_types(array.dtype, jnp.float32))
     return jnp.sum(matrix * matrix, axis=-2)

@@ -86,7 +86,7 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where one leaf of a tree is in PyTorch.
 
     Attributes:
@@ -167,7 +167,7 @@ class NameMap:
 
         return NameMap(tuple(one(rule) for rule in self.rules))
 
-    def places(self, leaves: Mapping[str, Any]) -> dict[str, Place]:
+    def places(self, leaves: Mapping[str, Any]) -> dict[str, TensorPlace]:
         """Returns where each leaf is in PyTorch, by path; leaves that no rule names are left out.
 
         Args:
@@ -188,7 +188,7 @@ class NameMap:
                     )
         return found
 
-    def _place(self, path: str, shape: tuple[int, ...]) -> Place | None:
+    def _place(self, path: str, shape: tuple[int, ...]) -> TensorPlace | None:
         parent, _, leaf = path.rpartition("/")
         for rule in self.rules:
             numbers = rule.numbers(parent)
@@ -202,7 +202,7 @@ class NameMap:
                 )
             every = itertools.product(*(range(size) for size in shape[:depth]))
             modules = (rule.module.format(**numbers, **dict(zip(rule.stacked, at, strict=True))) for at in every)
-            return Place(path, rule, shape, tuple(modules), tensor)
+            return TensorPlace(path, rule, shape, tuple(modules), tensor)
         return None
 
 
@@ -212,7 +212,7 @@ def _least_axes(rule: NameRule, tensor: str) -> int:
     return {"dense": rule.inputs + 1, "conv": 3, "embedding": 2}[rule.kind]
 
 
-def require_places(paths: Iterable[str], places: Mapping[str, Place], names: NameMap) -> None:
+def require_places(paths: Iterable[str], places: Mapping[str, TensorPlace], names: NameMap) -> None:
     """Raises ManifestError, naming all of them, if a leaf that PEFT shall hold has no name there."""
     known = sorted({f"{rule.path}/{leaf}" for rule in names.rules for leaf in rule.tensors})
     lines = [f"{path!r}; nearest of the map are {nearest(path, known)}" for path in paths if path not in places]

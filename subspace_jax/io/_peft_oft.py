@@ -14,7 +14,7 @@ from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
 from subspace_jax.io._peft_config import Settings
 from subspace_jax.io._peft_layout import sizes, stack, unstack
-from subspace_jax.io._peft_names import Place
+from subspace_jax.io._peft_names import TensorPlace
 from subspace_jax.io._peft_tensors import (
     ONE_SETTING,
     Found,
@@ -26,14 +26,14 @@ from subspace_jax.io._peft_tensors import (
     same_of_all,
     tensor_name,
 )
-from subspace_jax.weights import Rotated
+from subspace_jax.methods.structured.oft import Rotated
 
 # PEFT's series has the terms of ours from four on; with fewer it is another one.
 _FEWEST_TERMS = 4
 
 
 def pack_oft(
-    weights: Mapping[str, Rotated], places: Mapping[str, Place], base: BaseArrays
+    weights: Mapping[str, Rotated], places: Mapping[str, TensorPlace], base: BaseArrays
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the tensors of rotated weights by name, and the settings that go with them.
 
@@ -95,7 +95,7 @@ def _moved(size: int, inputs: int) -> int:
 def unpack_oft(
     settings: Settings,
     found: Found,
-    index: Mapping[tuple[str, str], tuple[Place, int]],
+    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
     base: BaseArrays,
 ) -> dict[str, Weight]:
     """Returns the weights that the tensors of an OFT file make, by path.
@@ -172,7 +172,7 @@ def _near_identity(entries: np.ndarray, radius: float) -> np.ndarray:
     return (entries * (limit / np.maximum(norm, limit))).astype(entries.dtype)
 
 
-def _check_kind(place: Place) -> None:
+def _check_kind(place: TensorPlace) -> None:
     if place.rule.kind != "dense":
         raise ManifestError(
             f"{place.path}: PEFT's OFT of a module of kind {place.rule.kind!r} rotates other axes, or overlapping "

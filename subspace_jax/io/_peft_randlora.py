@@ -13,7 +13,7 @@ from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
 from subspace_jax.io._peft_config import Settings
 from subspace_jax.io._peft_layout import host_array, sizes, stack, unstack
-from subspace_jax.io._peft_names import Place
+from subspace_jax.io._peft_names import TensorPlace
 from subspace_jax.io._peft_tensors import (
     ONE_SETTING,
     SHARED,
@@ -27,11 +27,11 @@ from subspace_jax.io._peft_tensors import (
     tensor_name,
     whole_alpha,
 )
-from subspace_jax.weights import RandomBases
+from subspace_jax.methods.structured.randlora import RandomBases
 
 
 def pack_randlora(
-    weights: Mapping[str, RandomBases], places: Mapping[str, Place], base: BaseArrays
+    weights: Mapping[str, RandomBases], places: Mapping[str, TensorPlace], base: BaseArrays
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the tensors of these weights by name, and the settings that go with them.
 
@@ -71,7 +71,7 @@ def pack_randlora(
     }
 
 
-def _check_form(path: str, weight: RandomBases, place: Place) -> None:
+def _check_form(path: str, weight: RandomBases, place: TensorPlace) -> None:
     bases, rank = weight.rank_scales.shape[-2:]
     if weight.pairing != "peft":
         raise ManifestError(
@@ -110,7 +110,7 @@ def _common_bases(weights: Mapping[str, RandomBases], shapes: list[tuple[int, in
 def unpack_randlora(
     settings: Settings,
     found: Found,
-    index: Mapping[tuple[str, str], tuple[Place, int]],
+    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
     base: BaseArrays,
 ) -> dict[str, Weight]:
     """Returns the weights that the tensors of a RandLoRA file make, by path; the first stores the bases of all.
@@ -175,7 +175,9 @@ def _read_bases(found: Found, rank: int) -> tuple[np.ndarray, np.ndarray]:
     return a[:, 0], b.transpose(1, 2, 0)
 
 
-def _scales(module: str, found: Mapping[str, np.ndarray], rank: int, place: Place) -> tuple[np.ndarray, np.ndarray]:
+def _scales(
+    module: str, found: Mapping[str, np.ndarray], rank: int, place: TensorPlace
+) -> tuple[np.ndarray, np.ndarray]:
     _check_kind(place)
     smaller = min(sizes(place))
     bases = -(-smaller // rank)
@@ -186,7 +188,7 @@ def _scales(module: str, found: Mapping[str, np.ndarray], rank: int, place: Plac
     return scales["rank_scales"].T, scales["feature_scales"]
 
 
-def _check_fits(place: Place, a: np.ndarray, b: np.ndarray) -> None:
+def _check_fits(place: TensorPlace, a: np.ndarray, b: np.ndarray) -> None:
     smaller, larger = sorted(sizes(place))
     if a.shape[1] < smaller or b.shape[2] < larger or b.shape[0] < -(-smaller // b.shape[1]):
         raise ManifestError(
@@ -195,6 +197,6 @@ def _check_fits(place: Place, a: np.ndarray, b: np.ndarray) -> None:
         )
 
 
-def _check_kind(place: Place) -> None:
+def _check_kind(place: TensorPlace) -> None:
     if place.rule.kind != "dense":
         raise ManifestError(f"{place.path}: PEFT has RandLoRA of linear modules only, not of a {place.rule.kind}.")

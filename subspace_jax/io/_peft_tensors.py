@@ -12,7 +12,7 @@ import numpy as np
 from subspace_jax.core import Weight, nearest
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError, listing
-from subspace_jax.io._peft_names import Place
+from subspace_jax.io._peft_names import TensorPlace
 
 PREFIX = "base_model.model."
 _BASE = ".base_layer"
@@ -65,13 +65,13 @@ def tensor_name(module: str, ending: str) -> str:
     return f"{PREFIX}{module}.{ending}"
 
 
-def index_places(places: Iterable[Place]) -> dict[tuple[str, str], tuple[Place, int]]:
+def index_places(places: Iterable[TensorPlace]) -> dict[tuple[str, str], tuple[TensorPlace, int]]:
     """Returns the place of each tensor of the base model, and its position along the stacked axes."""
     return {(module, one.tensor): (one, i) for one in places for i, module in enumerate(one.modules)}
 
 
 def sort_tensors(
-    tensors: Mapping[str, np.ndarray], method: str, index: Mapping[tuple[str, str], tuple[Place, int]]
+    tensors: Mapping[str, np.ndarray], method: str, index: Mapping[tuple[str, str], tuple[TensorPlace, int]]
 ) -> Found:
     """Returns the tensors of a file by module.
 
@@ -121,7 +121,7 @@ class _Target(NamedTuple):
     part: str
 
 
-def _target(name: str, method: str, index: Mapping[tuple[str, str], tuple[Place, int]]) -> _Target | None:
+def _target(name: str, method: str, index: Mapping[tuple[str, str], tuple[TensorPlace, int]]) -> _Target | None:
     """Where a tensor goes by its name without PEFT's prefix; None if nowhere."""
     for ending, part in _ENDINGS[method].items():
         if not name.endswith(f".{ending}"):
@@ -148,7 +148,9 @@ def _check_floating(tensors: Mapping[str, np.ndarray]) -> None:
         raise ManifestError(f"expected tensors of floating point with at least 16 bits, but{listing(wrong)}")
 
 
-def per_leaf(parts: Mapping[str, T], index: Mapping[tuple[str, str], tuple[Place, int]]) -> dict[Place, list[T]]:
+def per_leaf(
+    parts: Mapping[str, T], index: Mapping[tuple[str, str], tuple[TensorPlace, int]]
+) -> dict[TensorPlace, list[T]]:
     """Returns what each leaf's modules have, in the order of its stacked axes.
 
     Args:
@@ -162,16 +164,16 @@ def per_leaf(parts: Mapping[str, T], index: Mapping[tuple[str, str], tuple[Place
 
 
 def whole_per_leaf(
-    parts: Mapping[tuple[str, str], T], index: Mapping[tuple[str, str], tuple[Place, int]]
-) -> dict[Place, list[T]]:
+    parts: Mapping[tuple[str, str], T], index: Mapping[tuple[str, str], tuple[TensorPlace, int]]
+) -> dict[TensorPlace, list[T]]:
     """Returns the same as `per_leaf` for parts by module and tensor."""
     return _grouped(parts, index)
 
 
 def _grouped(
-    parts: Mapping[tuple[str, str], T], index: Mapping[tuple[str, str], tuple[Place, int]]
-) -> dict[Place, list[T]]:
-    grouped: dict[Place, dict[int, T]] = {}
+    parts: Mapping[tuple[str, str], T], index: Mapping[tuple[str, str], tuple[TensorPlace, int]]
+) -> dict[TensorPlace, list[T]]:
+    grouped: dict[TensorPlace, dict[int, T]] = {}
     for key, part in parts.items():
         place, position = index[key]
         grouped.setdefault(place, {})[position] = part
@@ -227,7 +229,7 @@ def check_original(path: str, array: Any, base: BaseArrays) -> None:
         )
 
 
-def check_role(weight: Weight, place: Place) -> None:
+def check_role(weight: Weight, place: TensorPlace) -> None:
     """Raises ManifestError unless a weight reads its array as the NameMap says that PyTorch does."""
     ours, theirs = weight.role, place.role
     if place.rule.shared or ours.uses > 1:
@@ -251,7 +253,7 @@ def check_role(weight: Weight, place: Place) -> None:
 
 
 def check_shapes(
-    module: str, found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], place: Place
+    module: str, found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], place: TensorPlace
 ) -> None:
     """Raises ManifestError unless every part of a module's adapter has the shape expected of it."""
     wrong = [

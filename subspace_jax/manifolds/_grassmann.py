@@ -35,7 +35,7 @@ class Grassmann(Manifold):
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
       >>> first, second = jnp.eye(3)[:, :1], jnp.eye(3)[:, 1:2]
-      >>> round(float(sj.Grassmann().distance(first, second)), 4)
+      >>> round(float(sj.manifolds.Grassmann().distance(first, second)), 4)
       1.5708
 
     References:

@@ -24,8 +24,8 @@ class SpecialOrthogonal(Manifold):
 
     Example:
       >>> import jax, subspace_jax as sj
-      >>> turn = sj.SpecialOrthogonal().random_point(jax.random.key(0), (3, 3))
-      >>> sj.SpecialOrthogonal().check_point(turn), sj.SpecialOrthogonal().check_point(-turn)
+      >>> turn = sj.manifolds.SpecialOrthogonal().random_point(jax.random.key(0), (3, 3))
+      >>> sj.manifolds.SpecialOrthogonal().check_point(turn), sj.manifolds.SpecialOrthogonal().check_point(-turn)
       (True, False)
 
     References:

@@ -23,8 +23,8 @@ class Stiefel(Manifold):
 
     Example:
       >>> import jax, subspace_jax as sj
-      >>> point = sj.Stiefel().random_point(jax.random.key(0), (5, 3, 2))
-      >>> sj.Stiefel().check_point(point), sj.Stiefel().check_point(2 * point)
+      >>> point = sj.manifolds.Stiefel().random_point(jax.random.key(0), (5, 3, 2))
+      >>> sj.manifolds.Stiefel().check_point(point), sj.manifolds.Stiefel().check_point(2 * point)
       (True, False)
 
     References:

@@ -1,13 +1,6 @@
 """Scores that compare methods over ranks, tasks and representations."""
 
 from subspace_jax.metrics._aurac import aurac as aurac
-from subspace_jax.metrics._backfilling import backfill_order as backfill_order
-from subspace_jax.metrics._backfilling import backfilling_curve as backfilling_curve
-from subspace_jax.metrics._compatibility import average_compatibility as average_compatibility
-from subspace_jax.metrics._compatibility import average_multimodel_score as average_multimodel_score
-from subspace_jax.metrics._compatibility import backfilling_score as backfilling_score
-from subspace_jax.metrics._compatibility import is_compatible as is_compatible
-from subspace_jax.metrics._compatibility import update_gain as update_gain
 from subspace_jax.metrics._continual import MultiDomainScores as MultiDomainScores
 from subspace_jax.metrics._continual import accuracy_curve as accuracy_curve
 from subspace_jax.metrics._continual import average_accuracy as average_accuracy
@@ -29,21 +22,14 @@ __all__ = [
     "accuracy_curve",
     "aurac",
     "average_accuracy",
-    "average_compatibility",
-    "average_multimodel_score",
-    "backfill_order",
-    "backfilling_curve",
-    "backfilling_score",
     "backward_transfer",
     "class_means",
     "forgetting",
     "forward_transfer",
     "incremental_accuracy",
     "intransigence",
-    "is_compatible",
     "learning_accuracy",
     "multi_domain_scores",
     "normalized_accuracy",
     "retrieval_scores",
-    "update_gain",
 ]

@@ -1,5 +1,7 @@
 """Flax Linen backbones, tiny siblings of them for tests, and loaders of real pretrained weights."""
 
+from subspace_jax.core import WeightFileError as WeightFileError
+
 from ._bert import Bert as Bert
 from ._bert import BertConfig as BertConfig
 from ._bert import small_bert as small_bert
@@ -11,18 +13,12 @@ from ._classifiers import BertClassifier as BertClassifier
 from ._classifiers import VitClassifier as VitClassifier
 from ._classifiers import mean_pool as mean_pool
 from ._classifiers import pool_tokens as pool_tokens
-from ._compatibility import BackwardMap as BackwardMap
-from ._compatibility import ForwardMap as ForwardMap
-from ._compatibility import NNXBackwardMap as NNXBackwardMap
-from ._compatibility import NNXForwardMap as NNXForwardMap
-from ._compatibility import orthogonal_kernel as orthogonal_kernel
+from ._config import require_choice as require_choice
+from ._config import require_positive as require_positive
 from ._decode import greedy_decode as greedy_decode
 from ._gguf import GgufFile as GgufFile
 from ._gguf import GgufTensor as GgufTensor
 from ._gguf import read_gguf as read_gguf
-from ._grassmann_head import GrassmannHead as GrassmannHead
-from ._grassmann_head import NNXGrassmannHead as NNXGrassmannHead
-from ._grassmann_head import grassmann_logits as grassmann_logits
 from ._layers import stack_layers as stack_layers
 from ._layers import unstack_layers as unstack_layers
 from ._llama import Llama as Llama
@@ -35,7 +31,6 @@ from ._onnx import read_onnx as read_onnx
 from ._position import cubic_resize_matrix as cubic_resize_matrix
 from ._position import resize_positions as resize_positions
 from ._pretrained import PretrainedModel as PretrainedModel
-from ._pretrained import WeightFileError as WeightFileError
 from ._pretrained import add_classifier as add_classifier
 from ._rotary import apply_rotary as apply_rotary
 from ._rotary import rotary_tables as rotary_tables
@@ -50,20 +45,14 @@ from ._vit import small_vit as small_vit
 from ._vit_small import load_vit_small as load_vit_small
 
 __all__ = [
-    "BackwardMap",
     "Bert",
     "BertClassifier",
     "BertConfig",
-    "ForwardMap",
     "GgufFile",
     "GgufTensor",
-    "GrassmannHead",
     "KVCache",
     "Llama",
     "LlamaConfig",
-    "NNXBackwardMap",
-    "NNXForwardMap",
-    "NNXGrassmannHead",
     "OnnxGraph",
     "OnnxNode",
     "PretrainedModel",
@@ -76,7 +65,6 @@ __all__ = [
     "chat_prompt",
     "cubic_resize_matrix",
     "encode_texts",
-    "grassmann_logits",
     "greedy_decode",
     "init_cache",
     "load_minilm",
@@ -85,10 +73,11 @@ __all__ = [
     "load_vit_small",
     "mean_pool",
     "normalize_images",
-    "orthogonal_kernel",
     "pool_tokens",
     "read_gguf",
     "read_onnx",
+    "require_choice",
+    "require_positive",
     "resize_positions",
     "rotary_tables",
     "small_bert",

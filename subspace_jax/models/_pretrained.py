@@ -12,14 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subspace_jax.core import WeightFileError
+
 from ._bert import Bert
 from ._classifiers import BertClassifier, VitClassifier
 from ._layers import stack_layers
 from ._vit import Vit
-
-
-class WeightFileError(ValueError):
-    """A weight file lacks a tensor, has one too many, or one of another shape or type."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,12 @@ import numpy as np
 from jax.core import Tracer
 
 from subspace_jax.core import Role, StructureError, leaves_with_paths
-from subspace_jax.optim._matrices import Matrices, check_paths, refuse_unseen, views
+from subspace_jax.optim._matrix_views import MatrixView, check_paths, matrix_views, refuse_unseen
 
-Place = Literal["in", "out", "both"]
+Side = Literal["in", "out", "both"]
 
 
-def bases_by_path(basis: Any, side: Place) -> dict[str, Any]:
+def bases_by_path(basis: Any, side: Side) -> dict[str, Any]:
     """Returns bases by path, pairs of them for both sides, of a dict by path or of a tree with holes."""
     if side != "both":
         return dict(leaves_with_paths(basis))
@@ -24,12 +24,12 @@ def bases_by_path(basis: Any, side: Place) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): value for path, value in pairs}
 
 
-def of_sides(basis: Any, side: Place) -> dict[str, jax.Array]:
+def of_sides(basis: Any, side: Side) -> dict[str, jax.Array]:
     """Returns the bases of one leaf by side."""
     return {"in": basis[0], "out": basis[1]} if side == "both" else {side: basis}
 
 
-def check_bases(bases: Mapping[str, Any], tree: Any, side: Place, roles: Mapping[str, Role] | None) -> None:
+def check_bases(bases: Mapping[str, Any], tree: Any, side: Side, roles: Mapping[str, Role] | None) -> None:
     """Refuses bases that do not fit the matrices of a tree; nothing of the tree is computed with.
 
     Args:
@@ -44,14 +44,14 @@ def check_bases(bases: Mapping[str, Any], tree: Any, side: Place, roles: Mapping
       StructureError: a basis does not fit its array, or its dtype is not a wide one.
     """
     check_paths(bases, tree, "basis")
-    seen = views(tree, roles)
+    seen = matrix_views(tree, roles)
     refuse_unseen(tree, seen, bases)
     for leaf, view in zip(jax.tree.leaves(tree), seen, strict=True):
         if view is not None and view.path in bases:
             _check(jax.eval_shape(view.unfold, leaf).shape, view, of_sides(bases[view.path], side))
 
 
-def _check(shape: tuple[int, ...], view: Matrices, bases: Mapping[str, jax.Array]) -> None:
+def _check(shape: tuple[int, ...], view: MatrixView, bases: Mapping[str, jax.Array]) -> None:
     for side, columns in bases.items():
         if side not in view.sides:
             continue
@@ -71,7 +71,7 @@ def _check(shape: tuple[int, ...], view: Matrices, bases: Mapping[str, jax.Array
             )
 
 
-def check_orthonormal(bases: Mapping[str, Any], side: Place) -> None:
+def check_orthonormal(bases: Mapping[str, Any], side: Side) -> None:
     """Refuses columns that are neither orthonormal nor zero, where their values are known.
 
     Raises:

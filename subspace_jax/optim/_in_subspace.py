@@ -16,8 +16,16 @@ from jax import lax
 from subspace_jax.core import RankError, Role, leaves_with_paths, select_paths
 from subspace_jax.linalg import Side, complete
 from subspace_jax.optim._bases import bases_by_path, check_bases, check_orthonormal
-from subspace_jax.optim._coordinates import Moments, Move, SideRule, matrix_shape, moved_moments, place_of, places_of
-from subspace_jax.optim._matrices import views
+from subspace_jax.optim._matrix_views import matrix_views
+from subspace_jax.optim._subspace_map import (
+    Moments,
+    Move,
+    SideRule,
+    matrix_shape,
+    moved_moments,
+    places_of,
+    subspace_map,
+)
 
 Decomposition = Literal["exact", "randomized"]
 
@@ -96,7 +104,7 @@ def in_subspace(
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
-      >>> optimizer = optax.chain(sj.in_subspace(optax.scale_by_adam(), rank=2), optax.scale(-1e-2))
+      >>> optimizer = optax.chain(sj.optim.in_subspace(optax.scale_by_adam(), rank=2), optax.scale(-1e-2))
       >>> state = optimizer.init({"w": jnp.ones((4, 9))})
       >>> state[0].basis["w"].shape, state[0].inner.mu["w"].shape
       ((4, 2), (2, 9))
@@ -118,8 +126,8 @@ def in_subspace(
         else:
             wanted = [p for p, _ in leaves_with_paths(params)] if select is None else select_paths(params, select)
         found: list[Any] = []
-        for leaf, view in zip(jax.tree.leaves(params), views(params, roles), strict=True):
-            place = place_of(view, leaf, rule)
+        for leaf, view in zip(jax.tree.leaves(params), matrix_views(params, roles), strict=True):
+            place = subspace_map(view, leaf, rule)
             if place is None or place.view.path not in wanted:
                 found.append(optax.MaskedNode())
             elif rank is None:
@@ -205,7 +213,7 @@ def in_complement(
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
-      >>> optimizer = sj.in_complement(optax.scale_by_adam(), {"w": jnp.eye(3)[:, :1]})
+      >>> optimizer = sj.optim.in_complement(optax.scale_by_adam(), {"w": jnp.eye(3)[:, :1]})
       >>> params = {"w": jnp.ones((3, 2))}
       >>> updates, _ = optimizer.update(params, optimizer.init(params))
       >>> [round(abs(v), 3) for v in updates["w"][:, 0].tolist()]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from subspace_jax.core import Role
 from subspace_jax.linalg import Mode
-from subspace_jax.optim._bases import Place
+from subspace_jax.optim._bases import Side
 from subspace_jax.optim._project import project_orthogonal
 
 FIRST_MOMENTS = ("mu", "trace", "momentum", "m")
@@ -18,7 +18,7 @@ SECOND_MOMENTS = ("nu", "v", "nu_max")
 
 
 def project_momentum(
-    state: Any, basis: Any, mode: Mode = "remove", side: Place = "in", *, roles: Mapping[str, Role] | None = None
+    state: Any, basis: Any, mode: Mode = "remove", side: Side = "in", *, roles: Mapping[str, Role] | None = None
 ) -> Any:
     """Returns an optimiser state whose first moments are projected, to be called when the basis changes.
 
@@ -34,7 +34,7 @@ def project_momentum(
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
       >>> state = optax.trace(0.9).init({"w": jnp.ones((3, 2))})._replace(trace={"w": jnp.ones((3, 2))})
-      >>> sj.project_momentum(state, {"w": jnp.eye(3)[:, :1]}).trace["w"].tolist()
+      >>> sj.optim.project_momentum(state, {"w": jnp.eye(3)[:, :1]}).trace["w"].tolist()
       [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
     """
     projection = project_orthogonal(basis, mode, side, roles=roles)
@@ -57,7 +57,7 @@ def reset_moments(state: Any) -> Any:
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
       >>> state = optax.scale_by_adam().init({"w": jnp.ones(2)})
-      >>> sj.reset_moments(state._replace(nu={"w": jnp.ones(2)})).nu["w"].tolist()
+      >>> sj.optim.reset_moments(state._replace(nu={"w": jnp.ones(2)})).nu["w"].tolist()
       [0.0, 0.0]
     """
 

@@ -14,8 +14,8 @@ import optax
 
 from subspace_jax.core import Role, StructureError
 from subspace_jax.linalg import Mode, project
-from subspace_jax.optim._bases import Place, bases_by_path, check_bases, check_orthonormal, of_sides
-from subspace_jax.optim._matrices import Matrices, map_matrices
+from subspace_jax.optim._bases import Side, bases_by_path, check_bases, check_orthonormal, of_sides
+from subspace_jax.optim._matrix_views import MatrixView, map_matrices
 
 # What a projection leaves of a gradient inside the removed subspace is rounding of about this size.
 ROUNDING = 32 * float(jnp.finfo(jnp.float32).eps)
@@ -34,7 +34,7 @@ class ProjectState(NamedTuple):
 def project_orthogonal(
     basis: Any,
     mode: Mode = "remove",
-    side: Place = "in",
+    side: Side = "in",
     *,
     rtol: float | None = None,
     renorm: Literal["rms"] | None = None,
@@ -115,7 +115,7 @@ def project_orthogonal(
         check_bases(bases, updates, side, roles)
         bases = jax.lax.stop_gradient(bases)
 
-        def one(matrix: jax.Array, view: Matrices) -> jax.Array:
+        def one(matrix: jax.Array, view: MatrixView) -> jax.Array:
             found = _projected(matrix, view, of_sides(bases[view.path], side), mode)
             return _scaled(found, matrix, tolerance, renorm is not None)
 
@@ -129,7 +129,7 @@ def _copied(bases: Mapping[str, Any]) -> dict[str, Any]:
     return jax.tree.map(jnp.copy, dict(bases))
 
 
-def _projected(matrix: jax.Array, view: Matrices, bases: Mapping[str, jax.Array], mode: Mode) -> jax.Array:
+def _projected(matrix: jax.Array, view: MatrixView, bases: Mapping[str, jax.Array], mode: Mode) -> jax.Array:
     wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
     for side in view.sides:
         if side in bases:
@@ -169,7 +169,7 @@ def sandwich(
     inner: optax.GradientTransformation,
     basis: Any,
     mode: Mode = "remove",
-    side: Place = "in",
+    side: Side = "in",
     *,
     rtol: float | None = None,
     renorm: Literal["rms"] | None = None,
@@ -227,7 +227,7 @@ def replace_basis(state: Any, basis: Any) -> Any:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
       >>> optimizer = optax.chain(sj.project_orthogonal({"w": jnp.zeros((3, 1))}), optax.sgd(1.0))
       >>> state = optimizer.init({"w": jnp.ones((3, 2))})
-      >>> sj.replace_basis(state, {"w": jnp.eye(3)[:, 2:]})[0].basis["w"].tolist()
+      >>> sj.optim.replace_basis(state, {"w": jnp.eye(3)[:, 2:]})[0].basis["w"].tolist()
       [[0.0], [0.0], [1.0]]
     """
     count = 0

@@ -6,7 +6,7 @@ Worlds: Improving Accuracy and Transferability by Grassmann Class Representation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +19,6 @@ from subspace_jax.core import (
     Full,
     PatternError,
     RankError,
-    Source,
     StructureError,
     is_weight,
     leaves_with_paths,
@@ -27,10 +26,9 @@ from subspace_jax.core import (
     nearest,
     path_string,
     placed_like,
-    register,
 )
 from subspace_jax.linalg import wide_dtype
-from subspace_jax.manifolds import Grassmann, Manifold, Retraction
+from subspace_jax.manifolds import Manifold, Retraction
 from subspace_jax.optim._moments import FIRST_MOMENTS, map_moments
 
 Transport = Literal["project", "isometric", "none"]
@@ -89,10 +87,10 @@ def riemannian(
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
       >>> params = {"turn": jnp.eye(3), "scale": jnp.ones(())}
-      >>> optimizer = sj.riemannian({"turn": sj.SpecialOrthogonal()}, optax.adam(0.1))
+      >>> optimizer = sj.riemannian({"turn": sj.manifolds.SpecialOrthogonal()}, optax.adam(0.1))
       >>> gradient = {"turn": jnp.arange(9.0).reshape(3, 3), "scale": jnp.ones(())}
       >>> updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-      >>> sj.SpecialOrthogonal().check_point(optax.apply_updates(params, updates)["turn"])
+      >>> sj.manifolds.SpecialOrthogonal().check_point(optax.apply_updates(params, updates)["turn"])
       True
 
     References:
@@ -134,64 +132,6 @@ def riemannian(
         return found, RiemannianState(count, _transported(held, points, moved, transport))
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def grassmann_sgd(
-    learning_rate: Any,
-    momentum: float = 0.9,
-    *,
-    paths: str | Sequence[str] | None = None,
-    transport: Literal["project", "none"] = "project",
-    retraction: Literal["exponential", "qr"] = "exponential",
-    renormalize_every: int = 5,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Riemannian SGD with momentum on subspaces, as published for class subspaces.
-
-    \(V \leftarrow \mu P_S(V) + P_S(G)\) with \(P_S(A) = A - S S^T A\), then along the geodesic: with the thin SVD
-    \(V = U \Sigma W^T\), \(S \leftarrow (S W \cos \eta\Sigma - U \sin \eta\Sigma) W^T\). No dampening, no Nesterov, no
-    weight decay: that has no meaning for subspaces. Give it the head of `models.GrassmannHead`, and the backbone
-    any other optimiser, in one chain.
-
-    Args:
-      learning_rate: \(\eta\), a number or schedule; the authors' is that of the backbone's SGD, and reaches 0.1 beside
-        AdamW and 0.3 beside LAMB.
-      momentum: \(\mu\).
-      paths: globs of the leaves that are subspaces; all of them if None. Others pass as they are.
-      transport: "project" is the paper's form above; "none" the authors' code, which sums Euclidean gradients and
-        projects their sum. They differ at second order in the step.
-      retraction: "exponential" is the method; "qr" is cheaper and first-order.
-      renormalize_every: steps from one QR factorisation to the next; the authors' 5, and 1 beside AdamW and LAMB.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
-      >>> classes = sj.Grassmann().random_point(jax.random.key(0), (3, 6, 2))
-      >>> params = {"backbone": jnp.ones((4, 6)), "subspaces": classes}
-      >>> optimizer = optax.chain(
-      ...     optax.clip_by_global_norm(1.0),
-      ...     optax.partition({"head": sj.grassmann_sgd(0.1), "rest": optax.adamw(1e-3)},
-      ...                     {"backbone": "rest", "subspaces": "head"}),
-      ... )
-      >>> updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
-      >>> sj.Grassmann().check_point(optax.apply_updates(params, updates)["subspaces"])
-      True
-
-    References:
-      Wang, Li, Zhang, Get the Best of Both Worlds: Improving Accuracy and Transferability by Grassmann Class
-      Representation, 2023.
-    """
-    globs = [paths] if isinstance(paths, str) else paths
-    if transport not in ("project", "none") or retraction not in ("exponential", "qr"):
-        raise ValueError(
-            f'grassmann_sgd: transport={transport!r} is "project" or "none", retraction={retraction!r} "exponential" '
-            'or "qr"; sj.riemannian offers others.'
-        )
-    return riemannian(
-        Grassmann() if globs is None else dict.fromkeys(globs, Grassmann()),
-        optax.sgd(learning_rate, momentum or None),
-        retraction=retraction,
-        transport=transport,
-        renormalize_every=renormalize_every,
-    )
 
 
 def _names(tree: Any) -> list[str]:
@@ -313,16 +253,3 @@ def _check_options(retraction: Any, transport: Any, renormalize_every: Any) -> N
         )
     if isinstance(renormalize_every, bool) or not isinstance(renormalize_every, int) or renormalize_every < 1:
         raise RankError(f"riemannian: renormalize_every={renormalize_every!r}; expected a positive Python int.")
-
-
-register(
-    Source(
-        name="gcr",
-        title="Get the Best of Both Worlds: Improving Accuracy and Transferability by Grassmann Class Representation",
-        authors="Wang, Li, Zhang",
-        year=2023,
-        public=("grassmann_sgd", "riemannian"),
-        experiment="gcr",
-        claim="Classes as subspaces, not lines: features of a class spread further apart, at no loss of accuracy.",
-    )
-)

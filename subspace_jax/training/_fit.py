@@ -63,7 +63,7 @@ def fit(
       >>> def batches(start):
       ...     for number in range(start, 100):
       ...         yield np.random.default_rng(number).normal(size=(8, 6)).astype(np.float32)
-      >>> with sj.Checkpointer(tempfile.mkdtemp()) as checkpointer:
+      >>> with sj.io.Checkpointer(tempfile.mkdtemp()) as checkpointer:
       ...     state = init_train_state(adapted, optimizer, jax.random.key(1))
       ...     state = fit(state, step, batches, steps=4, checkpointer=checkpointer, every=2)
       ...     checkpointer.all_steps()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Lookup, Use
+from subspace_jax.core import Lookup, Operation
 
 
 def step_keys(key: jax.Array, stack: tuple[int, ...]) -> jax.Array:
@@ -13,7 +13,7 @@ def step_keys(key: jax.Array, stack: tuple[int, ...]) -> jax.Array:
     return jax.random.split(key, stack) if stack else key
 
 
-def drop_inputs(x: jax.Array, use: Use, key: jax.Array | None, rate: float) -> jax.Array:
+def drop_inputs(x: jax.Array, operation: Operation, key: jax.Array | None, rate: float) -> jax.Array:
     """Returns an operation's input with some entries dropped and the others scaled up.
 
     Args:
@@ -22,11 +22,11 @@ def drop_inputs(x: jax.Array, use: Use, key: jax.Array | None, rate: float) -> j
       key: key of this step; None outside of training.
       rate: probability of dropping an entry.
     """
-    if key is None or not rate or isinstance(use, Lookup):
+    if key is None or not rate or isinstance(operation, Lookup):
         return x
     if key.ndim:  # experts contracted together: their inputs are one array, with one mask
         key = key.ravel()[0]
-    for index in use.path:
+    for index in operation.path:
         key = jax.random.fold_in(key, index)
     mask = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(mask, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))

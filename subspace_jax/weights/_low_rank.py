@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Use, Weight, dense, product, static
+from subspace_jax.core import Operation, Weight, dense, product, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights._dropout import drop_inputs, step_keys
 
@@ -72,14 +72,14 @@ class LowRank(Weight):
         delta = dense((one.a.astype(wide) * one.scale, one.b.astype(wide)), one.role, one.shape)
         return (_dense_base(one.base, wide) + delta).astype(self.dtype if dtype is None else dtype)
 
-    def contract(self, x: jax.Array, use: Use) -> jax.Array:
+    def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on `base` plus that on the factors, in the cheap order."""
         scale = None if self.scale == 1.0 else self.scale
-        return self.contract_base(x, use) + use.product(self.drop(x, use), (self.a, self.b), scale)
+        return self.contract_base(x, operation) + operation.product(self.drop(x, operation), (self.a, self.b), scale)
 
-    def contract_base(self, x: jax.Array, use: Use) -> jax.Array:
+    def contract_base(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on `base` alone."""
-        return self.base.contract(x, use) if isinstance(self.base, Weight) else use.apply(x, self.base)
+        return self.base.contract(x, operation) if isinstance(self.base, Weight) else operation.apply(x, self.base)
 
     def squared_norms(self) -> jax.Array:
         r"""Returns \(\|W + s a b\|^2\) of every output column without forming the sum.
@@ -111,9 +111,9 @@ class LowRank(Weight):
             return self
         return dataclasses.replace(self, dropout_key=step_keys(key, self.a.shape[:-2]))
 
-    def drop(self, x: jax.Array, use: Use) -> jax.Array:
+    def drop(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the factors' input with inverted dropout, if this is a training step."""
-        return drop_inputs(x, use, self.dropout_key, self.dropout)
+        return drop_inputs(x, operation, self.dropout_key, self.dropout)
 
 
 def _dense_base(base: jax.Array | Weight, dtype: Any) -> jax.Array:

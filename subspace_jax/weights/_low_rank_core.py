@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from subspace_jax.core import Dot, Use, Weight, dense, static
+from subspace_jax.core import Dot, Operation, Weight, dense, static
 from subspace_jax.linalg import wide_dtype
 
 Route = Literal["factored", "materialized", "auto"]
@@ -72,15 +72,15 @@ class LowRankCore(Weight):
             total = base + total
         return total.astype(self.dtype if dtype is None else dtype)
 
-    def contract(self, x: jax.Array, use: Use) -> jax.Array:
+    def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on `base` plus that on the three factors, in the cheap order."""
-        if self.route == "materialized" or (self.route == "auto" and self._forming_is_cheaper(x, use)):
-            return use.apply(x, self.materialize(use.dtype))
+        if self.route == "materialized" or (self.route == "auto" and self._forming_is_cheaper(x, operation)):
+            return operation.apply(x, self.materialize(operation.dtype))
         scale = None if self.scale == 1.0 else self.scale
-        product = use.product(x, (self.left, self.core, self.right), scale)
+        product = operation.product(x, (self.left, self.core, self.right), scale)
         if self.base is None:
             return product
-        base = self.base.contract(x, use) if isinstance(self.base, Weight) else use.apply(x, self.base)
+        base = self.base.contract(x, operation) if isinstance(self.base, Weight) else operation.apply(x, self.base)
         return base + product
 
     def reshape(self, shape: tuple[int, ...]) -> LowRankCore | None:
@@ -90,7 +90,7 @@ class LowRankCore(Weight):
             return found
         return dataclasses.replace(found, in_sizes=found.role.in_shape(shape), out_sizes=found.role.out_shape(shape))
 
-    def _forming_is_cheaper(self, x: jax.Array, use: Use) -> bool:
+    def _forming_is_cheaper(self, x: jax.Array, operation: Operation) -> bool:
         """Compares multiplications of both routes, forward and backward, for `x` of this size.
 
         Factored: the rows meet both factors, forward and backward. Formed: the product of the factors and its
@@ -98,7 +98,7 @@ class LowRankCore(Weight):
         `base` are part of both; without one they are only part of the formed route.
         """
         inputs, outputs = self.role.sizes(self.shape)
-        if not isinstance(use, Dot) or not use.contracts_inputs:
+        if not isinstance(operation, Dot) or not operation.contracts_inputs:
             return False
         rows = x.size // inputs
         factored = 4 * rows * self.rank * (inputs + outputs)

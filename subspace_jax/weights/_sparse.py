@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from subspace_jax.core import RoleError, Use, Weight, static
+from subspace_jax.core import Operation, RoleError, Weight, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights._entries import (
     blocks_of,
@@ -92,7 +92,7 @@ class SparseDelta(Weight):
             values = jnp.where(one.active, values, lax.stop_gradient(values))
         return one._write(one.base, one.indices, values, self.dtype if dtype is None else dtype)
 
-    def contract(self, x: jax.Array, use: Use) -> jax.Array:
+    def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on the formed array, of which nothing is kept unless `keep_formed` says so."""
 
         @jax.custom_vjp
@@ -103,15 +103,22 @@ class SparseDelta(Weight):
             # Barriers put the forming of the array behind its input: left free, the compiler forms the arrays of all
             # layers first, and keeps those of the forward pass for the backward one.
             behind, where, what = lax.optimization_barrier((x, indices, values))
-            formed = self._write(base, where, what, use.dtype)
-            return use.apply(behind, formed), (x, base, indices, values, active, formed if self.keep_formed else None)
+            formed = self._write(base, where, what, operation.dtype)
+            return operation.apply(behind, formed), (
+                x,
+                base,
+                indices,
+                values,
+                active,
+                formed if self.keep_formed else None,
+            )
 
         def backward(saved: Any, cotangent: jax.Array):
             x, base, indices, values, active, formed = saved
             if formed is None:
                 indices, values, cotangent = lax.optimization_barrier((indices, values, cotangent))
-                formed = self._write(base, indices, values, use.dtype)
-            _, pull = jax.vjp(use.apply, x, formed)
+                formed = self._write(base, indices, values, operation.dtype)
+            _, pull = jax.vjp(operation.apply, x, formed)
             x_cotangent, array_cotangent = pull(cotangent)
             picked = entries_at(array_cotangent, indices, self.role, like=values).astype(values.dtype)
             if active is not None:

@@ -79,7 +79,7 @@ def test_the_gram_start_is_numpys_svd(shape):
         (sj.pissa(3, svd="exact"), 1.0),
         (sj.pissa(3, alpha=6, svd="exact"), 1.0),
         (sj.svfit(3), 1.0),
-        (sj.lora_xs(3, iterations=40), 1.0),
+        (sj.methods.lora_sb.lora_xs(3, iterations=40), 1.0),
         (sj.lora_sb(3, learning_rate=0.5, alpha=6, update="raw"), -0.5),
     ],
 )

@@ -57,17 +57,17 @@ def coso(rate, tasks=TASKS):
 
 
 LEARNERS = {
-    "sequential": lambda: sj.sequential(loss, {"kernel": sj.full()} | HEADS, optax.adam(0.02)),
-    "sequential lora": lambda: sj.sequential(loss, {"kernel": sj.lora(2)} | HEADS, optax.adam(0.05)),
-    "joint": lambda: sj.joint(loss, {"kernel": sj.full()} | HEADS, optax.adam(0.02)),
-    "o_lora": lambda: sj.o_lora_learner(loss, "kernel", optax.adam(0.05), tasks=TASKS, rank=2, rules=HEADS),
-    "gpm": lambda: sj.gpm_learner(loss, "kernel", optax.adam(0.02), threshold=0.9999, rules=HEADS),
-    "osf": lambda: sj.osf_learner(loss, "kernel", optax.adam(0.02), tasks=TASKS, rules=HEADS),
-    "osf importance": lambda: sj.osf_learner(
+    "sequential": lambda: sj.continual.sequential_learner(loss, {"kernel": sj.full()} | HEADS, optax.adam(0.02)),
+    "sequential lora": lambda: sj.continual.sequential_learner(loss, {"kernel": sj.lora(2)} | HEADS, optax.adam(0.05)),
+    "joint": lambda: sj.continual.joint_learner(loss, {"kernel": sj.full()} | HEADS, optax.adam(0.02)),
+    "o_lora": lambda: sj.methods.o_lora.learner(loss, "kernel", optax.adam(0.05), tasks=TASKS, rank=2, rules=HEADS),
+    "gpm": lambda: sj.methods.gpm.learner(loss, "kernel", optax.adam(0.02), threshold=0.9999, rules=HEADS),
+    "osf": lambda: sj.methods.osf.learner(loss, "kernel", optax.adam(0.02), tasks=TASKS, rules=HEADS),
+    "osf importance": lambda: sj.methods.osf.learner(
         loss, "kernel", optax.adam(0.02), tasks=TASKS, preserved="importance", target=0.5, rules=HEADS
     ),
-    "coso": lambda: sj.coso_learner(
-        loss, "kernel", coso(0.02), eps_th=2.0, rules=HEADS, rules_optimizer=optax.adam(0.02)
+    "coso": lambda: sj.methods.coso.learner(
+        loss, "kernel", coso(0.02), energy_threshold=2.0, rules=HEADS, rules_optimizer=optax.adam(0.02)
     ),
 }
 

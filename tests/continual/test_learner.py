@@ -94,7 +94,7 @@ def test_gpm_remembers_the_span_of_what_it_was_shown(followed):
 
 
 def test_gpm_has_room_for_a_share_and_a_threshold_by_task():
-    learner = sj.gpm_learner(
+    learner = sj.methods.gpm.learner(
         loss, ["kernel"], optax.sgd(0.1), threshold=lambda task: (0.3, 0.9999)[task], columns=0.3, rules=HEADS
     )
     memories = [s.memory["kernel"] for s in follow(learner, 2, steps=1)]
@@ -144,7 +144,9 @@ def test_o_lora_freezes_the_factors_of_finished_tasks(followed):
 
 
 def test_o_lora_adds_its_penalty_and_dropout_follows_the_key():
-    learner = sj.o_lora_learner(loss, "kernel", optax.sgd(0.1), tasks=2, rank=2, lam1=3.0, dropout=0.5, rules=HEADS)
+    learner = sj.methods.o_lora.learner(
+        loss, "kernel", optax.sgd(0.1), tasks=2, rank=2, overlap_weight=3.0, dropout=0.5, rules=HEADS
+    )
     state = follow(learner, 1)[1]
     started = learner.start_task(state, 1, jax.random.key(1))
     batch = next(streams.batches(1))
@@ -176,14 +178,14 @@ def numpy_gradients(params, batch):
     return {"kernel": x.T @ back, "heads": heads}
 
 
-@pytest.mark.parametrize("make", [sj.sequential, sj.joint])
+@pytest.mark.parametrize("make", [sj.continual.sequential_learner, sj.continual.joint_learner])
 def test_sequential_and_joint_are_heavy_ball_with_and_without_a_new_start(make):
     learner = make(loss, {"kernel": sj.full()} | HEADS, optax.sgd(0.1, momentum=0.9))
     state = follow(learner, 2, steps=3)[2]
     params = {n: np.asarray(v, np.float64) for n, v in parameters().items()}
     trace = {n: np.zeros_like(params[n]) for n in ("kernel", "heads")}
     for task in (0, 1):
-        if task and make is sj.sequential:
+        if task and make is sj.continual.sequential_learner:
             trace = {n: np.zeros_like(v) for n, v in trace.items()}
         for batch in streams.batches(task, 3):
             gradients = numpy_gradients(params, batch)
@@ -210,14 +212,14 @@ def stacked_loss(params, batch):
 
 RANKS = np.array([4, 12])
 STACKED = {
-    "o_lora": lambda **kw: sj.o_lora_learner(stacked_loss, "kernel", optax.adam(0.02), tasks=2, rank=2, **kw),
-    "gpm": lambda **kw: sj.gpm_learner(stacked_loss, "kernel", optax.adam(0.02), threshold=0.9999, **kw),
-    "osf": lambda **kw: sj.osf_learner(stacked_loss, "kernel", optax.adam(0.02), tasks=2, **kw),
-    "osf by layer": lambda **kw: sj.osf_learner(
+    "o_lora": lambda **kw: sj.methods.o_lora.learner(stacked_loss, "kernel", optax.adam(0.02), tasks=2, rank=2, **kw),
+    "gpm": lambda **kw: sj.methods.gpm.learner(stacked_loss, "kernel", optax.adam(0.02), threshold=0.9999, **kw),
+    "osf": lambda **kw: sj.methods.osf.learner(stacked_loss, "kernel", optax.adam(0.02), tasks=2, **kw),
+    "osf by layer": lambda **kw: sj.methods.osf.learner(
         stacked_loss, "kernel", optax.adam(0.02), tasks=2, preserved=lambda task: {"kernel": RANKS * task}, **kw
     ),
-    "coso": lambda **kw: sj.coso_learner(
-        stacked_loss, "kernel", streams.coso(0.02), eps_th=2.0, rules_optimizer=optax.adam(0.02), **kw
+    "coso": lambda **kw: sj.methods.coso.learner(
+        stacked_loss, "kernel", streams.coso(0.02), energy_threshold=2.0, rules_optimizer=optax.adam(0.02), **kw
     ),
 }
 
@@ -280,8 +282,8 @@ def test_order_is_kept(name, followed):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: sj.o_lora_learner(loss, "kernel", optax.sgd(0.1), tasks=1, rank=2, rules=HEADS),
-        lambda: sj.osf_learner(loss, "kernel", optax.sgd(0.1), tasks=1, rules=HEADS),
+        lambda: sj.methods.o_lora.learner(loss, "kernel", optax.sgd(0.1), tasks=1, rank=2, rules=HEADS),
+        lambda: sj.methods.osf.learner(loss, "kernel", optax.sgd(0.1), tasks=1, rules=HEADS),
     ],
 )
 def test_more_tasks_than_there_is_room_for_are_refused(make):
@@ -293,7 +295,7 @@ def test_more_tasks_than_there_is_room_for_are_refused(make):
 
 def test_a_full_history_of_coso_is_refused():
     rules = {"rules": HEADS, "rules_optimizer": optax.sgd(0.1)}
-    learner = sj.coso_learner(loss, "kernel", streams.coso(0.1, tasks=1), eps_th=2.0, **rules)
+    learner = sj.methods.coso.learner(loss, "kernel", streams.coso(0.1, tasks=1), energy_threshold=2.0, **rules)
     with pytest.raises(StructureError, match=r"kernel.*: the history would have 7 directions and has room for 4"):
         follow(learner, 2, steps=2)
 
@@ -301,19 +303,19 @@ def test_a_full_history_of_coso_is_refused():
 def test_bad_arguments_are_refused():
     sgd = optax.sgd(0.1)
     with pytest.raises(StreamError, match="tasks=0"):
-        sj.osf_learner(loss, "kernel", sgd, tasks=0)
+        sj.methods.osf.learner(loss, "kernel", sgd, tasks=0)
     with pytest.raises(StreamError, match="tasks=True"):
-        sj.o_lora_learner(loss, "kernel", sgd, tasks=True)
+        sj.methods.o_lora.learner(loss, "kernel", sgd, tasks=True)
     with pytest.raises(StreamError, match="preserved='all'"):
-        sj.osf_learner(loss, "kernel", sgd, tasks=2, preserved="all")
+        sj.methods.osf.learner(loss, "kernel", sgd, tasks=2, preserved="all")
     with pytest.raises(StreamError, match=r"columns=1.5; expected a share"):
-        sj.gpm_learner(loss, "kernel", sgd, columns=1.5)
+        sj.methods.gpm.learner(loss, "kernel", sgd, columns=1.5)
     with pytest.raises(StructureError, match="rules= and rules_optimizer= both"):
-        sj.coso_learner(loss, "kernel", streams.coso(0.1), rules=HEADS)
+        sj.methods.coso.learner(loss, "kernel", streams.coso(0.1), rules=HEADS)
     key = jax.random.key(0)
     with pytest.raises(StructureError, match=r"holds no coso; pass sj\.coso"):
-        sj.coso_learner(loss, "kernel", sgd).init(parameters(), key)
+        sj.methods.coso.learner(loss, "kernel", sgd).init(parameters(), key)
     with pytest.raises(PatternError, match="kernle"):
-        sj.osf_learner(loss, "kernle", sgd, tasks=2).init(parameters(), key)
+        sj.methods.osf.learner(loss, "kernle", sgd, tasks=2).init(parameters(), key)
     with pytest.raises(RoleError, match=r"heads: shape \(5, 16, 3\)"):
-        sj.gpm_learner(loss, "heads", sgd).init(parameters(), key)
+        sj.methods.gpm.learner(loss, "heads", sgd).init(parameters(), key)

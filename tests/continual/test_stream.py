@@ -26,7 +26,7 @@ def tasks_of(count, steps=5):
     """Tasks with test batches that no training sees."""
 
     def one(task):
-        return sj.StreamTask(
+        return sj.continual.StreamTask(
             f"task {task}",
             lambda start: streams.batches(task, steps, start),
             lambda params: accuracy(params, task),
@@ -76,7 +76,7 @@ def test_five_tasks_compile_one_step_and_a_stopped_stream_goes_on_to_the_same_bi
     def run(**options):
         # Everything is made anew, as another process would.
         learner, traces = counting(LEARNERS[name]())
-        with sj.Checkpointer(tmp_path, max_to_keep=1, base=parameters()) as checkpointer:
+        with sj.io.Checkpointer(tmp_path, max_to_keep=1, base=parameters()) as checkpointer:
             options |= {"checkpointer": checkpointer, "save_every": 2}
             return sj.run_stream(learner, parameters(), tasks_of(TASKS), key=KEY, **options), traces
 
@@ -98,7 +98,7 @@ def test_a_stream_stopped_between_tasks_goes_on(name, tmp_path):
     whole = sj.run_stream(LEARNERS[name](), parameters(), tasks_of(3), key=KEY, evaluate="all")
 
     def run(**options):
-        with sj.Checkpointer(tmp_path) as checkpointer:
+        with sj.io.Checkpointer(tmp_path) as checkpointer:
             options |= {"checkpointer": checkpointer, "evaluate": "all"}
             return sj.run_stream(LEARNERS[name](), parameters(), tasks_of(3), key=KEY, **options)
 
@@ -177,11 +177,11 @@ def test_keys_differ_between_steps_tasks_and_streams():
 
 def test_a_checkpoint_of_another_stream_is_refused(tmp_path):
     def run(learner, tasks, key=KEY):
-        with sj.Checkpointer(tmp_path) as checkpointer:
+        with sj.io.Checkpointer(tmp_path) as checkpointer:
             return sj.run_stream(learner, parameters(), tasks, key=key, checkpointer=checkpointer)
 
     def lora(rank):
-        return sj.sequential(loss, {"kernel": sj.lora(rank, alpha=4.0)} | HEADS, optax.sgd(0.1))
+        return sj.continual.sequential_learner(loss, {"kernel": sj.lora(rank, alpha=4.0)} | HEADS, optax.sgd(0.1))
 
     run(lora(2), tasks_of(2, 1))
     with pytest.raises(StreamError, match=r"checkpoint 4 is of the stream .*'task 0', 'task 1'.* and this one"):
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_stream_is_refused(tmp_path):
     with pytest.raises((StreamError, ValueError)):
         run(lora(3), tasks_of(2, 1))
     with pytest.raises(StreamError, match=r"another structure.*other rules or ranks"):
-        run(sj.sequential(loss, {"kernel": sj.full()} | HEADS, optax.sgd(0.1)), tasks_of(2, 1))
+        run(sj.continual.sequential_learner(loss, {"kernel": sj.full()} | HEADS, optax.sgd(0.1)), tasks_of(2, 1))
 
 
 def test_bad_streams_are_refused():
@@ -208,7 +208,7 @@ def test_bad_streams_are_refused():
         run(tasks_of(1), evaluate="some")
     with pytest.raises(StreamError, match="save_every=0"):
         run(tasks_of(1), save_every=0)
-    empty = sj.StreamTask("nothing", lambda start: iter(()), lambda params: 0.0)
+    empty = sj.continual.StreamTask("nothing", lambda start: iter(()), lambda params: 0.0)
     with pytest.raises(StreamError, match=r"task 1, 'nothing': batches\(0\) yields nothing"):
         run([*tasks_of(1), empty])
 
@@ -225,13 +225,13 @@ def test_scores_are_those_of_the_definitions():
         "learning_accuracy": np.trace(matrix) / 4,
         "forward_transfer": np.mean([matrix[i - 1, i] - base[i] for i in range(1, 4)]),
     }
-    found = sj.stream_scores(matrix, base)
+    found = sj.continual.stream_scores(matrix, base)
     for name, value in expected.items():
         np.testing.assert_allclose(getattr(found, name), value, rtol=1e-5)
-    without = sj.stream_scores(lower)
+    without = sj.continual.stream_scores(lower)
     assert without.forward_transfer is None
     assert without[:5] == found[:5]
-    assert sj.stream_scores(lower, base).forward_transfer is None
+    assert sj.continual.stream_scores(lower, base).forward_transfer is None
 
 
 def test_scores_of_an_unfinished_matrix_are_refused():
@@ -239,10 +239,10 @@ def test_scores_of_an_unfinished_matrix_are_refused():
     matrix[0, 0] = 0.5
     assert np.isnan(backward_transfer(matrix))
     with pytest.raises(StreamError, match=r"no score on task 0 after training on task 1\. Finish the stream"):
-        sj.stream_scores(matrix)
+        sj.continual.stream_scores(matrix)
     with pytest.raises(ValueError, match="at least 2 tasks"):
-        sj.stream_scores(np.ones((1, 1)))
+        sj.continual.stream_scores(np.ones((1, 1)))
 
 
 def test_jnp_matrices_are_fine():
-    assert sj.stream_scores(jnp.eye(2)).learning_accuracy == 1.0
+    assert sj.continual.stream_scores(jnp.eye(2)).learning_accuracy == 1.0

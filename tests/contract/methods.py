@@ -76,7 +76,7 @@ METHODS = (
         lambda rank: sj.randlora(rank, scaling="peft", basis="sparse", pairing="peft", route="factored"),
         variant=True,
     ),
-    Case("lora_xs", lambda rank: sj.lora_xs(rank, alpha=3.0), start=1e-3),
+    Case("lora_xs", lambda rank: sj.methods.lora_sb.lora_xs(rank, alpha=3.0), start=1e-3),
     Case("lora_sb", lambda rank: _with_gradient(sj.lora_sb(rank, learning_rate=1e-3, alpha=3.0)), start=1e-1),
     Case("soka", lambda rank: sj.soka(rank), start=1e-5),
     Case("o_lora", lambda rank: sj.o_lora(rank, tasks=2, alpha=3.0)),

@@ -57,7 +57,7 @@ run = sj.with_adapters(apply)
 
 def test_many_kinds_in_one_model_learn_in_one_step():
     tree = adapted()
-    kinds = {type(w).__name__ for _, w in leaves_with_paths(tree) if sj.is_weight(w)}
+    kinds = {type(w).__name__ for _, w in leaves_with_paths(tree) if sj.core.is_weight(w)}
     assert len(kinds) >= 8
     trainable, frozen = sj.partition(tree)
     optimizer, traces = optax.adam(1e-2), []

@@ -62,7 +62,7 @@ def reference(case):
     """Outputs and gradients of the trainable parts, through the model on materialised arrays."""
 
     def apply(adapted, inputs):
-        arrays = jax.tree.map(lambda w: w.materialize(), adapted, is_leaf=sj.is_weight)
+        arrays = jax.tree.map(lambda w: w.materialize(), adapted, is_leaf=sj.core.is_weight)
         return model(arrays, inputs)
 
     trainable, frozen = sj.partition(trained(case))

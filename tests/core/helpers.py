@@ -28,7 +28,7 @@ def randomized(adapted, seed=7):
         a, b = (jnp.asarray(0.3 * rng.standard_normal(v.shape), v.dtype) for v in (leaf.a, leaf.b))
         return LowRank(**{**vars(leaf), "a": a, "b": b})
 
-    return jax.tree.map(one, adapted, is_leaf=sj.is_weight)
+    return jax.tree.map(one, adapted, is_leaf=sj.core.is_weight)
 
 
 def adapt(params, rules="**", roles=None, seed=7):
@@ -45,7 +45,7 @@ def _order(weight):
 def dense(weight):
     """base + s a b, folded by numpy."""
     if not isinstance(weight, LowRank):
-        return weight.value if sj.is_weight(weight) else weight
+        return weight.value if sj.core.is_weight(weight) else weight
     base = np.asarray(weight.base, np.float64)
     product = weight.scale * (np.asarray(weight.a, np.float64) @ np.asarray(weight.b, np.float64))
     order = _order(weight)
@@ -54,7 +54,7 @@ def dense(weight):
 
 
 def merged(tree):
-    return jax.tree.map(dense, tree, is_leaf=sj.is_weight)
+    return jax.tree.map(dense, tree, is_leaf=sj.core.is_weight)
 
 
 def factor_gradients(gradient, weight):
@@ -112,17 +112,17 @@ def same_as_dense(fn, adapted, *args, tolerance=2e-4, gradients=True, **kwargs):
 
 
 def compare_gradients(found, wanted, adapted, tolerance=2e-4):
-    leaves = jax.tree.leaves(adapted, is_leaf=sj.is_weight)
+    leaves = jax.tree.leaves(adapted, is_leaf=sj.core.is_weight)
     for weight, one, gradient in zip(
         leaves,
-        jax.tree.leaves(found, is_leaf=lambda v: sj.is_weight(v) or v is None),
+        jax.tree.leaves(found, is_leaf=lambda v: sj.core.is_weight(v) or v is None),
         jax.tree.leaves(wanted),
         strict=True,
     ):
         if isinstance(weight, LowRank):
             for part, reference in zip((one.a, one.b), factor_gradients(gradient, weight), strict=True):
                 close(part, reference, tolerance)
-        elif sj.is_weight(weight):
+        elif sj.core.is_weight(weight):
             close(one.value, gradient, tolerance)
         else:
             assert one is None

@@ -38,13 +38,13 @@ def place(tree, specs, parts):
     """Arrays by their specs; the parts of a weight by what follows from the weight's, or replicated."""
 
     def one(leaf, spec):
-        if not sj.is_weight(leaf):
+        if not sj.core.is_weight(leaf):
             return put(leaf, *spec)
         follow = leaf.partition_specs(spec) if parts == "follow" else leaf.partition_specs(P())
         placed = jax.tree.map(lambda v, s: put(v, *s), leaf, follow, is_leaf=lambda v: isinstance(v, P))
         return type(leaf)(**{**vars(placed), "base": put(leaf.base, *spec)})
 
-    return jax.tree.map(one, tree, specs, is_leaf=sj.is_weight)
+    return jax.tree.map(one, tree, specs, is_leaf=sj.core.is_weight)
 
 
 def product(x, w, spec):

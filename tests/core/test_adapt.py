@@ -66,9 +66,9 @@ def test_predicates_see_path_and_array():
 def test_structure_dtype_and_shape_of_the_tree_stay():
     params = tree()
     adapted = sj.adapt(params, {"**/kernel": lora()}, key=KEY)
-    same = jax.tree.structure(adapted, is_leaf=sj.is_weight)
+    same = jax.tree.structure(adapted, is_leaf=sj.core.is_weight)
     assert same == jax.tree.structure(params)
-    for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(adapted, is_leaf=sj.is_weight), strict=True):
+    for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(adapted, is_leaf=sj.core.is_weight), strict=True):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)
 
 

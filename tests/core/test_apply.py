@@ -175,7 +175,7 @@ def test_linen_einsum_and_partitioned_parameters():
     roles = sj.roles(fn, params, X)
     assert roles["Einsum_0/kernel"].out_axes == (1, 2)
     adapted = adapt(params, {"**/kernel": lora(), "**/kernel/value": lora()}, roles)
-    assert sj.is_weight(adapted["DenseGeneral_0"]["kernel"].value)
+    assert sj.core.is_weight(adapted["DenseGeneral_0"]["kernel"].value)
     same_as_dense(fn, adapted, X)
 
 
@@ -216,7 +216,7 @@ def test_nnx_state_with_variables_as_leaves():
     fn = lambda state, x: nnx.merge(graph, state)(x)
     roles = sj.roles(fn, state, X)
     adapted = adapt(state, {"kernel*/**": lora()}, roles)
-    assert sj.is_weight(jax.tree.leaves(adapted, is_leaf=sj.is_weight)[1])
+    assert sj.core.is_weight(jax.tree.leaves(adapted, is_leaf=sj.core.is_weight)[1])
     close(sj.with_adapters(fn)(adapted, X), fn(merged(adapted), X))
 
 
@@ -335,7 +335,7 @@ def test_weights_in_any_argument_and_any_result():
     assert found["label"] == "text"
     assert found["none"] is None
     assert found["pair"] == (3, 2.5, tag)
-    assert sj.is_weight(found["w"])
+    assert sj.core.is_weight(found["w"])
     np.testing.assert_array_equal(found["w"].base, adapted["in"].base)
     np.testing.assert_array_equal(found["x"], X)
     close(found["y"], mlp(merged(adapted), X))

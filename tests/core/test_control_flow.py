@@ -226,7 +226,7 @@ def test_restacked_output_is_the_weight_itself():
     adapted = adapt({"w": normal(1, 3, 6, 6)}, roles={"w": STACK})
     fn = lambda p: lax.scan(lambda x, one: (layer(x, one), one), X, p["w"])
     _, same = sj.with_adapters(fn)(adapted)
-    assert sj.is_weight(same)
+    assert sj.core.is_weight(same)
     np.testing.assert_array_equal(same.a, adapted["w"].a)
 
 

@@ -1,4 +1,4 @@
-"""`Use.linear`: an operation on a weight that is known only by what it does to rows."""
+"""`Operation.linear`: an operation on a weight that is known only by what it does to rows."""
 
 import dataclasses
 from typing import Any, ClassVar

@@ -86,7 +86,7 @@ def test_merge_and_rounding_read_the_stored_array():
     tree = with_factor(adapted(), 3.0)
     for name, array in sj.merge(tree).items():
         np.testing.assert_allclose(array, 3 * PARAMS[name], rtol=1e-6)
-    assert sj.merge_rounding(tree)["c"].max_error == 0
+    assert sj.core.merge_rounding(tree)["c"].max_error == 0
 
 
 def test_the_count_has_it_once():

@@ -50,7 +50,7 @@ def test_merge_adds_in_float32_and_rounds_once(dtype):
 def test_rounding_report():
     params = {"half": normal(0, 40, 30).astype(jnp.bfloat16), "single": normal(1, 6, 4), "rest": normal(2, 4)}
     adapted = adapt(params, {"half": lora(), "single": lora()})
-    report = sj.merge_rounding(adapted)
+    report = sj.core.merge_rounding(adapted)
     assert set(report) == {"half", "single"}
     reference = exact(adapted["half"]).astype(np.float32)
     error = reference.astype(jnp.bfloat16).astype(np.float64) - reference
@@ -90,7 +90,7 @@ def test_weights_that_depend_on_the_input_are_refused_by_path():
     routed = Routed(**vars(plain))
     inside = dataclasses.replace(plain, base=routed)
     for weight in (routed, inside):
-        for function in (sj.merge, sj.merge_rounding):
+        for function in (sj.merge, sj.core.merge_rounding):
             with pytest.raises(NotMergeableError, match=r"layer/w: .*depends on the input.*with_adapters"):
                 function({"layer": {"w": weight}})
 

@@ -148,7 +148,7 @@ def test_a_weight_is_a_pytree_under_every_transformation():
     assert jax.tree.structure(weight) == jax.tree.structure(jax.tree.map(lambda v: v + 1, weight))
     paths = [sj.core.path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path({"w": weight})]
     assert paths == ["w/base", "w/a", "w/b"]
-    assert sj.is_weight(jax.eval_shape(lambda w: w, weight))
+    assert sj.core.is_weight(jax.eval_shape(lambda w: w, weight))
     close(jax.jit(lambda w: w.materialize())(weight), dense(weight))
     assert (weight.ndim, weight.size, weight.rank) == (3, 72, 2)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import subspace_jax as sj
-from experiments import _cli, adapters
-from experiments._results import read_json
+from experiments import adapters
+from experiments.runner import _cli, read_json
 from subspace_jax.assets import is_available
 
 carried = pytest.mark.skipif(

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from experiments import _cli, _registry
+from experiments.runner import _cli, _registry
 
 
 def test_help_names_every_command(capsys):

@@ -13,8 +13,9 @@ from PIL import Image
 from rich.console import Console
 
 import subspace_jax as sj
-from experiments import _cli, _streams, continual_text, continual_vision
-from experiments._experiment import Context
+from experiments.continual import continual_text, continual_vision
+from experiments.runner import Context, _cli
+from experiments.tasks import streams
 from subspace_jax.assets import is_available
 from subspace_jax.data import ImageSplit, ImageTask, TextSplit, TextTask
 from subspace_jax.models import Bert, Vit, small_bert, small_vit
@@ -43,10 +44,10 @@ def small_data():
     return continual_text.make_data(module, params, [made_up(f"made up {n}", n, n) for n in (2, 3, 4)])
 
 
-def streams(tmp_path, **options):
+def make_streams(tmp_path, **options):
     settings = dict(s.split("=") for s in SETTINGS if not s.startswith("seeds"))
     config = continual_text.ContinualTextConfig(**{k: int(v) for k, v in settings.items()}, **options)
-    return _streams.Streams(small_data(), config, Context(tmp_path, False, Console(quiet=True)))
+    return streams.Streams(small_data(), config, Context(tmp_path, False, Console(quiet=True)))
 
 
 def test_heads_are_those_of_the_examples_tasks_and_classes_beyond_them_are_impossible():
@@ -63,7 +64,7 @@ def test_heads_are_those_of_the_examples_tasks_and_classes_beyond_them_are_impos
 
 
 def test_joint_training_sees_the_examples_of_the_others(tmp_path):
-    made = streams(tmp_path)
+    made = make_streams(tmp_path)
 
     def seen(method):
         found = [b for place in range(3) for b in made._task(method, place, [2, 0, 1], 5, "test").batches(0)]
@@ -77,7 +78,7 @@ def test_joint_training_sees_the_examples_of_the_others(tmp_path):
 
 
 def test_batches_go_on_from_any_step(tmp_path):
-    made = streams(tmp_path)
+    made = make_streams(tmp_path)
     for method in ("full", "joint"):
         task = made._task(method, 1, [0, 1, 2], 0, "test")
         for whole, rest in zip(list(task.batches(0))[2:], task.batches(2), strict=True):
@@ -93,13 +94,13 @@ def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(t
     _cli.main(arguments)
     folder = tmp_path / "continual_text"
     results = json.loads((folder / "result.json").read_text())
-    assert [c["method"] for c in results["costs"]] == list(_streams.METHODS)
+    assert [c["method"] for c in results["costs"]] == list(streams.METHODS)
     for run in results["runs"]:
         matrix = np.array(run["matrix"], float)
         np.testing.assert_array_equal(np.isnan(matrix), np.triu(np.ones((3, 3)), 1) > 0)
-        assert run["average_accuracy"] == sj.stream_scores(matrix).average_accuracy
+        assert run["average_accuracy"] == sj.continual.stream_scores(matrix).average_accuracy
         tried = {c["learning_rate"]: c["last"] for c in results["tuning"] if c["method"] == run["method"]}
-        assert set(tried) == set(_streams.METHODS[run["method"]][1])
+        assert set(tried) == set(streams.METHODS[run["method"]][1])
         assert tried[run["learning_rate"]] == max(tried.values())
         assert len(run["losses"]) == 9
     kept = {run["method"]: run["kept"] for run in results["runs"]}
@@ -108,9 +109,9 @@ def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(t
     costs = {c["method"]: c for c in results["costs"]}
     assert costs["lora"]["trainable"] < costs["gpm"]["trainable"] < costs["full"]["trainable"]
     assert costs["lora"]["state_bytes"] < costs["full"]["state_bytes"]
-    rows = _streams.rows(results)
+    rows = streams.rows(results)
     assert len({len(row) for row in rows}) == 1
-    assert [row[0] for row in rows[1:]] == list(_streams.TITLES.values())
+    assert [row[0] for row in rows[1:]] == list(streams.TITLES.values())
     assert Image.open(folder / "figure.png").size[0] > 500
     times = {p.name: p.stat().st_mtime_ns for p in (folder / "cells").iterdir()}
     _cli.main([*arguments, "--resume"])
@@ -120,10 +121,10 @@ def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(t
 def test_streams_with_checkpoints_give_the_same(tmp_path):
     found = []
     for checkpoints in (False, True):
-        made = streams(tmp_path, checkpoints=checkpoints)
+        made = make_streams(tmp_path, checkpoints=checkpoints)
         found.append(made._stream("coso", 1e-3, 0, "test", "name")["matrix"])
     assert found[0] == found[1]
-    with sj.Checkpointer(tmp_path / "checkpoints" / "name", read_only=True) as checkpointer:
+    with sj.io.Checkpointer(tmp_path / "checkpoints" / "name", read_only=True) as checkpointer:
         assert checkpointer.all_steps() == [9 + 3]
 
 
@@ -164,7 +165,7 @@ def test_images_are_told_apart_from_those_of_all_heads():
 @pytest.mark.parametrize("method", ["o_lora", "gpm", "osf", "coso"])
 def test_kernels_of_attention_heads_are_adapted_too(method, tmp_path):
     config = continual_vision.ContinualVisionConfig(steps=2, batch_size=4, rank=2, r1=2, r2=4, gap=2, calibration=1)
-    made = _streams.Streams(vision_data(), config, Context(tmp_path, False, Console(quiet=True)))
+    made = streams.Streams(vision_data(), config, Context(tmp_path, False, Console(quiet=True)))
     cell = made._stream(method, 1e-3, 0, "test", "name")
     matrix = np.array(cell["matrix"], float)
     np.testing.assert_array_equal(np.isnan(matrix), np.triu(np.ones((3, 3)), 1) > 0)
@@ -177,7 +178,7 @@ def test_kernels_of_attention_heads_are_adapted_too(method, tmp_path):
 
 def test_unknown_methods_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="methods=ewc: choose from full, lora"):
-        streams(tmp_path, methods=("ewc",))
+        make_streams(tmp_path, methods=("ewc",))
 
 
 @pytest.mark.carried
@@ -189,7 +190,7 @@ def test_real_texts_run(tmp_path):
     config = continual_text.ContinualTextConfig(
         tasks=("rotten_tomatoes", "reuters_r8"), steps=2, batch_size=4, max_length=16, train_size=32, test_size=50
     )
-    made = _streams.Streams(continual_text.load(config), config, Context(tmp_path, False, Console(quiet=True)))
+    made = streams.Streams(continual_text.load(config), config, Context(tmp_path, False, Console(quiet=True)))
     cell = made._stream("gpm", 1e-4, 0, "test", "name")
     assert np.array(cell["matrix"], float)[1].min() > 0
     assert len(cell["kept"]) == 36

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import pissa
+from experiments.low_rank import pissa
 
 SMALL = pissa.PissaConfig(pretraining_steps=600, seeds=(0,), quantized_size=64, quantized_rank=4)
 QUIET = SimpleNamespace(track=lambda items, description: items)

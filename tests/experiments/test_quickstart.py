@@ -7,7 +7,8 @@ import json
 import pytest
 from PIL import Image
 
-from experiments import _cli, quickstart
+from experiments import quickstart
+from experiments.runner import _cli
 from subspace_jax.assets import is_available
 
 carried = pytest.mark.skipif(

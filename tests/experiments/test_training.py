@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments._training import Trainer, evaluate, warmup_linear
+from experiments.tasks.training import Trainer, evaluate, warmup_linear
 
 
 def problem():

@@ -50,7 +50,7 @@ def ours(layer, size, **options):
     params = {"layer": pm.array(layer.base_layer.weight).T, "larger": jnp.zeros((24, 22))}
     alpha = layer.scaling["default"] * RANK
     method = sj.randlora(RANK, alpha=alpha, scaling="peft", pairing="peft", **options)
-    weight = sj.resolve_links(sj.adapt(params, {"*": method}, key=jax.random.key(0)))["layer"]
+    weight = sj.core.resolve_links(sj.adapt(params, {"*": method}, key=jax.random.key(0)))["layer"]
     found = {
         "basis_a": pm.array(layer.randlora_A["default"])[:, 0],
         "basis_b": jnp.transpose(pm.array(layer.randlora_B["default"]), (1, 2, 0)),

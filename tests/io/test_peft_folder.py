@@ -435,9 +435,9 @@ class TestWriting:
             for one, other in zip(*(jax.tree.leaves(sj.merge(t)) for t in (tree, again)), strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
             return
-        for one, other in zip(*(jax.tree.leaves(t, is_leaf=sj.is_weight) for t in (tree, again)), strict=True):
+        for one, other in zip(*(jax.tree.leaves(t, is_leaf=sj.core.is_weight) for t in (tree, again)), strict=True):
             assert type(one) is type(other)
-            if sj.is_weight(one):
+            if sj.core.is_weight(one):
                 one, other = (dataclasses.replace(w, role=sj.Role("other")) for w in (one, other))
                 assert other.method == one.method
                 if hasattr(one, "scale"):

@@ -9,7 +9,7 @@ from subspace_jax.io import _peft_layout as layout
 RNG = np.random.default_rng(0)
 
 
-def place_of(rule, shape, leaf="kernel"):
+def subspace_map(rule, shape, leaf="kernel"):
     return NameMap((rule,)).places({f"a/{leaf}": np.zeros(shape)})[f"a/{leaf}"]
 
 
@@ -18,7 +18,7 @@ def normal(*shape):
 
 
 def test_dense():
-    place = place_of(NameRule("a", "m"), (6, 4))
+    place = subspace_map(NameRule("a", "m"), (6, 4))
     kernel, a, b = normal(6, 4), normal(6, 2), normal(2, 4)
     x = normal(3, 6)
     np.testing.assert_allclose(x @ layout.whole_to_torch(kernel, place).T, x @ kernel)
@@ -30,11 +30,11 @@ def test_dense():
 
 def test_heads():
     """PyTorch's linear gives all heads side by side."""
-    place = place_of(NameRule("a", "m"), (6, 2, 3))
+    place = subspace_map(NameRule("a", "m"), (6, 2, 3))
     kernel, x = normal(6, 2, 3), normal(5, 6)
     y = x @ layout.whole_to_torch(kernel, place).T
     np.testing.assert_allclose(y.reshape(5, 2, 3), np.einsum("xi,ihd->xhd", x, kernel))
-    back = place_of(NameRule("a", "m", inputs=2), (2, 3, 6))
+    back = subspace_map(NameRule("a", "m", inputs=2), (2, 3, 6))
     kernel, x = normal(2, 3, 6), normal(5, 2, 3)
     found = x.reshape(5, 6) @ layout.whole_to_torch(kernel, back).T
     np.testing.assert_allclose(found, np.einsum("xhd,hdo->xo", x, kernel))
@@ -43,7 +43,7 @@ def test_heads():
 
 def test_convolution():
     """A patch `[in, height, width]` under PyTorch's kernel, and `[height, width, in]` under Flax's."""
-    place = place_of(NameRule("a", "m", "conv"), (3, 2, 5, 4))
+    place = subspace_map(NameRule("a", "m", "conv"), (3, 2, 5, 4))
     kernel, a, b, patch = normal(3, 2, 5, 4), normal(30, 7), normal(7, 4), normal(3, 2, 5)
     theirs = patch.transpose(2, 0, 1)
     expected = np.einsum("hwi,hwio->o", patch, kernel)
@@ -56,7 +56,7 @@ def test_convolution():
 
 
 def test_embedding():
-    place = place_of(NameRule("a", "m", "embedding"), (9, 4), "embedding")
+    place = subspace_map(NameRule("a", "m", "embedding"), (9, 4), "embedding")
     table, a, b = normal(9, 4), normal(9, 2), normal(2, 4)
     np.testing.assert_array_equal(layout.whole_to_torch(table, place), table)
     down, up = layout.input_factor_to_torch(a, place), layout.output_factor_to_torch(b, place)
@@ -78,7 +78,7 @@ def test_embedding():
     ],
 )
 def test_inverses(rule, shape, leaf):
-    place = place_of(rule, shape, leaf)
+    place = subspace_map(rule, shape, leaf)
     array = normal(*shape)
     parts = layout.unstack(array, place, "a")
     assert len(parts) == len(place.modules)

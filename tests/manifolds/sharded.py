@@ -38,8 +38,8 @@ def steps(space, x, v):
 def main():
     kind = sys.argv[1]
     mesh = make_mesh(kind)
-    for space in (sj.Stiefel(), sj.Grassmann(), sj.SpecialOrthogonal()):
-        shape = (4, 4, 4) if isinstance(space, sj.SpecialOrthogonal) else (4, 6, 2)
+    for space in (sj.manifolds.Stiefel(), sj.manifolds.Grassmann(), sj.manifolds.SpecialOrthogonal()):
+        shape = (4, 4, 4) if isinstance(space, sj.manifolds.SpecialOrthogonal) else (4, 6, 2)
         points = [space.random_point(jax.random.key(seed), shape) for seed in (0, 1)]
         vector = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
         expected = jax.jit(everything, static_argnums=0)(space, *points, vector)

@@ -9,7 +9,7 @@ import scipy.linalg
 import subspace_jax as sj
 from subspace_jax.core import StructureError
 
-STIEFEL, GRASSMANN, ROTATIONS = sj.Stiefel(), sj.Grassmann(), sj.SpecialOrthogonal()
+STIEFEL, GRASSMANN, ROTATIONS = sj.manifolds.Stiefel(), sj.manifolds.Grassmann(), sj.manifolds.SpecialOrthogonal()
 # With rank 1, full rank, a stack.
 PLACES = [
     *((space, shape) for space in (STIEFEL, GRASSMANN) for shape in ((6, 3), (5, 1), (4, 4), (2, 3, 7, 2))),

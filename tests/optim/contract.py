@@ -112,7 +112,7 @@ def adam(learning_rate):
 
 def coordinates(learning_rate, **options):
     return optax.chain(
-        sj.in_subspace(optax.scale_by_adam(0.5, 0.9), roles=ROLES, **options),
+        sj.optim.in_subspace(optax.scale_by_adam(0.5, 0.9), roles=ROLES, **options),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -127,7 +127,7 @@ def projection(**options):
 
 def on_manifolds(learning_rate):
     """Two leaves on manifolds, which random ones reach with the first step; the others go to SGD."""
-    spaces = {"matrix": sj.Stiefel(), "stacked": sj.Grassmann()}
+    spaces = {"matrix": sj.manifolds.Stiefel(), "stacked": sj.manifolds.Grassmann()}
     return optax.chain(
         optax.masked(optax.sgd(learning_rate), lambda tree: {name: name not in spaces for name in tree}),
         sj.riemannian(spaces, optax.sgd(learning_rate, 0.5), retraction="qr", tolerance=float("inf")),
@@ -146,30 +146,53 @@ CASES = (
     Case(
         "in_complement",
         lambda rate: optax.chain(
-            sj.in_complement(optax.scale_by_adam(0.5, 0.9), bases(), roles=ROLES), optax.scale_by_learning_rate(rate)
+            sj.optim.in_complement(optax.scale_by_adam(0.5, 0.9), bases(), roles=ROLES),
+            optax.scale_by_learning_rate(rate),
         ),
         "complement",
     ),
     Case("riemannian", on_manifolds, None, converges=False),
     Case(
         "add_lambda_orthogonality",
-        lambda rate: optax.chain(sj.add_lambda_orthogonality(0.1, 1.0, roles=ROLES), adam(rate)),
+        lambda rate: optax.chain(
+            sj.methods.lambda_orthogonality.add_lambda_orthogonality(0.1, 1.0, roles=ROLES), adam(rate)
+        ),
         converges=False,
     ),
-    Case("lift_adam", lambda rate: sj.lift_adam(rate)),
+    Case("lift_adam", lambda rate: sj.methods.lift.lift_adam(rate)),
     Case("coso", lambda rate: sj.coso(rate, 4, 6, 5, "input", b1=0.5, b2=0.9, roles=ROLES)),
-    Case("dct_adam", lambda rate: with_rate(sj.scale_by_dct_adam(4, b1=0.5, b2=0.9, roles=ROLES), rate)),
-    Case("trion", lambda rate: with_rate(sj.scale_by_trion(4, vector_scale=1.0, roles=ROLES), rate), converges=False),
+    Case(
+        "dct_adam",
+        lambda rate: with_rate(sj.methods.dct_lowrank.scale_by_dct_adam(4, b1=0.5, b2=0.9, roles=ROLES), rate),
+    ),
+    Case(
+        "trion",
+        lambda rate: with_rate(sj.methods.dct_lowrank.scale_by_trion(4, vector_scale=1.0, roles=ROLES), rate),
+        converges=False,
+    ),
     Case(
         "osf_dense",
-        lambda rate: sj.osf_projection(adam(rate), split(), mode="dense", roles=ROLES),
+        lambda rate: sj.methods.osf.projection(adam(rate), split(), mode="dense", roles=ROLES),
         None,
         converges=False,
     ),
     Case(
         "alternating",
-        lambda rate: sj.alternating(
+        lambda rate: sj.methods.loca.alternating(
             adam(rate), optax.adam(1e-3), cutoff_step=10**6, coefficient_steps=2, location_steps=1
         ),
     ),
 )
+
+
+def _functions(make: Callable) -> set[str]:
+    """Names that a function's code uses, and those of the helpers of this file that it calls."""
+    found = set(make.__code__.co_names)
+    for constant in make.__code__.co_consts:
+        found |= set(constant.co_names) if hasattr(constant, "co_names") else set()
+    helpers = [globals()[n] for n in found if n in globals() and hasattr(globals()[n], "__code__")]
+    return found.union(*(_functions(one) for one in helpers))
+
+
+# Functions of the library that the cases call.
+TRANSFORMATIONS = set().union(*(_functions(case.make) for case in CASES))

@@ -51,7 +51,7 @@ def updates_of(transform, gradients):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_whole_rank_is_adam_in_the_first_singular_basis(shape):
     gradients = random(6, *shape)
-    found, _ = updates_of(sj.in_subspace(optax.scale_by_adam(), rank=99, every=1000), gradients)
+    found, _ = updates_of(sj.optim.in_subspace(optax.scale_by_adam(), rank=99, every=1000), gradients)
     u, _, vt = np.linalg.svd(gradients[0].astype(np.float64), full_matrices=False)
     if shape[0] <= shape[1]:
         expected = [u @ d for d in numpy_adam([u.T @ g for g in gradients])]
@@ -64,7 +64,9 @@ def test_whole_rank_is_adam_in_the_first_singular_basis(shape):
 @pytest.mark.parametrize("side", ["shorter", "longer", "in", "out"])
 def test_rank_of_updates_and_shapes_of_the_state(shape, side):
     rank = 2
-    found, state = updates_of(sj.in_subspace(optax.scale_by_adam(), rank=rank, every=4, side=side), random(8, *shape))
+    found, state = updates_of(
+        sj.optim.in_subspace(optax.scale_by_adam(), rank=rank, every=4, side=side), random(8, *shape)
+    )
     for part in (found[:4], found[4:]):
         assert np.linalg.matrix_rank(np.sum(part, 0), tol=1e-4) == rank
     assert np.linalg.matrix_rank(np.sum(found, 0), tol=1e-4) > rank
@@ -79,18 +81,23 @@ def test_rank_of_updates_and_shapes_of_the_state(shape, side):
 
 
 def test_rank_is_at_most_the_shorter_side():
-    state = sj.in_subspace(optax.scale_by_adam(), rank=99).init({"w": jnp.zeros((12, 5))})
+    state = sj.optim.in_subspace(optax.scale_by_adam(), rank=99).init({"w": jnp.zeros((12, 5))})
     assert state.basis["w"].shape == (5, 5)
 
 
 @pytest.mark.parametrize("shape", [(32, 8), (8, 32), (8, 8)])
 def test_longer_side_is_optax(shape):
     gradients = random(7, *shape)
-    ours, _ = updates_of(sj.in_subspace(optax.scale_by_adam(), rank=3, every=3, side="longer", scale=0.25), gradients)
+    ours, _ = updates_of(
+        sj.optim.in_subspace(optax.scale_by_adam(), rank=3, every=3, side="longer", scale=0.25), gradients
+    )
     theirs, _ = updates_of(contrib.scale_by_galore(3, 3, 0.25), gradients)
     # Singular vectors may have other signs, to which Adam is blind until moments are carried over a refresh.
     np.testing.assert_allclose(ours[:3], theirs[:3], atol=1e-4)
-    one_basis = (sj.in_subspace(optax.scale_by_adam(), rank=3, every=99, side="longer"), contrib.scale_by_galore(3, 99))
+    one_basis = (
+        sj.optim.in_subspace(optax.scale_by_adam(), rank=3, every=99, side="longer"),
+        contrib.scale_by_galore(3, 99),
+    )
     ours, theirs = (updates_of(t, gradients)[0] for t in one_basis)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -117,9 +124,11 @@ def test_shorter_side_is_the_authors_package(shape, decay):
     weight = torch.nn.Parameter(torch.tensor(start.T.copy()))
     group = {"params": [weight], "rank": rank, "update_proj_gap": every, "scale": scale, "proj_type": "std"}
     theirs = authors.AdamW([group], lr=rate, weight_decay=decay, eps=1e-3, no_deprecation_warning=True)
-    inner = sj.scale_by_lift_adam(0.9, 0.999, 1e-3, eps_mode="hf")
+    inner = sj.methods.lift.scale_by_lift_adam(0.9, 0.999, 1e-3, eps_mode="hf")
     ours = optax.chain(
-        sj.in_subspace(inner, rank=rank, every=every, scale=scale), optax.add_decayed_weights(decay), optax.scale(-rate)
+        sj.optim.in_subspace(inner, rank=rank, every=every, scale=scale),
+        optax.add_decayed_weights(decay),
+        optax.scale(-rate),
     )
     params = {"w": jnp.asarray(start)}
     state = ours.init(params)
@@ -136,7 +145,7 @@ def test_shorter_side_is_the_authors_package(shape, decay):
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_moments_over_a_refresh(moments, side):
     gradients = random(4, 9, 6)
-    transform = sj.in_subspace(optax.scale_by_adam(), rank=3, every=3, side=side, moments=moments)
+    transform = sj.optim.in_subspace(optax.scale_by_adam(), rank=3, every=3, side=side, moments=moments)
     found, state = updates_of(transform, gradients)
     _, before = updates_of(transform, gradients[:3])
 
@@ -165,7 +174,7 @@ def test_moments_over_a_refresh(moments, side):
 @pytest.mark.parametrize("steps", [1, 2001])
 def test_after_a_reset_adams_step_has_three_times_its_size(steps):
     """The count that corrects the bias stays, as other leaves need it."""
-    transform = sj.in_subspace(optax.scale_by_adam(), rank=1, every=2000, moments="reset")
+    transform = sj.optim.in_subspace(optax.scale_by_adam(), rank=1, every=2000, moments="reset")
     g, w = {"w": jnp.outer(jnp.eye(4)[0], jnp.ones(6))}, {"w": jnp.zeros((4, 6))}
 
     def step(state, _):
@@ -178,7 +187,7 @@ def test_after_a_reset_adams_step_has_three_times_its_size(steps):
 
 
 def test_the_decomposition_is_under_a_condition():
-    transform = sj.in_subspace(optax.scale_by_adam(), rank=2)
+    transform = sj.optim.in_subspace(optax.scale_by_adam(), rank=2)
     g = {"w": jnp.ones((4, 6))}
     jaxpr = jax.make_jaxpr(transform.update)(g, transform.init(g)).jaxpr
 
@@ -199,7 +208,7 @@ def test_the_decomposition_is_under_a_condition():
 def test_randomized_finds_the_subspace_of_a_low_rank_gradient():
     low = random(40, 3) @ random(3, 30, seed=1)
     exact, randomized = (
-        updates_of(sj.in_subspace(optax.trace(0.9), rank=3, decomposition=d, seed=5), [low, low])[0]
+        updates_of(sj.optim.in_subspace(optax.trace(0.9), rank=3, decomposition=d, seed=5), [low, low])[0]
         for d in ("exact", "randomized")
     )
     np.testing.assert_allclose(exact, randomized, atol=1e-4 * np.abs(low).max())
@@ -214,7 +223,9 @@ def test_matrices_of_a_stack_and_of_other_forms_go_as_they_would_alone():
         "heads": Role.dense(in_axes=(0,), out_axes=(1, 2)),
     }
     gradients = [{n: jnp.asarray(random(*s, seed=t)) for n, s in shapes.items()} for t in range(3)]
-    make = lambda **options: sj.in_subspace(optax.scale_by_adam(), rank=2, every=2, moments="transport", **options)
+    make = lambda **options: sj.optim.in_subspace(
+        optax.scale_by_adam(), rank=2, every=2, moments="transport", **options
+    )
     transform = make(roles=roles)
     state, update = jax.jit(transform.init)(gradients[0]), jax.jit(transform.update)
     for g in gradients:
@@ -233,7 +244,7 @@ def test_matrices_of_a_stack_and_of_other_forms_go_as_they_would_alone():
 
 def test_what_has_no_subspace_goes_to_the_same_optimiser_in_full():
     tree = {"kernel": jnp.asarray(random(6, 4)), "other": jnp.asarray(random(6, 4)), "bias": jnp.asarray(random(4))}
-    transform = sj.in_subspace(optax.scale_by_adam(), rank=2, select="kernel", scale=0.25)
+    transform = sj.optim.in_subspace(optax.scale_by_adam(), rank=2, select="kernel", scale=0.25)
     updates, state = transform.update(tree, transform.init(tree))
     adam, _ = optax.scale_by_adam().update(tree, optax.scale_by_adam().init(tree))
     for name in ("other", "bias"):
@@ -241,7 +252,7 @@ def test_what_has_no_subspace_goes_to_the_same_optimiser_in_full():
         assert state.basis[name] == optax.MaskedNode()
     assert np.abs(np.linalg.svd(np.asarray(updates["kernel"]))[1][2:]).max() < 1e-6
     with pytest.raises(PatternError, match="'kernal' matches no leaf"):
-        sj.in_subspace(optax.scale_by_adam(), rank=2, select="kernal").init(tree)
+        sj.optim.in_subspace(optax.scale_by_adam(), rank=2, select="kernal").init(tree)
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
@@ -249,11 +260,11 @@ def test_a_fixed_subspace_and_its_complement(side):
     gradients, u = random(5, 9, 6), columns(9 if side == "in" else 6, 3)
     wide = np.asarray(u, np.float64)
     turn = (lambda g: g) if side == "in" else (lambda g: g.T)
-    found, _ = updates_of(sj.in_subspace(optax.scale_by_adam(), {"w": u}, side=side), gradients)
+    found, _ = updates_of(sj.optim.in_subspace(optax.scale_by_adam(), {"w": u}, side=side), gradients)
     expected = [turn(wide @ d) for d in numpy_adam([wide.T @ turn(g) for g in gradients])]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
-    transform = sj.in_complement(optax.scale_by_adam(), {"w": u}, side)
+    transform = sj.optim.in_complement(optax.scale_by_adam(), {"w": u}, side)
     found, state = updates_of(transform, gradients)
     rest = np.asarray(state.basis["w"], np.float64)
     np.testing.assert_allclose(rest @ rest.T + wide @ wide.T, np.eye(len(wide)), atol=1e-6)
@@ -265,7 +276,7 @@ def test_a_fixed_subspace_and_its_complement(side):
 def test_zero_columns_of_a_basis_change_nothing():
     gradients, u = random(4, 9, 6), columns(9, 3)
     padded = jnp.concatenate([u, jnp.zeros((9, 2))], -1)
-    one, other = (updates_of(sj.in_subspace(optax.scale_by_adam(), {"w": b}), gradients)[0] for b in (u, padded))
+    one, other = (updates_of(sj.optim.in_subspace(optax.scale_by_adam(), {"w": b}), gradients)[0] for b in (u, padded))
     np.testing.assert_allclose(one, other, atol=1e-5)
 
 
@@ -275,12 +286,12 @@ def test_factors_of_stand_in_weights():
     trainable, _ = sj.partition(adapted)
     g = jax.tree.map(lambda v: jnp.asarray(random(*v.shape)), trainable)
     u = columns(9, 3)
-    transform = sj.in_subspace(optax.identity(), {"w": u})
+    transform = sj.optim.in_subspace(optax.identity(), {"w": u})
     updates, state = transform.update(g, transform.init(trainable))
     assert state.basis["w"].b == optax.MaskedNode()
     np.testing.assert_array_equal(updates["w"].b, g["w"].b)
     np.testing.assert_allclose(updates["w"].a, u @ (u.T @ g["w"].a), atol=1e-5)
-    state = sj.in_subspace(optax.scale_by_adam(), rank=2).init(trainable)
+    state = sj.optim.in_subspace(optax.scale_by_adam(), rank=2).init(trainable)
     assert state.basis["w"].a.shape == (4, 2)
     assert state.inner.mu["w"].a.shape == (9, 2)
 
@@ -290,7 +301,7 @@ def test_an_optimiser_that_needs_parameters_is_refused_with_the_mend(inner):
     params = {"w": jnp.ones((4, 6))}
     for options in ({"rank": 2}, {"basis": {"w": columns(4, 2)}}):
         with pytest.raises(ValueError, match=r"needs the parameters.*scale_by_adam.*add_decayed_weights"):
-            sj.in_subspace(inner, **options).init(params)
+            sj.optim.in_subspace(inner, **options).init(params)
 
 
 def test_other_arguments_reach_the_inner_optimiser():
@@ -298,7 +309,7 @@ def test_other_arguments_reach_the_inner_optimiser():
         return jax.tree.map(lambda u: factor * u, updates), state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    transform = sj.in_subspace(inner, {"w": columns(4, 2)})
+    transform = sj.optim.in_subspace(inner, {"w": columns(4, 2)})
     g = {"w": jnp.asarray(random(4, 6))}
     one, two = (transform.update(g, transform.init(g), factor=f)[0]["w"] for f in (1.0, 2.0))
     np.testing.assert_allclose(two, 2 * one, rtol=1e-6)
@@ -308,32 +319,34 @@ def test_other_arguments_reach_the_inner_optimiser():
 
 def test_moments_that_are_not_like_parameters_stay():
     """SM3 keeps a list of rows and columns for each array."""
-    found, _ = updates_of(sj.in_subspace(optax.scale_by_sm3(), rank=3, every=2, moments="transport"), random(5, 9, 6))
+    found, _ = updates_of(
+        sj.optim.in_subspace(optax.scale_by_sm3(), rank=3, every=2, moments="transport"), random(5, 9, 6)
+    )
     assert np.isfinite(found).all()
 
 
 def test_bad_options_are_refused():
     adam = optax.scale_by_adam()
     with pytest.raises(ValueError, match=r"either rank=.* or basis=.*neither"):
-        sj.in_subspace(adam)
+        sj.optim.in_subspace(adam)
     with pytest.raises(ValueError, match="both"):
-        sj.in_subspace(adam, {"w": columns(4, 2)}, rank=2)
+        sj.optim.in_subspace(adam, {"w": columns(4, 2)}, rank=2)
     with pytest.raises(RankError, match="rank=0"):
-        sj.in_subspace(adam, rank=0)
+        sj.optim.in_subspace(adam, rank=0)
     with pytest.raises(RankError, match=r"every=2.5"):
-        sj.in_subspace(adam, rank=2, every=2.5)
+        sj.optim.in_subspace(adam, rank=2, every=2.5)
     with pytest.raises(ValueError, match="side='short'"):
-        sj.in_subspace(adam, rank=2, side="short")
+        sj.optim.in_subspace(adam, rank=2, side="short")
     with pytest.raises(ValueError, match="side='shorter'"):
-        sj.in_subspace(adam, {"w": columns(4, 2)}, side="shorter")
+        sj.optim.in_subspace(adam, {"w": columns(4, 2)}, side="shorter")
     with pytest.raises(ValueError, match="moments='keep'"):
-        sj.in_subspace(adam, rank=2, moments="keep")
+        sj.optim.in_subspace(adam, rank=2, moments="keep")
     with pytest.raises(ValueError, match="residual='sgd'"):
-        sj.in_subspace(adam, rank=2, residual="sgd")
+        sj.optim.in_subspace(adam, rank=2, residual="sgd")
     with pytest.raises(StructureError, match="other side"):
-        sj.in_subspace(adam, {"w": columns(6, 2)}).init({"w": jnp.zeros((4, 6))})
+        sj.optim.in_subspace(adam, {"w": columns(6, 2)}).init({"w": jnp.zeros((4, 6))})
     with pytest.raises(StructureError, match="off orthonormal"):
-        sj.in_complement(adam, {"w": 2 * columns(4, 2)})
+        sj.optim.in_complement(adam, {"w": 2 * columns(4, 2)})
 
 
 def test_galore_decays_weights_in_full_space():

@@ -44,7 +44,7 @@ def test_first_moments_are_projected_and_nothing_else(name):
     optimizer, moment = OPTIMIZERS[name]
     state = used(optimizer)
     u = np.linalg.qr(np.random.default_rng(3).normal(size=(6, 2)))[0]
-    found = sj.project_momentum(state, {"w": jnp.asarray(u, jnp.float32)})
+    found = sj.optim.project_momentum(state, {"w": jnp.asarray(u, jnp.float32)})
     before, after = moment(state), moment(found)
     expected = before["w"] - u @ (u.T @ np.asarray(before["w"], np.float64))
     np.testing.assert_allclose(after["w"], expected, atol=1e-6)
@@ -58,15 +58,15 @@ def test_after_the_basis_changed_momentum_alone_goes_nowhere():
     """The second task's projection in front: without projecting the momentum the first step breaks it."""
     u = jnp.eye(6)[:, :2]
     optimizer = optax.chain(sj.project_orthogonal({"w": jnp.zeros((6, 2))}), optax.sgd(1.0, 0.9))
-    state = sj.replace_basis(used(optimizer), {"w": u})
-    for old, leaks in ((state, True), (sj.project_momentum(state, {"w": u}), False)):
+    state = sj.optim.replace_basis(used(optimizer), {"w": u})
+    for old, leaks in ((state, True), (sj.optim.project_momentum(state, {"w": u}), False)):
         updates, _ = optimizer.update(gradients(9), old)
         assert bool(jnp.any(jnp.abs(updates["w"][:2]) > 1e-6)) == leaks
 
 
 def test_parts_of_a_split_optimiser():
     optimizer = optax.multi_transform({"a": optax.adam(1e-2), "b": optax.sgd(1e-2)}, {"w": "a", "v": "b", "bias": "b"})
-    found = sj.project_momentum(used(optimizer), {"w": jnp.eye(6)[:, :2]})
+    found = sj.optim.project_momentum(used(optimizer), {"w": jnp.eye(6)[:, :2]})
     mu = found.inner_states["a"].inner_state[0].mu["w"]
     assert not mu[:2].any()
     assert mu[2:].all()
@@ -75,11 +75,11 @@ def test_parts_of_a_split_optimiser():
 def test_reset_adam_goes_on_like_a_fresh_one():
     optimizer = optax.adam(1e-2)
     fresh, _ = optimizer.update(gradients(9), optimizer.init(params()))
-    found, _ = optimizer.update(gradients(9), sj.reset_moments(used(optimizer)))
+    found, _ = optimizer.update(gradients(9), sj.optim.reset_moments(used(optimizer)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, fresh)
     # With the old count it would take steps of three times their size.
     kept = used(optimizer, 2000)
-    stale = (sj.reset_moments(kept)[0]._replace(count=kept[0].count), *kept[1:])
+    stale = (sj.optim.reset_moments(kept)[0]._replace(count=kept[0].count), *kept[1:])
     large, _ = optimizer.update(gradients(9), stale)
     ratio = jnp.abs(large["w"] / fresh["w"])
     np.testing.assert_allclose(ratio, 0.1 / np.sqrt(0.001 / (1 - 0.999**2001)), rtol=1e-3)
@@ -89,7 +89,7 @@ def test_reset_leaves_schedules_and_bases_alone():
     basis = {"w": jnp.eye(6)[:, :2]}
     optimizer = sj.sandwich(optax.adam(optax.linear_schedule(1.0, 0.0, 10)), basis)
     state = used(optimizer)
-    found = sj.reset_moments(state)
+    found = sj.optim.reset_moments(state)
     adam, schedule = found.inner
     assert not any(v.any() for v in jax.tree.leaves(adam))
     assert int(schedule.count) == 5
@@ -97,6 +97,6 @@ def test_reset_leaves_schedules_and_bases_alone():
 
 
 def test_moments_in_coordinates_are_refused_by_shape():
-    optimizer = sj.in_subspace(optax.scale_by_adam(), rank=2, side="in")
+    optimizer = sj.optim.in_subspace(optax.scale_by_adam(), rank=2, side="in")
     with pytest.raises(StructureError, match="w: the basis of side 'in'"):
-        sj.project_momentum(optimizer.init(params()), {"w": jnp.eye(6)[:, :2]})
+        sj.optim.project_momentum(optimizer.init(params()), {"w": jnp.eye(6)[:, :2]})

@@ -134,7 +134,7 @@ def test_only_the_sandwich_always_descends():
         "before": lambda inner, u: optax.chain(sj.project_orthogonal({"w": u}), inner),
         "after": lambda inner, u: optax.chain(inner, sj.project_orthogonal({"w": u})),
         "sandwich": lambda inner, u: sj.sandwich(inner, {"w": u}),
-        "complement": lambda inner, u: sj.in_complement(inner, {"w": u}),
+        "complement": lambda inner, u: sj.optim.in_complement(inner, {"w": u}),
     }
     lowest = {name: descents(make, u).min() for name, make in ways.items()}
     assert lowest["before"] < -0.01
@@ -153,7 +153,7 @@ def test_what_is_projected_last_stays_out_of_the_removed_directions(way, decay):
         "after": lambda: optax.chain(inner, projection),
         "sandwich": lambda: sj.sandwich(inner, {"w": u}),
         "complement": lambda: optax.chain(
-            sj.in_complement(optax.scale_by_adam(), {"w": u}),
+            sj.optim.in_complement(optax.scale_by_adam(), {"w": u}),
             optax.add_decayed_weights(decay),
             projection,
             optax.scale(-1e-2),
@@ -298,15 +298,15 @@ def test_a_new_basis_goes_into_the_state_and_nothing_compiles_again():
 
     updates, state = step(optimizer.init(g))
     assert share(old, np.asarray(updates["w"])) < 1e-6 < share(new, np.asarray(updates["w"]))
-    updates, _ = step(sj.replace_basis(state, {"w": new}))
+    updates, _ = step(sj.optim.replace_basis(state, {"w": new}))
     assert share(new, np.asarray(updates["w"])) < 1e-6 < share(old, np.asarray(updates["w"]))
     assert len(traces) == 1
     with pytest.raises(StructureError, match="make room from the start"):
-        sj.replace_basis(state, {"w": columns(rank=4)})
+        sj.optim.replace_basis(state, {"w": columns(rank=4)})
     with pytest.raises(StructureError, match="v: the new basis"):
-        sj.replace_basis(state, {"w": new, "v": new})
+        sj.optim.replace_basis(state, {"w": new, "v": new})
     with pytest.raises(StructureError, match="holds no project_orthogonal"):
-        sj.replace_basis(optax.adam(1.0).init(g), {"w": new})
+        sj.optim.replace_basis(optax.adam(1.0).init(g), {"w": new})
 
 
 def test_a_basis_for_one_step_comes_with_the_update():
@@ -326,7 +326,7 @@ def test_a_basis_for_one_step_comes_with_the_update():
 def test_a_step_that_donates_its_state_leaves_the_given_bases_alone(make):
     u = columns()
     optimizer, g = make({"w": u}), {"w": array(random(IN, OUT))}
-    state = sj.replace_basis(optimizer.init(g), {"w": u})
+    state = sj.optim.replace_basis(optimizer.init(g), {"w": u})
     step = jax.jit(optimizer.update, donate_argnums=1)
     _, state = step(g, state)
     step(g, state)

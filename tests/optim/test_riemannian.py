@@ -9,12 +9,12 @@ import pytest
 import subspace_jax as sj
 from subspace_jax.core import PatternError, RankError, StructureError
 
-SPACES = (sj.Grassmann(), sj.Stiefel(), sj.SpecialOrthogonal())
+SPACES = (sj.manifolds.Grassmann(), sj.manifolds.Stiefel(), sj.manifolds.SpecialOrthogonal())
 by_name = pytest.mark.parametrize("space", SPACES, ids=lambda s: s.name)
 
 
 def point(space=SPACES[0], shape=(4, 6, 2), seed=0):
-    shape = (*shape[:-2], shape[-2], shape[-2]) if isinstance(space, sj.SpecialOrthogonal) else shape
+    shape = (*shape[:-2], shape[-2], shape[-2]) if isinstance(space, sj.manifolds.SpecialOrthogonal) else shape
     return space.random_point(jax.random.key(seed), shape)
 
 
@@ -54,7 +54,7 @@ def train(optimizer, params, found):
 def test_sgd_is_the_published_one(transport):
     start = point()
     found = gradients(start, 12)
-    optimizer = sj.grassmann_sgd(0.05, 0.9, transport=transport, renormalize_every=5)
+    optimizer = sj.methods.gcr.grassmann_sgd(0.05, 0.9, transport=transport, renormalize_every=5)
     end, _ = train(optimizer, start, found)
     np.testing.assert_allclose(end, numpy_sgd(start, found, 0.05, 0.9, 5, transport), atol=2e-5)
     other = {"project": "none", "none": "project"}[transport]
@@ -67,7 +67,7 @@ def test_the_forms_of_momentum_differ_at_second_order():
     sizes = []
     for rate in (1e-1, 5e-2):
         ends = [numpy_sgd(start, found, rate, 0.9, 5, transport) for transport in ("project", "none")]
-        ours = [train(sj.grassmann_sgd(rate, transport=t), start, found)[0] for t in ("project", "none")]
+        ours = [train(sj.methods.gcr.grassmann_sgd(rate, transport=t), start, found)[0] for t in ("project", "none")]
         np.testing.assert_allclose(ours[0] - ours[1], ends[0] - ends[1], atol=1e-5)
         sizes.append(np.abs(ours[0] - ours[1]).max())
     assert 0.15 < sizes[1] / sizes[0] < 0.4
@@ -80,7 +80,7 @@ def test_a_step_descends_by_the_squared_gradient(space, retraction):
     target = jnp.asarray(gradients(start, 1, 9)[0])
     loss = lambda p: (
         0.5 * jnp.sum(jnp.square(p - target))
-        if not isinstance(space, sj.Grassmann)
+        if not isinstance(space, sj.manifolds.Grassmann)
         else -jnp.sum(jnp.square(jnp.swapaxes(p, -1, -2) @ target))
     )
     gradient = jax.grad(loss)(start)
@@ -124,7 +124,7 @@ def test_a_thousand_steps_stay_on_the_manifold(space, transport, inner):
 def test_finds_the_best_point(space):
     """Eigenvectors for subspaces, Procrustes for the others."""
     start = point(space, (6, 2))
-    if isinstance(space, sj.Grassmann):
+    if isinstance(space, sj.manifolds.Grassmann):
         a = gradients(jnp.zeros((6, 6)), 1)[0]
         a = a @ a.T + 2 * np.diag(np.arange(6.0))
         gradient = lambda p: -a @ p
@@ -150,14 +150,14 @@ def test_finds_the_best_point(space):
 def test_zero_gradients_leave_every_point_as_it_is():
     start = point()
     for retraction in ("exponential", "qr"):
-        optimizer = sj.grassmann_sgd(0.1, retraction=retraction, renormalize_every=5)
+        optimizer = sj.methods.gcr.grassmann_sgd(0.1, retraction=retraction, renormalize_every=5)
         updates, _ = optimizer.update(jnp.zeros_like(start), optimizer.init(start), start)
         np.testing.assert_allclose(updates, 0, atol=0 if retraction == "exponential" else 1e-6)
 
 
 def test_whole_space_does_not_move_and_lines_do():
     whole, line = point(shape=(3, 3)), point(shape=(5, 1))
-    optimizer = sj.grassmann_sgd(0.1)
+    optimizer = sj.methods.gcr.grassmann_sgd(0.1)
     for start, moves in ((whole, False), (line, True)):
         updates, _ = optimizer.update(gradients(start, 1)[0], optimizer.init(start), start)
         assert (np.abs(updates).max() > 1e-3) == moves
@@ -166,43 +166,43 @@ def test_whole_space_does_not_move_and_lines_do():
 def test_renormalising_does_not_turn_columns_against_the_momentum():
     start = point()
     found = gradients(start, 1) * 7
-    often, never = (train(sj.grassmann_sgd(0.01, renormalize_every=n), start, found)[0] for n in (1, 1000))
+    often, never = (train(sj.methods.gcr.grassmann_sgd(0.01, renormalize_every=n), start, found)[0] for n in (1, 1000))
     np.testing.assert_allclose(often, never, atol=1e-5)
 
 
 def test_weight_decay_does_not_reach_subspaces():
     start, found = point(), gradients(point(), 5)
-    plain, _ = train(sj.riemannian(sj.Grassmann(), optax.sgd(0.05)), start, found)
+    plain, _ = train(sj.riemannian(sj.manifolds.Grassmann(), optax.sgd(0.05)), start, found)
     decay = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.05))
-    decayed, _ = train(sj.riemannian(sj.Grassmann(), decay), start, found)
+    decayed, _ = train(sj.riemannian(sj.manifolds.Grassmann(), decay), start, found)
     np.testing.assert_allclose(plain, decayed, atol=1e-6)
 
 
 def test_fields_of_stand_in_weights_can_be_points():
     params = {"w": jnp.asarray(gradients(jnp.zeros((8, 5)), 1)[0])}
     trainable, _ = sj.partition(sj.adapt(params, {"w": sj.pissa(2)}, key=jax.random.key(0)))
-    factor = sj.Stiefel().project(trainable["w"].a)
+    factor = sj.manifolds.Stiefel().project(trainable["w"].a)
     trainable["w"] = trainable["w"].map_fields(lambda name, value: factor if name == "a" else value)
-    optimizer = sj.riemannian({"w/a": sj.Stiefel()}, optax.sgd(0.1))
+    optimizer = sj.riemannian({"w/a": sj.manifolds.Stiefel()}, optax.sgd(0.1))
     found = jax.tree.map(jnp.ones_like, trainable)
     updates, _ = optimizer.update(found, optimizer.init(trainable), trainable)
-    assert sj.Stiefel().check_point(optax.apply_updates(trainable, updates)["w"].a)
+    assert sj.manifolds.Stiefel().check_point(optax.apply_updates(trainable, updates)["w"].a)
     np.testing.assert_array_equal(updates["w"].b, found["w"].b)
 
 
 def test_paths_choose_subspaces():
     params = {"head": {"subspaces": point()}, "w": jnp.ones(2)}
-    optimizer = sj.grassmann_sgd(0.1, paths="**/subspaces")
+    optimizer = sj.methods.gcr.grassmann_sgd(0.1, paths="**/subspaces")
     found = jax.tree.map(jnp.ones_like, params)
     updates, state = optimizer.update(found, optimizer.init(params), params)
     np.testing.assert_array_equal(updates["w"], 1.0)
-    assert sj.Grassmann().check_point(params["head"]["subspaces"] + updates["head"]["subspaces"])
+    assert sj.manifolds.Grassmann().check_point(params["head"]["subspaces"] + updates["head"]["subspaces"])
     assert sum(v.size for v in jax.tree.leaves(state.inner)) == params["head"]["subspaces"].size  # the state: c d k
 
 
 def test_bad_input_is_refused():
     good = point()
-    optimizer = sj.grassmann_sgd(0.1)
+    optimizer = sj.methods.gcr.grassmann_sgd(0.1)
     with pytest.raises(ValueError, match="needs params"):
         optimizer.update(good, optimizer.init(good))
     with pytest.raises(StructureError, match="head: columns are not orthonormal"):
@@ -212,10 +212,10 @@ def test_bad_input_is_refused():
     with pytest.raises(StructureError, match=r"head: Grassmann: shape \(6,\)"):
         optimizer.init({"head": good[0, :, 0]})
     with pytest.raises(PatternError, match="nearest"):
-        sj.riemannian({"haed": sj.Grassmann()}, optax.sgd(1.0)).init({"head": good})
+        sj.riemannian({"haed": sj.manifolds.Grassmann()}, optax.sgd(1.0)).init({"head": good})
     with pytest.raises(ValueError, match="cayley"):
-        sj.riemannian(sj.Stiefel(), optax.sgd(1.0), retraction="cayley")
+        sj.riemannian(sj.manifolds.Stiefel(), optax.sgd(1.0), retraction="cayley")
     with pytest.raises(ValueError, match="isometric"):
-        sj.grassmann_sgd(0.1, transport="isometric")
+        sj.methods.gcr.grassmann_sgd(0.1, transport="isometric")
     with pytest.raises(RankError, match="renormalize_every=0"):
-        sj.grassmann_sgd(0.1, renormalize_every=0)
+        sj.methods.gcr.grassmann_sgd(0.1, renormalize_every=0)

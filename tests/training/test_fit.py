@@ -41,7 +41,7 @@ def test_a_run_in_parts_ends_in_the_same_bits(tmp_path, whole, options):
         return batches(number)
 
     for steps in (3, 4, STEPS, STEPS):
-        with sj.Checkpointer(tmp_path, **options) as checkpointer:
+        with sj.io.Checkpointer(tmp_path, **options) as checkpointer:
             state = fit(
                 start(),
                 STEP,
@@ -60,7 +60,7 @@ def test_a_run_in_parts_ends_in_the_same_bits(tmp_path, whole, options):
 
 def test_what_learns_alone_may_be_saved(tmp_path, whole):
     for steps in (3, STEPS):
-        with sj.Checkpointer(tmp_path) as checkpointer:
+        with sj.io.Checkpointer(tmp_path) as checkpointer:
             state = fit(start(), STEP, batches, steps=steps, checkpointer=checkpointer, save_frozen=False)
             held = checkpointer.abstract().adapted
     assert content(state) == whole
@@ -75,7 +75,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_in_the_same_bits(tmp_
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["1", "2", "3", "stopped", "3"]
-    with sj.Checkpointer(tmp_path) as checkpointer:
+    with sj.io.Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.all_steps() == [3]
         assert content(fit(start(), STEP, batches, steps=STEPS, checkpointer=checkpointer)) == whole
 
@@ -89,7 +89,7 @@ def signalled(folder):
             os.kill(os.getpid(), signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
-    with sj.Checkpointer(folder, background=True) as checkpointer:
+    with sj.io.Checkpointer(folder, background=True) as checkpointer:
         state = fit(start(), STEP, batches, steps=STEPS, checkpointer=checkpointer, on_metrics=report)
     assert signal.getsignal(signal.SIGTERM) == handler
     print("stopped", state.step)
@@ -99,14 +99,14 @@ def test_batches_that_end_early_are_an_error_and_nothing_is_lost(tmp_path):
     def few(number):
         return [batch for batch, _ in zip(batches(number), range(4 - number), strict=False)]
 
-    with sj.Checkpointer(tmp_path) as checkpointer:
+    with sj.io.Checkpointer(tmp_path) as checkpointer:
         with pytest.raises(ValueError, match="the batches ended after step 4 of 6"):
             fit(start(), STEP, few, steps=STEPS, checkpointer=checkpointer)
         assert checkpointer.all_steps() == [4]
 
 
 def test_another_run_is_refused(tmp_path):
-    with sj.Checkpointer(tmp_path) as checkpointer:
+    with sj.io.Checkpointer(tmp_path) as checkpointer:
         fit(start(), STEP, batches, steps=1, checkpointer=checkpointer)
         other = {"in": sj.lora(3), "out": sj.pissa(2), "bias": sj.full()}
         with pytest.raises(StructureError, match=r"in/a: fit: the checkpoint in .* has float32\[16, 2\].*\[16, 3\]"):

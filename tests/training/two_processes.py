@@ -67,7 +67,7 @@ def main(process, port, folder, steps):
         placed = jax.tree.map(lambda _: everywhere, adapted)
         state = init_train_state(adapted, optimizer, jax.random.key(3), placed)
         before = np.asarray(state.trainable["bert"]["encoder"]["layer_0"]["attention"]["value"]["kernel"].a)
-        with sj.Checkpointer(Path(folder) / "run", base=params, max_to_keep=2) as checkpointer:
+        with sj.io.Checkpointer(Path(folder) / "run", base=params, max_to_keep=2) as checkpointer:
             state = fit(
                 state,
                 make_train_step(loss, optimizer),

@@ -231,7 +231,7 @@ def test_compiled_step_holds_the_weights_of_one_layer_only():
     apply = sj.with_adapters(model)
 
     def formed_first(params, x):
-        return model(jax.tree.map(lambda w: w.materialize(), params, is_leaf=sj.is_weight), x)
+        return model(jax.tree.map(lambda w: w.materialize(), params, is_leaf=sj.core.is_weight), x)
 
     def compiled(apply):
         step = lambda t, f, x: jax.grad(lambda t: jnp.sum(apply(sj.combine(t, f), x) ** 2))(t)

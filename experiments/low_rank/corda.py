@@ -1,0 +1,226 @@
+"""CorDA on turned digits: components chosen by the covariance of a kernel's inputs.
+
+The network of `_digits` is adapted to digits turned by 90 degrees; biases and its last layer are frozen. Covariances
+are those of 256 training images. Three comparisons, each with the same data, rank, learning rates and steps for all
+methods:
+
+- truncation: the smallest components of both hidden kernels are dropped and nothing is trained, with the components of
+  the covariance times the kernel, of the kernel itself, and of the kernel with its inputs scaled by their mean size;
+- knowledge preserved: the covariance is that of upright digits, which must not be forgotten;
+- instruction previewed: the covariance is that of turned digits, which are to be learnt.
+
+    python -m experiments run corda
+
+Measured over three seeds; loss is the mean of steps 20 to 30, retained the accuracy on upright digits, 98.5 % before:
+
+| method | new task %, 150 steps at 1e-3 | retained % | loss | new task %, 400 steps at 3e-3 | retained % |
+| --- | --- | --- | --- | --- | --- |
+| CorDA, knowledge preserved | 83.3 ± 1.9 | 98.4 ± 0.3 | 3.69 | 95.6 ± 1.6 | 90.3 ± 7.8 |
+| CorDA, instruction previewed | 90.5 ± 1.9 | 53.9 ± 5.4 | 2.97 | 97.0 ± 0.3 | 24.0 ± 1.8 |
+| LoRA | 46.0 ± 4.4 | 90.8 ± 2.7 | 8.97 | 95.4 ± 0.4 | 77.3 ± 6.1 |
+| PiSSA | 78.1 ± 0.7 | 78.4 ± 6.0 | 4.90 | 96.3 ± 1.1 | 35.7 ± 1.8 |
+| minor components | 46.5 ± 5.6 | 91.7 ± 3.5 | 9.17 | 95.5 ± 0.4 | 70.8 ± 10.6 |
+
+With 8 of 64 and 16 of 128 components left, the cross-entropy on upright digits is 0.22 ± 0.04 for those of CorDA,
+0.87 ± 0.59 for plain ones and 1.05 ± 0.60 for scaled ones. The factors of the first kernel have norms 36.8 and 0.27
+where knowledge is preserved, 4.4 and 10.2 where instructions are previewed.
+
+What did not show: scaling inputs by their mean size is no better than plain components here. And what is learnt faster
+is forgotten faster, so the instruction-previewed mode retains less than PiSSA.
+
+Source: Yang et al., CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware
+Parameter-Efficient Fine-tuning, 2024.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import subspace_jax as sj
+from experiments.runner import Context, Experiment, mean_and_spread, with_spread
+from experiments.tasks import digits_task
+
+NAMES = ("hidden_0", "hidden_1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CordaConfig:
+    """Settings.
+
+    Attributes:
+      rank: of every adapter.
+      images: training images of which covariances are made.
+      kept: components that truncation leaves of each hidden kernel.
+      budgets: learning rate and number of steps of each budget; the first is that of the comparisons.
+      seeds: one network and one run of every arm per seed.
+    """
+
+    rank: int = 8
+    images: int = 256
+    kept: tuple[int, int] = (8, 16)
+    budgets: tuple[tuple[float, int], ...] = ((1e-3, 150), (3e-3, 400))
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def run(config: CordaConfig, context: Context) -> dict[str, Any]:
+    """Runs all three comparisons."""
+    truncation = [one for seed in context.track(config.seeds, "truncate") for one in _truncate(config, seed)]
+    runs = []
+    jobs = [(budget, seed) for budget in config.budgets for seed in config.seeds]
+    optimizers = {rate: optax.adam(rate) for rate, _ in config.budgets}
+    for (rate, steps), seed in context.track(jobs, "turned digits"):
+        for name, (method, turns) in _arms(config.rank).items():
+            runs.append(_adapt(config, name, method, turns, optimizers[rate], steps, seed) | {"learning_rate": rate})
+    return {"truncation": truncation, "runs": runs, "checks": _checks(config, truncation, runs)}
+
+
+def _arms(rank: int) -> dict[str, tuple[sj.Method, int]]:
+    """Methods, and by how many quarters the images of the covariance are turned."""
+    return {
+        "corda, knowledge preserved": (sj.corda(rank, mode="knowledge_preserved"), 0),
+        "corda, instruction previewed": (sj.corda(rank, mode="instruction_previewed"), 1),
+        "lora": (sj.lora(rank), 0),
+        "pissa": (sj.pissa(rank, svd="exact"), 0),
+        "minor components": (_uniform_inputs(sj.corda(rank, mode="knowledge_preserved")), 0),
+    }
+
+
+def _uniform_inputs(method: sj.Method) -> sj.Method:
+    """A method that needs Grams, with the identity in their place."""
+
+    def make(key: jax.Array, array: jax.Array, role: sj.Role, stats: Any) -> Any:
+        eye = jnp.eye(role.sizes(array.shape)[0])
+        return method.init(key, array, role, dataclasses.replace(stats, gram=eye, examples=None))
+
+    return sj.Method("minor components", make, needs=("gram",))
+
+
+def _covariances(config: CordaConfig, params: Any, turns: int) -> dict[str, Any]:
+    """Statistics of the first training images, divided by the largest entry of all of them."""
+    x = digits_task.load_digits(turns).x[: config.images]
+    found = {}
+    for path, inputs in zip([f"{name}/kernel" for name in NAMES], _hidden_inputs(params, x), strict=True):
+        raw = sj.capture(digits_task.network, params, [x], select=path)[path]
+        gram = raw.second_moment / jnp.max(jnp.abs(inputs)) ** 2
+        found[path] = dataclasses.replace(raw, gram=gram, examples=None)
+    return found
+
+
+def _hidden_inputs(params: Any, x: jax.Array) -> list[jax.Array]:
+    """What the hidden kernels are multiplied with."""
+    return [x, jax.nn.relu(x @ params["hidden_0"]["kernel"] + params["hidden_0"]["bias"])]
+
+
+def _truncate(config: CordaConfig, seed: int) -> list[dict[str, Any]]:
+    """Loss and accuracy on upright test digits with the smallest components dropped."""
+    params, digits = digits_task.pretrained(seed), digits_task.load_digits()
+    stats = _covariances(config, params, 0)
+    inputs: dict[str, jax.Array] = dict(zip(NAMES, _hidden_inputs(params, digits.x[: config.images]), strict=True))
+
+    def context_oriented(name: str, kernel: jax.Array, kept: int) -> jax.Array:
+        # What the knowledge-preserving adapter of the dropped components leaves frozen.
+        method = sj.corda(min(kernel.shape) - kept, mode="knowledge_preserved")
+        path = f"{name}/kernel"
+        adapted = sj.adapt({path: kernel}, {path: method}, key=jax.random.key(0), stats=stats)
+        return adapted[path].base
+
+    def plain(name: str, kernel: jax.Array, kept: int) -> jax.Array:
+        u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+        return (u[:, :kept] * s[:kept]) @ vt[:kept]
+
+    def scaled(name: str, kernel: jax.Array, kept: int) -> jax.Array:
+        size = jnp.sqrt(jnp.maximum(jnp.mean(jnp.abs(inputs[name]), axis=0), 1e-6))[:, None]
+        return plain(name, kernel * size, kept) / size
+
+    table: dict[str, Callable[[str, jax.Array, int], jax.Array]] = {
+        "context-oriented": context_oriented,
+        "plain": plain,
+        "scaled by mean size": scaled,
+    }
+    found = []
+    for label, truncate in table.items():
+        changed = {
+            name: params[name] | {"kernel": truncate(name, params[name]["kernel"], kept)}
+            for name, kept in zip(NAMES, config.kept, strict=True)
+        }
+        found.append({"components": label, "seed": seed, **_evaluate(params | changed, digits)})
+    return found
+
+
+def _evaluate(params: Any, digits: digits_task.Digits) -> dict[str, float]:
+    loss = digits_task.loss(params, digits.x_test, digits.y_test)
+    return {"cross_entropy": float(loss), "accuracy": float(digits_task.accuracy(params, digits))}
+
+
+def _adapt(
+    config: CordaConfig, name: str, method: sj.Method, turns: int, optimizer: Any, steps: int, seed: int
+) -> dict[str, Any]:
+    """Adapts to turned digits; accuracy on these and on upright ones."""
+    params = digits_task.pretrained(seed)
+    stats = _covariances(config, params, turns)
+    adapted = sj.adapt(params, {digits_task.HIDDEN: method}, key=jax.random.key(100 + seed), stats=stats)
+    turned, upright = digits_task.load_digits(1), digits_task.load_digits()
+    trained, losses = digits_task.fit(adapted, jax.random.key(200 + seed), (turned.x, turned.y), optimizer, steps)
+    norms = {}
+    if hasattr(adapted["hidden_0"]["kernel"], "a"):
+        kernel = adapted["hidden_0"]["kernel"]
+        norms = {"norm_a": float(jnp.linalg.norm(kernel.a)), "norm_b": float(jnp.linalg.norm(kernel.b))}
+    return {
+        **{"method": name, "seed": seed, "steps": steps, "adapter_values": sj.summary(adapted).trainable},
+        "accuracy": float(digits_task.accuracy(trained, turned)),
+        "retained": float(digits_task.accuracy(trained, upright)),
+        "early_loss": digits_task.early(np.asarray(losses).tolist()),
+        **norms,
+    }
+
+
+def _checks(config: CordaConfig, truncation: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The requirements at the first budget."""
+
+    def mean(name: str, key: str) -> float:
+        rate = config.budgets[0][0]
+        return mean_and_spread([r[key] for r in runs if r["method"] == name and r["learning_rate"] == rate])[0]
+
+    def entropy(label: str) -> float:
+        return mean_and_spread([t["cross_entropy"] for t in truncation if t["components"] == label])[0]
+
+    kept, previewed = "corda, knowledge preserved", "corda, instruction previewed"
+    return {
+        "truncation: cross-entropy over that of plain components": entropy("context-oriented") / entropy("plain"),
+        "knowledge preserved: retained above LoRA": mean(kept, "retained") - mean("lora", "retained"),
+        "knowledge preserved: accuracy above LoRA": mean(kept, "accuracy") - mean("lora", "accuracy"),
+        "instruction previewed: early loss over PiSSA's": mean(previewed, "early_loss") / mean("pissa", "early_loss"),
+        "instruction previewed: accuracy above PiSSA": mean(previewed, "accuracy") - mean("pissa", "accuracy"),
+    }
+
+
+def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
+    """Returns a line per budget and method, then one per kind of truncation."""
+    table = [["method", "learning rate", "steps", "new task %", "retained %", "loss of steps 20-30"]]
+    runs = results["runs"]
+    for rate, steps in dict.fromkeys((r["learning_rate"], r["steps"]) for r in runs):
+        for name in dict.fromkeys(r["method"] for r in runs):
+            same = [r for r in runs if (r["method"], r["learning_rate"], r["steps"]) == (name, rate, steps)]
+            shown = [with_spread([r[k] for r in same]) for k in ("accuracy", "retained")]
+            table.append([name, f"{rate:g}", str(steps), *shown, with_spread([r["early_loss"] for r in same], 2, 1.0)])
+    for label in dict.fromkeys(t["components"] for t in results["truncation"]):
+        same = [t for t in results["truncation"] if t["components"] == label]
+        entropy = with_spread([t["cross_entropy"] for t in same], 2, 1.0)
+        table.append([f"truncated, {label}", "", "", "", with_spread([t["accuracy"] for t in same]), entropy])
+    return table
+
+
+EXPERIMENT = Experiment(
+    name="corda",
+    claim="Factors chosen by the inputs' covariance learn faster than PiSSA's, or forget less than LoRA's.",
+    config=CordaConfig,
+    run=run,
+    rows=rows,
+)

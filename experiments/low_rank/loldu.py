@@ -1,0 +1,135 @@
+"""LoLDU on turned digits: pivots of a triangular factorisation against low-rank adapters of several times their size.
+
+The network of `_digits` is adapted to digits turned by 90 degrees; its last layer learns in every arm. Every method
+has the same data, steps and number of learning rates, of which the best counts.
+
+    python -m experiments run loldu
+
+Measured over three seeds, test accuracy at the better of two rates: LoLDU with 128 pivots (64 a kernel) 89.7 ± 1.4 %,
+with 64 86.1 ± 1.8, with 32 80.1 ± 0.6; LoRA of rank 1 with 448 values 87.4 ± 1.3, of rank 8 with 3,584 values
+94.6 ± 0.3; the last layer alone 62.5 ± 3.0. The mean loss of steps 20 to 30 is 1.51 ± 0.12 for 128 pivots and
+3.84 ± 0.66 for LoRA of rank 8. With the scale 1/64 in place of one, 128 pivots reach 74.1 % at the learning rate 0.03
+and 89.1 % at 1. A constant start with the residual of the authors' code reads 13.6 ± 3.2 % of the upright digits
+before any step, 98.5 ± 0.3 % with the exact one. What did not show: that a few pivots reach LoRA of rank 8.
+
+Source: Shi et al., LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning,
+2024.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+import subspace_jax as sj
+from experiments.runner import Context, Experiment, best_rates, mean_and_spread, with_spread
+from experiments.tasks import digits_task
+
+
+@dataclasses.dataclass(frozen=True)
+class LolduConfig:
+    """Settings.
+
+    Attributes:
+      ranks: numbers of pivots of each hidden kernel that learn; the first is compared with the baselines.
+      steps: optimiser steps.
+      head_rate: learning rate of the last layer, the same in every arm.
+      loldu_rates: learning rates tried for pivots, with a scale of one.
+      small_scale_rates: learning rates tried with the scale 1 / rank.
+      lora_rates: learning rates tried for LoRA.
+      seeds: one network and one run of every arm per seed.
+    """
+
+    ranks: tuple[int, ...] = (64, 32, 16)
+    steps: int = 300
+    head_rate: float = 1e-3
+    loldu_rates: tuple[float, ...] = (1e-2, 3e-2)
+    small_scale_rates: tuple[float, ...] = (3e-2, 1.0)
+    lora_rates: tuple[float, ...] = (1e-3, 3e-3)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def run(config: LolduConfig, context: Context) -> dict[str, Any]:
+    """Runs every arm with every of its rates."""
+    head, hidden = {"out/*": sj.full()}, digits_task.HIDDEN
+    largest = config.ranks[0]
+    arms: dict[str, tuple[dict[str, sj.Method], tuple[float, ...]]] = {
+        "head only": ({}, (config.head_rate,)),
+        "lora r=1": ({hidden: sj.lora(1)}, config.lora_rates),
+        "lora r=8": ({hidden: sj.lora(8)}, config.lora_rates),
+        **{f"loldu r={r}": ({hidden: sj.loldu(r, sigma=1.0)}, config.loldu_rates) for r in config.ranks},
+        f"loldu r={largest}, scale 1/{largest}": ({hidden: sj.loldu(largest, alpha=1.0)}, config.small_scale_rates),
+    }
+    jobs = [(name, rules, rate) for name, (rules, rates) in arms.items() for rate in rates]
+    runs = []
+    for name, rules, rate in context.track(jobs, "turned digits"):
+        optimizer = optax.multi_transform({"head": optax.adam(config.head_rate), "adapter": optax.adam(rate)}, _label)
+        for seed in config.seeds:
+            losses, accuracy, count = digits_task.adapt_and_fit(head | rules, optimizer, seed, config.steps)
+            runs.append(
+                {
+                    **{"method": name, "learning_rate": rate, "seed": seed, "accuracy": accuracy},
+                    **{"early_loss": digits_task.early(losses), "adapter_values": count - 1290},
+                }
+            )
+    return {"runs": runs, "upright": _upright(config), "checks": _checks(config, runs)}
+
+
+def _label(tree: Any) -> Any:
+    """Names the optimiser of every trained array."""
+
+    def one(path: Any, _: Any) -> str:
+        return "head" if path[0].key == "out" else "adapter"
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _upright(config: LolduConfig) -> dict[str, list[float]]:
+    """Accuracy on upright digits before any step, of both residuals with a constant start."""
+    digits = digits_task.load_digits()
+    found: dict[str, list[float]] = {"exact": [], "ldu": []}
+    for residual, accuracies in found.items():
+        method = sj.loldu(config.ranks[0], sigma=1.0, start="constant", residual=residual)  # pyright: ignore[reportArgumentType]
+        for seed in config.seeds:
+            adapted = sj.adapt(digits_task.pretrained(seed), {digits_task.HIDDEN: method}, key=jax.random.key(seed))
+            accuracies.append(float(digits_task.accuracy(adapted, digits)))
+    return found
+
+
+def _checks(config: LolduConfig, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The requirements, by the best rate of each arm."""
+
+    def best(name: str) -> Mapping[str, float]:
+        table = []
+        for rate in {r["learning_rate"] for r in runs if r["method"] == name}:
+            same = [r for r in runs if r["method"] == name and r["learning_rate"] == rate]
+            table.append({k: mean_and_spread([r[k] for r in same])[0] for k in ("accuracy", "early_loss")})
+        return max(table, key=lambda line: line["accuracy"])
+
+    ours = best(f"loldu r={config.ranks[0]}")
+    return {
+        "accuracy over head only": ours["accuracy"] - best("head only")["accuracy"],
+        "accuracy over LoRA r=1": ours["accuracy"] - best("lora r=1")["accuracy"],
+        "early loss over that of LoRA r=8": ours["early_loss"] / best("lora r=8")["early_loss"],
+    }
+
+
+def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
+    """Returns the best rate of each arm by test accuracy, and accuracy on upright digits before any step."""
+    table = best_rates(results["runs"])
+    for residual, values in results["upright"].items():
+        table.append([f"upright at a constant start, {residual} residual", "", "", with_spread(values), ""])
+    return table
+
+
+EXPERIMENT = Experiment(
+    name="loldu",
+    claim="The pivots of a factorisation alone learn what several times as many LoRA parameters learn.",
+    config=LolduConfig,
+    run=run,
+    rows=rows,
+)

@@ -1,0 +1,160 @@
+"""DCT-AdamW on digits, beside Adam, GaLore and the same method with an SVD or a random basis.
+
+A network 64-96-96-10 learns the 8x8 digits in 300 steps of 64 at a rate of 1e-3; low-rank arms have rank 8. First,
+without training: the share of the energy of rows from an AR(1) process with coefficient 0.9 that rank 4, 8 and 16 hold.
+
+    python -m experiments run dct_lowrank
+
+Measured over four seeds, mean training loss of the last 20 steps: Adam 0.071, an SVD at every step (moments moved
+along) 0.127, DCT 0.170 by either transform, a random basis 0.205, DCT without error feedback 0.207, GaLore with an
+SVD every 50 steps 0.261, DCT without moving its moments 0.948; spreads are 0.006 to 0.016, 0.06 for the last. Of the
+AR(1) rows the cosine columns hold 62 / 82 / 91 %, the best subspaces 66 / 84 / 94, random columns 14 / 25 / 41. What
+does not show: that it matches an SVD at every step; and with error feedback the state is two thirds of Adam's, a
+sixth without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import subspace_jax as sj
+from experiments.runner import Context, Experiment, with_spread
+from experiments.tasks import digits_task
+from subspace_jax.linalg import select_columns
+
+
+@dataclasses.dataclass(frozen=True)
+class DctConfig:
+    """Settings.
+
+    Attributes:
+      width: of the two hidden layers.
+      rank: of the low-rank arms.
+      steps: optimiser steps.
+      batch_size: digits of a step.
+      rate: learning rate of every arm.
+      seeds: one network and one run of every arm per seed.
+    """
+
+    width: int = 96
+    rank: int = 8
+    steps: int = 300
+    batch_size: int = 64
+    rate: float = 1e-3
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+
+
+def arms(config: DctConfig) -> dict[str, optax.GradientTransformation]:
+    """Returns the optimisers without their learning rate."""
+    rank = config.rank
+    return {
+        "Adam": optax.scale_by_adam(),
+        "DCT": sj.methods.dct_lowrank.scale_by_dct_adam(rank),
+        "DCT, fast transform": sj.methods.dct_lowrank.scale_by_dct_adam(rank, transform="fft"),
+        "DCT, no error feedback": sj.methods.dct_lowrank.scale_by_dct_adam(rank, error_feedback=False),
+        "DCT, no rotation": sj.methods.dct_lowrank.scale_by_dct_adam(rank, rotate=False),
+        "random basis": sj.methods.dct_lowrank.scale_by_dct_adam(rank, basis="random_qr"),
+        "GaLore, SVD every 50": sj.optim.in_subspace(optax.scale_by_adam(), rank=rank, every=50),
+        "SVD every step": sj.optim.in_subspace(optax.scale_by_adam(), rank=rank, every=1, moments="transport"),
+    }
+
+
+def run(config: DctConfig, context: Context) -> dict[str, Any]:
+    """Measures the energies, then trains every arm."""
+    digits, runs = digits_task.load_digits(), []
+    for name, transformation in context.track(arms(config).items(), "digits"):
+        optimizer = optax.chain(transformation, optax.scale_by_learning_rate(config.rate))
+        train = _training(optimizer, config)
+        for seed in config.seeds:
+            params = _network(config, seed)
+            trained, losses = train(params, jax.random.key(seed), digits.x, digits.y)
+            state = jax.eval_shape(transformation.init, params)
+            logits = digits_task.network(trained, digits.x_test)
+            runs.append(
+                {
+                    **{"method": name, "seed": seed, "loss": float(jnp.mean(losses[-20:]))},
+                    "accuracy": float(jnp.mean(logits.argmax(-1) == digits.y_test)),
+                    "state_values": int(sum(v.size for v in jax.tree.leaves(state))),
+                }
+            )
+    return {"runs": runs, "energies": [_energies(seed) for seed in config.seeds]}
+
+
+def _network(config: DctConfig, seed: int) -> Any:
+    rng, width = np.random.default_rng(seed), config.width
+    sizes = (64, width, width, 10)
+    names = ("hidden_0", "hidden_1", "out")
+    return {
+        name: {
+            "kernel": jnp.asarray(rng.normal(size=(i, o)) * np.sqrt(2 / i), jnp.float32),
+            "bias": jnp.zeros(o),
+        }
+        for name, i, o in zip(names, sizes, sizes[1:], strict=False)
+    }
+
+
+def _training(optimizer: optax.GradientTransformation, config: DctConfig) -> Any:
+    @jax.jit
+    def train(params: Any, key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[Any, jax.Array]:
+        def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+            params, state = carry
+            rows = jax.random.randint(key, (config.batch_size,), 0, len(x))
+
+            def loss(params: Any) -> jax.Array:
+                logits = digits_task.network(params, x[rows])
+                return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
+
+            value, gradients = jax.value_and_grad(loss)(params)
+            updates, state = optimizer.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, config.steps))
+        return params, losses
+
+    return train
+
+
+def _energies(seed: int, size: int = 64, rows: int = 64, coefficient: float = 0.9) -> dict[str, list[float]]:
+    """Share of the energy that each kind of subspace holds, at ranks 4, 8 and 16."""
+    rng = np.random.default_rng(seed)
+    process = np.zeros((rows, size))
+    process[:, 0] = rng.normal(size=rows)
+    for i in range(1, size):
+        process[:, i] = coefficient * process[:, i - 1] + np.sqrt(1 - coefficient**2) * rng.normal(size=rows)
+    matrix, total = jnp.asarray(process, jnp.float32), float(np.sum(process**2))
+    values = np.linalg.svd(process, compute_uv=False) ** 2
+    found: dict[str, list[float]] = {"SVD": [float(values[:r].sum() / total) for r in (4, 8, 16)]}
+    for name, basis in (("DCT", "dct"), ("random basis", "random_qr")):
+        chosen = [select_columns(matrix, r, basis=basis) for r in (4, 8, 16)]  # pyright: ignore[reportArgumentType]
+        found[name] = [float(jnp.sum(c.coordinates**2) / total) for c in chosen]
+    return found
+
+
+def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
+    """Returns one line per optimiser, and one per basis for the energies."""
+    table = [["method", "training loss at the end", "test accuracy %", "state, values"]]
+    for method in dict.fromkeys(r["method"] for r in results["runs"]):
+        mine = [r for r in results["runs"] if r["method"] == method]
+        loss = with_spread([r["loss"] for r in mine], 3, 1.0)
+        accuracy = with_spread([r["accuracy"] for r in mine])
+        table.append([method, loss, accuracy, f"{mine[0]['state_values']:,}"])
+    for name in results["energies"][0]:
+        shares = [with_spread([one[name][i] for one in results["energies"]], 2, 1.0) for i in range(3)]
+        table.append([f"energy held by {name}", " / ".join(shares), "rank 4 / 8 / 16", ""])
+    return table
+
+
+EXPERIMENT = Experiment(
+    name="dct_lowrank",
+    claim="A few columns of a cosine basis serve low-rank Adam as well as an SVD that is seldom refreshed.",
+    config=DctConfig,
+    run=run,
+    rows=rows,
+)

@@ -1,0 +1,43 @@
+"""What runs experiments and benchmarks: settings, command line, progress, results and tables."""
+
+from experiments.runner._cli import configure as configure
+from experiments.runner._cli import main as main
+from experiments.runner._experiment import Context as Context
+from experiments.runner._experiment import Experiment as Experiment
+from experiments.runner._registry import family as family
+from experiments.runner._registry import find as find
+from experiments.runner._registry import find_module as find_module
+from experiments.runner._registry import modules as modules
+from experiments.runner._registry import names as names
+from experiments.runner._results import best_rates as best_rates
+from experiments.runner._results import best_runs as best_runs
+from experiments.runner._results import environment as environment
+from experiments.runner._results import human_bytes as human_bytes
+from experiments.runner._results import markdown_table as markdown_table
+from experiments.runner._results import mean_and_spread as mean_and_spread
+from experiments.runner._results import read_json as read_json
+from experiments.runner._results import terminal_table as terminal_table
+from experiments.runner._results import with_spread as with_spread
+from experiments.runner._results import write_json as write_json
+
+__all__ = [
+    "Context",
+    "Experiment",
+    "best_rates",
+    "best_runs",
+    "configure",
+    "environment",
+    "family",
+    "find",
+    "find_module",
+    "human_bytes",
+    "main",
+    "markdown_table",
+    "mean_and_spread",
+    "modules",
+    "names",
+    "read_json",
+    "terminal_table",
+    "with_spread",
+    "write_json",
+]

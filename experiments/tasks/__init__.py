@@ -1,0 +1,1 @@
+"""Tasks and training that several experiments share: one module each."""

@@ -1,0 +1,55 @@
+"""Published methods, one home each: `sj.methods.<slug>` has all public names of one."""
+
+from subspace_jax.methods.continual import coso as coso
+from subspace_jax.methods.continual import gpm as gpm
+from subspace_jax.methods.continual import o_lora as o_lora
+from subspace_jax.methods.continual import osf as osf
+from subspace_jax.methods.low_rank import corda as corda
+from subspace_jax.methods.low_rank import dora as dora
+from subspace_jax.methods.low_rank import loldu as loldu
+from subspace_jax.methods.low_rank import lora as lora
+from subspace_jax.methods.low_rank import lora_sb as lora_sb
+from subspace_jax.methods.low_rank import matryoshka as matryoshka
+from subspace_jax.methods.low_rank import pissa as pissa
+from subspace_jax.methods.low_rank import svfit as svfit
+from subspace_jax.methods.optimizers import dct_lowrank as dct_lowrank
+from subspace_jax.methods.optimizers import galore as galore
+from subspace_jax.methods.optimizers import lora_pro as lora_pro
+from subspace_jax.methods.regularized import lambda_orthogonality as lambda_orthogonality
+from subspace_jax.methods.sparse import lift as lift
+from subspace_jax.methods.sparse import s2ft as s2ft
+from subspace_jax.methods.structured import flora as flora
+from subspace_jax.methods.structured import loca as loca
+from subspace_jax.methods.structured import oft as oft
+from subspace_jax.methods.structured import randlora as randlora
+from subspace_jax.methods.structured import soka as soka
+from subspace_jax.methods.structured import ssf as ssf
+from subspace_jax.methods.systems import gcr as gcr
+
+__all__ = [
+    "corda",
+    "coso",
+    "dct_lowrank",
+    "dora",
+    "flora",
+    "galore",
+    "gcr",
+    "gpm",
+    "lambda_orthogonality",
+    "lift",
+    "loca",
+    "loldu",
+    "lora",
+    "lora_pro",
+    "lora_sb",
+    "matryoshka",
+    "o_lora",
+    "oft",
+    "osf",
+    "pissa",
+    "randlora",
+    "s2ft",
+    "soka",
+    "ssf",
+    "svfit",
+]

@@ -1,0 +1,22 @@
+"""CoSO: low-rank Adam in subspaces of the gradients, orthogonal to sketches of earlier tasks."""
+
+from subspace_jax.core import register
+from subspace_jax.methods.continual.coso._learner import learner as learner
+from subspace_jax.methods.continual.coso._memory import next_task as next_task
+from subspace_jax.methods.continual.coso._transform import CosoState as CosoState
+from subspace_jax.methods.continual.coso._transform import coso as coso
+
+__all__ = [
+    "CosoState",
+    "coso",
+    "learner",
+    "next_task",
+]
+
+register(
+    __name__,
+    title="Continuous Subspace Optimization for Continual Learning",
+    authors="Cheng, Wan, Wu, Hou, Zhang",
+    year=2025,
+    kinds=("transformation", "learner"),
+)

@@ -1,0 +1,121 @@
+"""GPM as a learner: updates without the directions that the inputs of earlier tasks need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from subspace_jax.continual import (
+    Learner,
+    LearnerState,
+    Loss,
+    Selector,
+    StreamError,
+    adapted_of,
+    check_end,
+    check_start,
+    end_state,
+    init_opt_state,
+    initial_state,
+    make_step,
+    rules_of,
+)
+from subspace_jax.core import Role, adapt, capture, full, leaves_with_paths, merge, select_paths
+from subspace_jax.methods.continual.gpm._memory import GPMMemory, init_memory, next_task
+from subspace_jax.optim import ProjectState, SandwichState, sandwich
+
+
+def learner(
+    loss: Loss,
+    select: Selector | Iterable[str],
+    optimizer: optax.GradientTransformation,
+    *,
+    threshold: float | Callable[[int], float] = 0.97,
+    columns: float = 1.0,
+    rules: Any = None,
+    roles: Mapping[str, Role] | None = None,
+    mask: Callable[[Any], jax.Array] | None = None,
+) -> Learner:
+    r"""Returns the learner of gradient projection memory, whole kernels and any optimiser.
+
+    At the end of a task the Gram matrices of the selected kernels' inputs are captured and the directions that hold
+    the share `threshold` of their energy join the memory, see `gpm.next_task`. From then on gradients and updates go
+    without them, see `sandwich`: \(x W\) stays as it is for inputs in the span of the memory. Everything of `rules`
+    learns without projection.
+
+    A projection with c columns costs \(8\,c\,d_{in} d_{out}\) operations a step, whether they are in use or not.
+
+    Args:
+      loss: `loss(params, batch)`, a scalar; call the model by `with_adapters`.
+      select: globs or a predicate of path and array: the kernels that learn by projected updates.
+      optimizer: any optax transformation, plain SGD in the paper; its state begins anew with every task.
+      threshold: the share of the energy, or a function of the number of the task, from zero. Published: between 0.95
+        and 0.99, rising slowly.
+      columns: share of a kernel's input dimensions that the memory has room for, in (0, 1]. A full memory takes no
+        more: compare `state.memory[path].rank` with it.
+      rules: what else learns, as for `adapt`: heads. Biases and norms that learn would forget; the authors freeze them.
+      roles: how the model uses arrays with more than two axes, from `sj.roles`.
+      mask: gives, of a batch, which rows count, as for `capture`: without padding.
+
+    Returns:
+      A learner whose memory is a `GPMMemory` by path. Its `end_task` reads all batches that it is given.
+
+    Raises:
+      StreamError: `columns` is not in (0, 1].
+      RoleError: at `init`, a selected array is not known to be a matrix.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
+      >>> loss = lambda params, batch: sj.with_adapters(lambda p: jnp.mean((batch @ p["w"]) ** 2))(params)
+      >>> learner = sj.methods.gpm.learner(loss, "w", optax.sgd(0.1))
+      >>> state = learner.init({"w": jnp.ones((3, 2))}, jax.random.key(0))
+      >>> for task in range(2):
+      ...     state = learner.start_task(state, task, jax.random.key(1))
+      ...     state, _ = learner.step(state, jnp.eye(3), jax.random.key(2))
+      ...     first = first if task else learner.params(state)["w"].value[0]
+      ...     state = learner.end_task(state, task, [jnp.eye(3)[:1]])
+      >>> int(state.memory["w"].rank), (learner.params(state)["w"].value[0] == first).tolist()
+      (1, [True, True])
+    """
+    if not 0.0 < columns <= 1.0:
+        raise StreamError(f"gpm.learner: columns={columns}; expected a share of the input dimensions in (0, 1].")
+
+    def init(params: Any, key: jax.Array) -> LearnerState:
+        adapted = adapt(params, rules_of(select, full(), rules), key=key, roles=roles)
+        chosen = set(select_paths(params, select))
+        return initial_state(adapted, {p: _empty(p, w, columns) for p, w in leaves_with_paths(adapted) if p in chosen})
+
+    def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
+        del key
+        check_start("gpm.learner", state, task)
+        return state._replace(opt_state=init_opt_state(optimizer, state.adapted))
+
+    def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+        check_end("gpm.learner", state, task)
+        known = {p: w.role for p, w in leaves_with_paths(state.adapted) if p in state.memory}
+        params = merge(state.adapted)
+        found = capture(loss, params, batches, select=list(known), roles=known, mask=mask)
+        share = threshold(task) if callable(threshold) else threshold
+        return end_state(state, memory={p: _remember(m, found[p].gram, share) for p, m in state.memory.items()})
+
+    def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
+        del frozen
+        bases = {path: memory.basis for path, memory in state.memory.items()}
+        # The memory holds the bases; the optimiser's state need not hold them again.
+        held = SandwichState(ProjectState({}), state.opt_state)
+        updates, new = sandwich(optimizer, bases).update(gradients, held, trainable, basis=bases)
+        return updates, new.inner  # pyright: ignore[reportAttributeAccessIssue]
+
+    return Learner("gpm", init, start_task, make_step(loss, update), end_task, adapted_of)
+
+
+def _empty(path: str, weight: Any, columns: float) -> GPMMemory:
+    weight.role.check(weight.shape, path)
+    size, _ = weight.role.sizes(weight.shape)
+    return init_memory(size, max(1, round(columns * size)), weight.role.stack_shape(weight.shape))
+
+
+_remember = jax.jit(lambda memory, gram, threshold: next_task(memory, gram=gram, threshold=threshold))

@@ -1,0 +1,98 @@
+"""O-LoRA as a learner: a new adapter for every task, held at right angles to those of earlier tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from subspace_jax.continual import (
+    Learner,
+    LearnerState,
+    Loss,
+    Selector,
+    adapted_of,
+    check_end,
+    check_start,
+    check_tasks,
+    end_state,
+    init_opt_state,
+    initial_state,
+    make_step,
+    rules_of,
+)
+from subspace_jax.core import Role, adapt
+from subspace_jax.methods.continual.o_lora._method import next_task, o_lora, penalty
+
+
+def learner(
+    loss: Loss,
+    select: Selector | Iterable[str],
+    optimizer: optax.GradientTransformation,
+    *,
+    tasks: int,
+    rank: int = 8,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    overlap_weight: float = 0.5,
+    norm_weight: float = 0.0,
+    rules: Any = None,
+    roles: Mapping[str, Role] | None = None,
+) -> Learner:
+    """Returns the learner of O-LoRA: see `o_lora`, `o_lora.penalty` and `o_lora.next_task`.
+
+    When a task starts, the factors that the last one trained are put beside those of earlier tasks, frozen, and new
+    ones take their place. The metrics of a step have the penalty beside the loss.
+
+    Args:
+      loss: `loss(params, batch)`, a scalar; call the model by `with_adapters`.
+      select: globs or a predicate of path and array: the kernels that get adapters.
+      optimizer: any optax transformation; its state begins anew with every task.
+      tasks: number of tasks in the stream.
+      rank: of each task's adapter.
+      alpha: as for `o_lora`.
+      dropout: as for `o_lora`.
+      overlap_weight: weight of the overlap with earlier tasks' input sides.
+      norm_weight: weight of the factors' norms.
+      rules: what else learns, as for `adapt`: heads.
+      roles: how the model uses arrays with more than two axes, from `sj.roles`.
+
+    Raises:
+      StreamError: `tasks` is no positive int.
+      RankError: `rank` is none either.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
+      >>> loss = lambda params, batch: sj.with_adapters(lambda p: jnp.mean((batch @ p["w"]) ** 2))(params)
+      >>> learner = sj.methods.o_lora.learner(loss, "w", optax.sgd(0.1), tasks=2, rank=1)
+      >>> state = learner.init({"w": jnp.ones((3, 2))}, jax.random.key(0))
+      >>> state = learner.start_task(state, 0, jax.random.key(1))
+      >>> state, metrics = learner.step(state, jnp.eye(3), jax.random.key(2))
+      >>> sorted(metrics), state.adapted["w"].base.a.shape
+      (['loss', 'penalty'], (3, 1))
+    """
+    check_tasks("o_lora.learner", tasks)
+    # The task that runs has a pair of its own, so that room is needed for those before the last.
+    method = o_lora(rank, tasks=max(tasks - 1, 1), alpha=alpha, dropout=dropout)
+
+    def init(params: Any, key: jax.Array) -> LearnerState:
+        return initial_state(adapt(params, rules_of(select, method, rules), key=key, roles=roles))
+
+    def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
+        check_start("o_lora.learner", state, task, tasks)
+        adapted = next_task(state.adapted, task - 1, key=key) if task else state.adapted
+        return state._replace(adapted=adapted, opt_state=init_opt_state(optimizer, adapted))
+
+    def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+        del batches
+        check_end("o_lora.learner", state, task)
+        return end_state(state)
+
+    def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
+        del frozen
+        return optimizer.update(gradients, state.opt_state, trainable)
+
+    step = make_step(loss, update, lambda whole: penalty(whole, overlap_weight, norm_weight))
+    return Learner("o_lora", init, start_task, step, end_task, adapted_of)

@@ -1,0 +1,30 @@
+"""OSF: freezes a weight's large singular directions and trains what is orthogonal to them."""
+
+from subspace_jax.core import register
+from subspace_jax.methods.continual.osf._learner import learner as learner
+from subspace_jax.methods.continual.osf._method import osf as osf
+from subspace_jax.methods.continual.osf._ranks import importance as importance
+from subspace_jax.methods.continual.osf._ranks import ranks as ranks
+from subspace_jax.methods.continual.osf._ranks import schedule as schedule
+from subspace_jax.methods.continual.osf._transform import OSFState as OSFState
+from subspace_jax.methods.continual.osf._transform import next_task as next_task
+from subspace_jax.methods.continual.osf._transform import projection as projection
+
+__all__ = [
+    "OSFState",
+    "importance",
+    "learner",
+    "next_task",
+    "osf",
+    "projection",
+    "ranks",
+    "schedule",
+]
+
+register(
+    __name__,
+    title="Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning",
+    authors="Nayak et al.",
+    year=2025,
+    kinds=("weight", "transformation", "learner"),
+)

@@ -1,0 +1,132 @@
+"""OSF as a learner: before every task the weights are split anew, and more of each is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from subspace_jax.continual import (
+    Learner,
+    LearnerState,
+    Loss,
+    Selector,
+    StreamError,
+    adapted_of,
+    check_end,
+    check_start,
+    check_tasks,
+    end_state,
+    init_opt_state,
+    initial_state,
+    make_step,
+    rules_of,
+)
+from subspace_jax.core import Role, adapt, leaves_with_paths, merge, select_paths
+from subspace_jax.methods.continual.osf._method import osf
+from subspace_jax.methods.continual.osf._ranks import importance, ranks, schedule
+from subspace_jax.methods.continual.osf._transform import OSFState, projection
+
+
+def learner(
+    loss: Loss,
+    select: Selector | Iterable[str],
+    optimizer: optax.GradientTransformation,
+    *,
+    tasks: int,
+    preserved: str | Callable[[int], Any] = "schedule",
+    floor: float = 0.1,
+    target: float = 0.8,
+    rules: Any = None,
+    roles: Mapping[str, Role] | None = None,
+) -> Learner:
+    r"""Returns the learner of OSF: see `osf` and `osf.projection`.
+
+    When a task starts, every selected kernel is split by its singular values; what belongs to the large ones is frozen
+    and what learns stays at right angles to it. When the task ends, the kernels are merged. The factors have room for
+    every rank, so that no task compiles again, for more operations a step than the exact split.
+
+    Args:
+      loss: `loss(params, batch)`, a scalar; call the model by `with_adapters`.
+      select: globs or a predicate of path and array: the kernels to split.
+      optimizer: any optax transformation, AdamW in the paper; its state begins anew with every task.
+      tasks: number of tasks in the stream.
+      preserved: how much to freeze. "schedule": the share \(t / T\) of the singular values before task \(t\), from
+        zero. "importance": by layer, the policy of the paper, from batches of the task before (`osf.importance`,
+        `osf.ranks`); nothing before the first task. Or a function of the number of the task, from zero, whose result
+        is what `osf` takes.
+      floor: as for `osf.ranks`, of "importance".
+      target: as for `osf.ranks`, of "importance".
+      rules: what else learns, as for `adapt`: heads.
+      roles: how the model uses arrays with more than two axes, from `sj.roles`.
+
+    Returns:
+      A learner whose parameters are ordinary arrays between tasks. Its memory is the importance by path, or None; only
+      with "importance" does `end_task` read batches.
+
+    Raises:
+      StreamError: `tasks` is no positive int, or `preserved` no policy.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
+      >>> loss = lambda params, batch: sj.with_adapters(lambda p: jnp.mean((batch @ p["w"]) ** 2))(params)
+      >>> learner = sj.methods.osf.learner(loss, "w", optax.adam(0.1), tasks=2)
+      >>> state = learner.init({"w": jnp.diag(jnp.array([2.0, 1.0]))}, jax.random.key(0))
+      >>> for task in range(2):
+      ...     state = learner.start_task(state, task, jax.random.key(1))
+      ...     before = jnp.linalg.svd(sj.merge(learner.params(state))["w"])
+      ...     state, _ = learner.step(state, jnp.eye(2), jax.random.key(2))
+      ...     state = learner.end_task(state, task, [])
+      >>> jnp.allclose(before[0][:, 0] @ learner.params(state)["w"], before[1][0] * before[2][0], atol=1e-6).item()
+      True
+    """
+    check_tasks("osf.learner", tasks)
+    if not callable(preserved) and preserved not in ("schedule", "importance"):
+        raise StreamError(
+            f'osf.learner: preserved={preserved!r}; expected "schedule", "importance" or a function of the task.'
+        )
+
+    def split(params: Any, share: Any, key: jax.Array) -> Any:
+        method = osf(share, width="common")
+        return adapt(params, rules_of(select, method, rules), key=key, roles=roles)
+
+    def share_of(state: LearnerState, task: int) -> Any:
+        if callable(preserved):
+            return preserved(task)
+        if preserved == "schedule":
+            return schedule(task + 1, tasks)
+        found = {path: np.asarray(value) for path, value in state.memory.items()}
+        return ranks(found, state.adapted, floor=floor, target=target, roles=roles) if task else 0
+
+    def init(params: Any, key: jax.Array) -> LearnerState:
+        abstract = jax.eval_shape(lambda p: split(p, 0, key), params)  # refuses bad patterns and shapes now
+        if preserved != "importance":
+            return initial_state(params)
+        chosen, leaves = set(select_paths(params, select)), leaves_with_paths(abstract)
+        return initial_state(params, {p: jnp.zeros(w.role.stack_shape(w.shape)) for p, w in leaves if p in chosen})
+
+    def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
+        check_start("osf.learner", state, task, tasks)
+        adapted = split(state.adapted, share_of(state, task), key)
+        return state._replace(adapted=adapted, opt_state=init_opt_state(optimizer, adapted))
+
+    def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+        check_end("osf.learner", state, task)
+        params = merge(state.adapted)
+        if preserved != "importance":
+            return end_state(state, adapted=params)
+        known = {p: w.role for p, w in leaves_with_paths(state.adapted) if p in state.memory}
+        found = importance(loss, params, batches, select=list(known), roles=known)
+        return end_state(state, adapted=params, memory={p: jnp.asarray(v, jnp.float32) for p, v in found.items()})
+
+    def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
+        # The frozen tree holds the singular vectors; the optimiser's state need not hold them again.
+        held = OSFState({}, state.opt_state)
+        updates, new = projection(optimizer, frozen).update(gradients, held, trainable, frozen=frozen)
+        return updates, new.inner  # pyright: ignore[reportAttributeAccessIssue]
+
+    return Learner("osf", init, start_task, make_step(loss, update), end_task, adapted_of)

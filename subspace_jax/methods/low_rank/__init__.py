@@ -1,0 +1,21 @@
+"""Low-rank adapters."""
+
+from subspace_jax.methods.low_rank import corda as corda
+from subspace_jax.methods.low_rank import dora as dora
+from subspace_jax.methods.low_rank import loldu as loldu
+from subspace_jax.methods.low_rank import lora as lora
+from subspace_jax.methods.low_rank import lora_sb as lora_sb
+from subspace_jax.methods.low_rank import matryoshka as matryoshka
+from subspace_jax.methods.low_rank import pissa as pissa
+from subspace_jax.methods.low_rank import svfit as svfit
+
+__all__ = [
+    "corda",
+    "dora",
+    "loldu",
+    "lora",
+    "lora_sb",
+    "matryoshka",
+    "pissa",
+    "svfit",
+]

@@ -1,0 +1,19 @@
+"""DoRA: trains the direction of a weight by any method and the magnitude of its columns apart."""
+
+from subspace_jax.core import register
+from subspace_jax.methods.low_rank.dora._method import dora as dora
+from subspace_jax.methods.low_rank.dora._weight import Magnitude as Magnitude
+
+__all__ = [
+    "Magnitude",
+    "dora",
+]
+
+register(
+    __name__,
+    title="DoRA: Weight-Decomposed Low-Rank Adaptation",
+    authors="Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen",
+    year=2024,
+    kinds=("weight",),
+    experiment="quickstart",
+)

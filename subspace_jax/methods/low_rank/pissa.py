@@ -1,0 +1,238 @@
+"""PiSSA and QPiSSA: train the principal singular part of a weight and freeze the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.core import Method, Role, check_rank, register, require_matrix
+from subspace_jax.linalg import randomized_svd, truncated_svd, wide_dtype
+from subspace_jax.weights import LowRank, lora_scale, map_weights, original_arrays, quantize_nf4
+
+__all__ = [
+    "pissa",
+    "qpissa",
+    "to_lora",
+]
+
+
+SVDMode = Literal["randomized", "exact"]
+
+
+def pissa(
+    rank: int,
+    *,
+    alpha: float | None = None,
+    svd: SVDMode = "randomized",
+    iterations: int = 4,
+    oversample: int = 8,
+    residual_dtype: Any = None,
+    dtype: Any = jnp.float32,
+) -> Method:
+    r"""Trains the principal singular part of a weight and freezes the rest.
+
+    With \(W = U S V^T\) and \(s = \alpha / r\): \(a = U_r \sqrt{S_r / s}\), \(b = \sqrt{S_r / s}\,V_r^T\), and the
+    frozen residual is \(W - s\,a\,b\), subtracted in float32 from the factors as they are stored, so that the adapted
+    weight equals \(W\) at the start.
+
+    Args:
+      rank: \(r\), at most the weight's smaller side.
+      alpha: \(\alpha\); `rank` if None, so that \(s = 1\).
+      svd: "randomized" finds the leading part by power iterations, "exact" by a full decomposition.
+      iterations: power iterations of the randomised decomposition.
+      oversample: its extra columns.
+      residual_dtype: dtype of the frozen residual; that of the weight if None. A bfloat16 residual rounds by up to
+        one unit in its last place; `merge_rounding` tells by how much.
+      dtype: dtype of the factors.
+
+    Returns:
+      A method whose weights are `LowRank` with a residual base.
+
+    Raises:
+      RankError: `rank` is above the weight's smaller side; raised by `adapt`, with the path.
+
+    Warning:
+      There is no dropout, and weight decay would shrink the weight itself: the factors carry pretrained values.
+      Where the rank of the weight is below `rank`, the spare columns are zero on both sides and stay so.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> w = jax.random.normal(jax.random.key(1), (6, 4))
+      >>> adapted = sj.adapt({"w": w}, {"w": sj.pissa(rank=2)}, key=jax.random.key(0))
+      >>> bool(jnp.allclose(sj.merge(adapted)["w"], w, atol=1e-5))
+      True
+    """
+    check_rank(rank)
+    _check_svd(svd)
+    scale = lora_scale(rank, alpha)
+    options = {"rank": rank, "svd": svd, "iterations": iterations, "oversample": oversample, "dtype": dtype}
+
+    def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRank:
+        del stats
+        require_matrix(array, role)
+        check_rank(rank, min(role.sizes(array.shape)))
+        matrix = role.matrix(array).astype(wide_dtype(array.dtype))
+        a, b = _principal(key, matrix, scale=scale, **options)
+        residual = role.unmatrix(matrix - _product(a, b, scale), array.shape)
+        return _low_rank(residual.astype(residual_dtype or array.dtype), a, b, scale, array, role)
+
+    return Method("pissa", make)
+
+
+def qpissa(
+    rank: int,
+    *,
+    steps: int = 5,
+    svd: SVDMode = "randomized",
+    iterations: int = 4,
+    oversample: int = 8,
+    order: Literal["out_in", "in_out"] = "out_in",
+    dtype: Any = jnp.float32,
+) -> Method:
+    r"""PiSSA over a 4-bit base: the factors take what quantisation loses as well.
+
+    From \(E_0 = W\), for \(t = 1 \dots T\): \((a_t, b_t)\) are the principal factors of \(E_{t-1}\), \(Q_t\) is the
+    quantised \(W - a_t b_t\), and \(E_t = W - Q_t\). The base is \(Q_T\) in NF4, dequantised where it is used.
+
+    Args:
+      rank: \(r\), at most the weight's smaller side.
+      steps: \(T\); 1 quantises the residual of PiSSA once.
+      svd: as for `pissa`.
+      iterations: as for `pissa`.
+      oversample: as for `pissa`.
+      order: order of consecutive entries in a block; see `NF4`.
+      dtype: dtype of the factors.
+
+    Returns:
+      A method whose weights are `LowRank` with an `NF4` base.
+
+    Raises:
+      RankError: `rank` is above the weight's smaller side; raised by `adapt`, with the path.
+      ValueError: `steps` is below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> w = jax.random.normal(jax.random.key(1), (64, 64))
+      >>> adapted = sj.adapt({"w": w}, {"w": sj.qpissa(rank=8)}, key=jax.random.key(0))
+      >>> adapted["w"].base.codes.dtype.name, adapted["w"].base.codes.nbytes
+      ('uint8', 2048)
+    """
+    check_rank(rank)
+    if steps < 1:
+        raise ValueError(f"qpissa: steps={steps}; at least one step makes the factors and the base.")
+    _check_svd(svd)
+    options = {"rank": rank, "svd": svd, "iterations": iterations, "oversample": oversample, "dtype": dtype}
+
+    def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRank:
+        del stats
+        require_matrix(array, role)
+        check_rank(rank, min(role.sizes(array.shape)))
+        matrix = role.matrix(array).astype(wide_dtype(array.dtype))
+
+        def quantized(a: jax.Array, b: jax.Array):
+            residual = role.unmatrix(matrix - _product(a, b, 1.0), array.shape)
+            return dataclasses.replace(quantize_nf4(residual, role, order), dtype=array.dtype)
+
+        left = matrix
+        for step_key in jax.random.split(key, steps):
+            a, b = _principal(step_key, left, scale=1.0, **options)
+            base = quantized(a, b)
+            left = matrix - role.matrix(base.materialize(matrix.dtype))
+        return dataclasses.replace(_low_rank(base, a, b, 1.0, array, role), start_a=None, start_b=None)
+
+    return Method("qpissa", make)
+
+
+def to_lora(adapted: Any, params: Any) -> Any:
+    r"""Rewrites residual low-rank weights as plain LoRA on the untouched arrays.
+
+    With the factors at the start \(a_0, b_0\): \(s (a b - a_0 b_0) = s\,[a\,|\,a_0]\,[b; -b_0]\), a LoRA of twice the
+    rank at the same scale (an exported alpha doubles with the rank).
+
+    Args:
+      adapted: a tree with `LowRank` weights from `pissa`; other leaves stay as they are.
+      params: the tree that `adapt` was given.
+
+    Returns:
+      The tree with the original arrays as bases.
+
+    Raises:
+      StructureError: a path of `adapted` is not in `params` with the same shape.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> params = {"w": jax.random.normal(jax.random.key(1), (6, 4))}
+      >>> adapted = sj.adapt(params, {"w": sj.pissa(rank=2)}, key=jax.random.key(0))
+      >>> sj.to_lora(adapted, params)["w"].a.shape
+      (6, 4)
+    """
+    originals = original_arrays(params)
+
+    def convert(path: str, weight: LowRank) -> LowRank:
+        if weight.start_a is None or weight.start_b is None:
+            return weight.map_fields(lambda _, v: map_weights(LowRank, lambda _, w: convert(path, w), v))
+        return dataclasses.replace(
+            weight,
+            base=originals(path, weight),
+            a=jnp.concatenate([weight.a, weight.start_a], axis=-1),
+            b=jnp.concatenate([weight.b, -weight.start_b], axis=-2),
+            start_a=None,
+            start_b=None,
+            base_squares=None,
+            method="lora",
+        )
+
+    return map_weights(LowRank, convert, adapted)
+
+
+# One compiled program per shape and setting, whichever call of `pissa` it comes from.
+@functools.partial(jax.jit, static_argnames=("rank", "scale", "svd", "iterations", "oversample", "dtype"))
+def _principal(
+    key: jax.Array, matrix: jax.Array, *, rank: int, scale: float, svd: SVDMode, iterations: int, oversample: int, dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Factors of `[*stack, in, out]` whose scaled product is the best of this rank."""
+    if svd == "exact":
+        u, s, vt = truncated_svd(matrix, rank)
+    else:
+        u, s, vt = randomized_svd(key, matrix, rank, iterations=iterations, oversample=oversample)
+    root = jnp.sqrt(s / scale)
+    return (u * root[..., None, :]).astype(dtype), (root[..., :, None] * vt).astype(dtype)
+
+
+def _check_svd(svd: str) -> None:
+    if svd not in ("randomized", "exact"):
+        raise ValueError(f'svd is "randomized" or "exact", not {svd!r}.')
+
+
+def _product(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """The scaled product of the factors as they are stored, in float32 throughout."""
+    wide = wide_dtype(a.dtype)
+    return scale * jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+
+
+def _low_rank(base: Any, a: jax.Array, b: jax.Array, scale: float, array: jax.Array, role: Role) -> LowRank:
+    return LowRank(
+        base=base,
+        a=a,
+        b=b,
+        # Copies: a donated step would otherwise hand the same buffer in twice.
+        start_a=jnp.copy(a),
+        start_b=jnp.copy(b),
+        scale=scale,
+        role=role,
+        dtype=array.dtype,
+        trainable=("a", "b"),
+    )
+
+
+register(
+    __name__,
+    title="PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+    authors="Meng, Wang, Zhang",
+    year=2024,
+    kinds=("weight",),
+)

@@ -1,0 +1,11 @@
+"""Published optimizers: gradient transformations."""
+
+from subspace_jax.methods.optimizers import dct_lowrank as dct_lowrank
+from subspace_jax.methods.optimizers import galore as galore
+from subspace_jax.methods.optimizers import lora_pro as lora_pro
+
+__all__ = [
+    "dct_lowrank",
+    "galore",
+    "lora_pro",
+]

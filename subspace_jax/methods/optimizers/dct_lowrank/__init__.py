@@ -1,0 +1,22 @@
+"""DCT-AdamW and Trion: low-rank optimizers whose bases are columns of a cosine transform."""
+
+from subspace_jax.core import register
+from subspace_jax.methods.optimizers.dct_lowrank._adam import DctAdamState as DctAdamState
+from subspace_jax.methods.optimizers.dct_lowrank._adam import scale_by_dct_adam as scale_by_dct_adam
+from subspace_jax.methods.optimizers.dct_lowrank._trion import TrionState as TrionState
+from subspace_jax.methods.optimizers.dct_lowrank._trion import scale_by_trion as scale_by_trion
+
+__all__ = [
+    "DctAdamState",
+    "TrionState",
+    "scale_by_dct_adam",
+    "scale_by_trion",
+]
+
+register(
+    __name__,
+    title="FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models",
+    authors="Modoranu, Safaryan, Schultheis, Ryabinin, Chumachenko, Alistarh",
+    year=2025,
+    kinds=("transformation",),
+)

@@ -1,0 +1,42 @@
+"""Matrices with the shorter side last, as optimisers that choose columns of a fixed basis see them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.core import placed_like
+from subspace_jax.optim import MatrixView
+
+
+class PlainLeaf(NamedTuple):
+    """State of one array that is not compressed: Adam's moments, of its shape, in float32."""
+
+    mu: jax.Array
+    nu: jax.Array
+
+
+def is_compressed(leaf: Any, view: MatrixView | None, largest: int) -> bool:
+    """Whether an array is a stack of matrices of which no side is longer than `largest`."""
+    return view is not None and not view.is_vector and max(view.unfold(leaf).shape[-2:]) <= largest
+
+
+def oriented(view: MatrixView | None, array: jax.Array) -> jax.Array:
+    """The array's matrices with the shorter side last; of equal sides that is the inputs' one."""
+    assert view is not None
+    matrix = view.unfold(array)
+    return jnp.swapaxes(matrix, -1, -2) if matrix.shape[-2] <= matrix.shape[-1] else matrix
+
+
+def restored(view: MatrixView, matrix: jax.Array, like: jax.Array) -> jax.Array:
+    """The array of oriented matrices; the inverse of `oriented`."""
+    matrix_shape = view.unfold(like).shape
+    matrix = jnp.swapaxes(matrix, -1, -2) if matrix_shape[-2] <= matrix_shape[-1] else matrix
+    return placed_like(view.fold(matrix).astype(like.dtype), like)
+
+
+def wide_zeros(array: jax.Array) -> jax.Array:
+    """Zeros of an array's shape and layout in float32."""
+    return jnp.zeros_like(array, jnp.float32)

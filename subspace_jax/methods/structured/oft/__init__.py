@@ -1,0 +1,20 @@
+"""OFT: turns a weight by orthogonal blocks, and COFT, which keeps them near the identity."""
+
+from subspace_jax.core import register
+from subspace_jax.methods.structured.oft._method import coft_projection as coft_projection
+from subspace_jax.methods.structured.oft._method import oft as oft
+from subspace_jax.methods.structured.oft._weight import Rotated as Rotated
+
+__all__ = [
+    "Rotated",
+    "coft_projection",
+    "oft",
+]
+
+register(
+    __name__,
+    title="Controlling Text-to-Image Diffusion by Orthogonal Finetuning",
+    authors="Qiu, Liu, Feng, Xue, Feng, Liu, Zhang, Weller, Schölkopf",
+    year=2023,
+    kinds=("weight", "transformation"),
+)

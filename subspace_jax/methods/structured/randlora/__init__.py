@@ -1,0 +1,20 @@
+"""RandLoRA: trains diagonals between shared random bases for an update of full rank."""
+
+from subspace_jax.core import register
+from subspace_jax.methods.structured.randlora._method import randlora as randlora
+from subspace_jax.methods.structured.randlora._weight import Pairing as Pairing
+from subspace_jax.methods.structured.randlora._weight import RandomBases as RandomBases
+
+__all__ = [
+    "Pairing",
+    "RandomBases",
+    "randlora",
+]
+
+register(
+    __name__,
+    title="RandLoRA: Full-Rank Parameter-Efficient Fine-Tuning of Large Models",
+    authors="Albert, Zhang, Saratchandran, Rodriguez-Opazo, van den Hengel, Abbasnejad",
+    year=2025,
+    kinds=("weight",),
+)

@@ -1,0 +1,17 @@
+"""GCR: represents classes as subspaces and trains them on the Grassmannian."""
+
+from subspace_jax.core import register
+from subspace_jax.methods.systems.gcr._head import GrassmannHead as GrassmannHead
+from subspace_jax.methods.systems.gcr._head import NNXGrassmannHead as NNXGrassmannHead
+from subspace_jax.methods.systems.gcr._head import grassmann_logits as grassmann_logits
+from subspace_jax.methods.systems.gcr._transform import grassmann_sgd as grassmann_sgd
+
+__all__ = ["GrassmannHead", "NNXGrassmannHead", "grassmann_logits", "grassmann_sgd"]
+
+register(
+    __name__,
+    title="Get the Best of Both Worlds: Improving Accuracy and Transferability by Grassmann Class Representation",
+    authors="Wang, Li, Zhang",
+    year=2023,
+    kinds=("system", "transformation"),
+)

@@ -1,0 +1,119 @@
+"""Heads whose classes are linear subspaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from subspace_jax.manifolds import Grassmann
+from subspace_jax.models import require_positive
+
+
+def grassmann_logits(features: jax.Array, subspaces: jax.Array, gamma: float = 25.0) -> jax.Array:
+    r"""Logits that tell how much of a feature lies in each class's subspace.
+
+    \(\gamma\,|S_i^T x| / |x|\): zero for a feature orthogonal to the subspace, \(\gamma\) for one inside it. Neither
+    the length nor the sign of a feature counts, nor the basis of a subspace. Where a norm is zero its gradient is too.
+
+    Args:
+        features: \(x\), `[*batch, width]`.
+        subspaces: \(S\), `[classes, width, dim]` with orthonormal columns.
+        gamma: \(\gamma\), the largest logit.
+
+    Returns:
+        `[*batch, classes]` in at least float32, whatever the dtype of the features.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> classes = jnp.stack([jnp.eye(3)[:, :2], jnp.eye(3)[:, 1:]])
+        >>> grassmann_logits(jnp.array([[2.0, 0.0, 0.0]]), classes).tolist()
+        [[25.0, 0.0]]
+    """
+    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    # Divided by the largest entry first: squares of very small or large features leave the range of floats.
+    largest = lax.stop_gradient(jnp.max(jnp.abs(features), -1, keepdims=True))
+    features = features / jnp.where(largest == 0, 1.0, largest)
+    lengths = _norm(features)[..., None]
+    unit = features / jnp.where(lengths == 0, 1.0, lengths)
+    return _norm(jnp.einsum("...d,cdk->...ck", gamma * unit, subspaces, precision=lax.Precision.HIGHEST))
+
+
+def _norm(vectors: jax.Array) -> jax.Array:
+    """Norms over the last axis, with gradient zero where they are zero."""
+    squares = jnp.sum(jnp.square(vectors), -1)
+    return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
+
+
+def _draw(key: jax.Array, num_classes: int, width: int, subspace_dim: int) -> jax.Array:
+    if subspace_dim > width:
+        raise ValueError(
+            f"GrassmannHead.subspace_dim={subspace_dim} exceeds the features' width {width}; at most their width, and "
+            "well below it, since all classes become one where they are equal."
+        )
+    return Grassmann().random_point(key, (num_classes, width, subspace_dim))
+
+
+class GrassmannHead(nn.Module):
+    """A classifier head with a subspace for each class; Flax Linen. See `grassmann_logits`.
+
+    Parameters: `subspaces` `(num_classes, width, subspace_dim)`, always float32, uniform over the Grassmannian; train
+    them with `sj.methods.gcr.grassmann_sgd`, which keeps them orthonormal. An average of weights over time has to be
+    brought back with `sj.manifolds.Grassmann().project`. There is no bias.
+
+    Attributes:
+        num_classes: number of logits.
+        subspace_dim: dimension of the subspaces; with 1 the logit is the absolute cosine.
+        gamma: the largest logit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> head = GrassmannHead(num_classes=3, subspace_dim=2)
+        >>> params = head.init(jax.random.key(0), jnp.ones((4, 6)))["params"]
+        >>> params["subspaces"].shape, head.apply({"params": params}, jnp.ones((4, 6))).shape
+        ((3, 6, 2), (4, 3))
+    """
+
+    num_classes: int
+    subspace_dim: int = 8
+    gamma: float = 25.0
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Logits `[*batch, num_classes]` in float32 of features `[*batch, width]`."""
+        require_positive(self, "num_classes", "subspace_dim")
+        subspaces = self.param("subspaces", _draw, self.num_classes, features.shape[-1], self.subspace_dim)
+        return grassmann_logits(features, subspaces, self.gamma)
+
+
+class NNXGrassmannHead(nnx.Module):
+    """`GrassmannHead` for Flax NNX.
+
+    Args:
+        width: of the features.
+        num_classes: number of logits.
+        subspace_dim: dimension of the subspaces.
+        gamma: the largest logit.
+        rngs: draws the subspaces, with its stream `params`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> NNXGrassmannHead(6, num_classes=3, subspace_dim=2, rngs=nnx.Rngs(0))(jnp.ones((4, 6))).shape
+        (4, 3)
+    """
+
+    def __init__(
+        self, width: int, num_classes: int, subspace_dim: int = 8, gamma: float = 25.0, *, rngs: nnx.Rngs
+    ) -> None:
+        self.num_classes, self.subspace_dim, self.gamma = num_classes, subspace_dim, gamma
+        require_positive(self, "num_classes", "subspace_dim")
+        self.subspaces = nnx.Param(_draw(rngs.params(), num_classes, width, subspace_dim))
+
+    def __call__(self, features: jax.Array) -> Any:
+        """Logits `[*batch, num_classes]` in float32 of features `[*batch, width]`."""
+        return grassmann_logits(features, self.subspaces[...], self.gamma)

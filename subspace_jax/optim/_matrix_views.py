@@ -1,0 +1,167 @@
+"""How a gradient transformation sees the arrays of a tree: as stacks of matrices from inputs to outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_jax.core import (
+    PatternError,
+    Role,
+    RoleError,
+    Weight,
+    is_weight,
+    leaves_with_paths,
+    matches,
+    nearest,
+    path_string,
+    placed_like,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """One array of a tree, seen as `[*stack, in, out]`.
+
+    Attributes:
+      path: of the leaf; all fields of a stand-in weight have its path.
+      sides: which of "in" and "out" are sides of the model's own kernel; the other one is a rank.
+      shape: of the array.
+      role: folds the matrices back to the array; None where the array is one already.
+      is_vector: the array has output axes only, and its matrices one row.
+    """
+
+    path: str
+    sides: tuple[str, ...]
+    shape: tuple[int, ...]
+    role: Role | None = None
+    is_vector: bool = False
+
+    def unfold(self, array: jax.Array) -> jax.Array:
+        """Returns the array as `[*stack, in, out]`."""
+        if self.is_vector:
+            return array[..., None, :]
+        return array if self.role is None else self.role.matrix(array)
+
+    def fold(self, matrix: jax.Array) -> jax.Array:
+        """Returns the array of matrices; the inverse of `unfold`."""
+        if self.is_vector:
+            return matrix[..., 0, :]
+        return matrix if self.role is None else self.role.unmatrix(matrix, self.shape)
+
+
+def matrix_views(tree: Any, roles: Mapping[str, Role] | None = None) -> list[MatrixView | None]:
+    """Returns how to see each of `jax.tree.leaves(tree)`; None for what is no matrix.
+
+    Args:
+      tree: gradients, updates or parameters, with stand-in weights or without.
+      roles: how the model uses plain arrays, by path or glob; two axes are (in, out) without it.
+    """
+    found: list[MatrixView | None] = []
+    for path, leaf in leaves_with_paths(tree):
+        if is_weight(leaf):
+            found.extend(_of_weight(path, leaf))
+        else:
+            found.append(_of_array(path, leaf, roles))
+    return found
+
+
+def _of_weight(path: str, weight: Weight) -> list[MatrixView | None]:
+    found: list[MatrixView | None] = []
+    for name, value in weight.data_items():
+        if isinstance(value, Weight):
+            found.extend(_of_weight(path, value))
+            continue
+        words = weight.axes[name].split()
+        for leaf in jax.tree.leaves(value):
+            if words == ["array"]:
+                seen = MatrixView(path, ("in", "out"), leaf.shape, weight.role) if weight.role.is_matrix else None
+            elif words[-2:] == ["in", "rank"]:
+                seen = MatrixView(path, ("in",), leaf.shape)
+            elif words[-2:] == ["rank", "out"]:
+                seen = MatrixView(path, ("out",), leaf.shape)
+            elif words == ["stack", "out"]:
+                seen = MatrixView(path, ("out",), leaf.shape, is_vector=True)
+            else:
+                seen = None
+            found.append(seen)
+    return found
+
+
+def _of_array(path: str, leaf: Any, roles: Mapping[str, Role] | None) -> MatrixView | None:
+    ndim = getattr(leaf, "ndim", 0)
+    role = next((r for pattern, r in (roles or {}).items() if pattern == path or matches(pattern, path)), None)
+    if role is None:
+        return MatrixView(path, ("in", "out"), leaf.shape) if ndim == 2 else None
+    return MatrixView(path, ("in", "out"), leaf.shape, role) if role.is_matrix else None
+
+
+def check_paths(given: Mapping[str, Any], params: Any, what: str) -> None:
+    """Raises PatternError where a path is neither a leaf of `params` nor masked there.
+
+    Args:
+      given: what was given by path.
+      params: the tree that an optimiser is initialised with; `optax.MaskedNode` where another one serves.
+      what: what to call the given things.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_whole)
+    known = [path_string(path) for path, _ in leaves]
+    if not known:  # optax stands a placeholder without leaves for the parameters, to tell what of a state is like them
+        return
+    inside = [p for p in known if any(p == g or g.startswith(f"{p}/") for g in given)]
+    for path in given:
+        if not any(path == p or path.startswith(f"{p}/") for p in inside):
+            raise PatternError(
+                f"{path}: there is a {what} for it and no such leaf among the parameters; nearest are "
+                f"{nearest(path, known)}. Give the paths of the tree that the optimiser trains."
+            )
+
+
+def _is_whole(value: Any) -> bool:
+    return is_weight(value) or isinstance(value, optax.MaskedNode)
+
+
+def map_matrices(
+    function: Callable[[jax.Array, MatrixView], jax.Array],
+    updates: Any,
+    roles: Mapping[str, Role] | None = None,
+    paths: Any = None,
+) -> Any:
+    """Maps `function(matrix, view)` over the arrays that are matrices; it returns one of the same shape.
+
+    Args:
+      function: gets `[*stack, in, out]`; its result gets the array's dtype and layout.
+      updates: a tree.
+      roles: as for `views`.
+      paths: a container of the paths to map; all of them if None.
+
+    Raises:
+      RoleError: a wanted array is no matrix, as far as can be told.
+    """
+    leaves, treedef = jax.tree.flatten(updates)
+    seen = matrix_views(updates, roles)
+    if paths is not None:
+        refuse_unseen(updates, seen, paths)
+    mapped = [
+        leaf
+        if view is None or (paths is not None and view.path not in paths)
+        else placed_like(view.fold(function(view.unfold(leaf), view)).astype(leaf.dtype), leaf)
+        for leaf, view in zip(leaves, seen, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, mapped)
+
+
+def refuse_unseen(updates: Any, seen: list[MatrixView | None], paths: Any) -> None:
+    """Raises RoleError where a leaf of `paths` has no array that is seen as a matrix."""
+    visible = {view.path for view in seen if view is not None}
+    for path, leaf in leaves_with_paths(updates):
+        if path in paths and path not in visible and jax.tree.leaves(leaf):
+            raise RoleError(
+                f"{path}: shape {jnp.shape(leaf) if not is_weight(leaf) else leaf.shape} is not known to be a matrix "
+                "from inputs to outputs. Pass roles=sj.roles(fn, params, *example_inputs), or leave this path out."
+            )

@@ -1,0 +1,117 @@
+"""How arrays go into the coordinates of subspaces, and what becomes of moments there as the subspaces change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_jax.core import Role, placed_like
+from subspace_jax.linalg import Side, from_coordinates, randomized_svd, to_coordinates, transport, truncated_svd
+from subspace_jax.optim._matrix_views import MatrixView, matrix_views
+from subspace_jax.optim._moments import FIRST_MOMENTS, SECOND_MOMENTS, map_moments
+
+SideRule = Literal["shorter", "longer", "in", "out"]
+Moments = Literal["carry", "reset", "transport"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SubspaceMap:
+    """How one array goes into the coordinates of a subspace of one of its sides, and back."""
+
+    view: MatrixView
+    side: Side
+
+    def coordinates(self, array: jax.Array, basis: jax.Array) -> jax.Array:
+        return to_coordinates(self.view.unfold(array), basis, side=self.side).astype(array.dtype)
+
+    def lifted(self, coordinates: jax.Array, basis: jax.Array, scale: Any, like: jax.Array) -> jax.Array:
+        whole = scale * from_coordinates(coordinates, basis, side=self.side)
+        return placed_like(self.view.fold(whole).astype(like.dtype), like)
+
+    def leading(self, gradient: jax.Array, old: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The leading singular vectors of a gradient, placed as the basis was."""
+        matrix, rank = self.view.unfold(gradient), old.shape[-1]
+        found = truncated_svd(matrix, rank) if key is None else randomized_svd(key, matrix, rank)
+        columns = found.u if self.side == "in" else jnp.swapaxes(found.vt, -1, -2)
+        return placed_like(columns.astype(old.dtype), old)
+
+    def empty(self, array: jax.Array, size: int, *, basis: bool) -> jax.Array:
+        """Zeros for a basis in float32, or for coordinates in the array's dtype, split over devices as the array is."""
+        matrix = self.view.unfold(array)
+        axis = -1 if basis == (self.side == "in") else -2
+        # A sum over one axis leaves the other one split as it was.
+        line = jnp.zeros_like(jnp.sum(matrix, axis=axis, keepdims=True), dtype=jnp.float32 if basis else array.dtype)
+        zeros = jnp.broadcast_to(
+            line, (*line.shape[:-1], size) if axis == -1 else (*line.shape[:-2], size, line.shape[-1])
+        )
+        return jnp.swapaxes(zeros, -1, -2) if basis and self.side == "out" else zeros
+
+
+def matrix_shape(array: jax.Array, view: MatrixView) -> tuple[int, ...]:
+    """The shape `[*stack, in, out]` of an array as matrices."""
+    return jax.eval_shape(view.unfold, array).shape
+
+
+def subspace_map(view: MatrixView | None, array: jax.Array, rule: SideRule) -> SubspaceMap | None:
+    """The side of an array that a rule chooses; None for what is no matrix, or has no such side."""
+    if view is None or view.is_vector:
+        return None
+    if rule in ("in", "out"):
+        return SubspaceMap(view, rule) if rule in view.sides else None  # pyright: ignore[reportArgumentType]
+    inputs, outputs = matrix_shape(array, view)[-2:]
+    return SubspaceMap(view, "in" if inputs == outputs or (inputs < outputs) == (rule == "shorter") else "out")
+
+
+def places_of(
+    tree: Any, bases: list[Any], rule: SideRule, roles: Mapping[str, Role] | None
+) -> list[SubspaceMap | None]:
+    """The place of each array that has a basis."""
+    found = zip(matrix_views(tree, roles), jax.tree.leaves(tree), bases, strict=True)
+    return [None if isinstance(b, optax.MaskedNode) else subspace_map(view, leaf, rule) for view, leaf, b in found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """The change of basis of one array."""
+
+    side: Side
+    old: jax.Array
+    new: jax.Array
+
+    def fits(self, value: Any) -> bool:
+        axis = -2 if self.side == "in" else -1
+        return getattr(value, "ndim", 0) >= 2 and value.shape[axis] == self.old.shape[-1]
+
+    def apply(self, value: jax.Array, squares: bool) -> jax.Array:
+        moved = transport(value, self.old, self.new, side=self.side, squares=squares)
+        return placed_like(moved.astype(value.dtype), value)
+
+
+def moved_moments(state: Any, moves: list[Move | None], treedef: Any, moments: Moments) -> Any:
+    """The inner optimiser's state in the new coordinates."""
+    if moments == "carry":
+        return state
+
+    def mapped(tree: Any, squares: bool) -> Any:
+        try:
+            values = treedef.flatten_up_to(tree)
+        except ValueError:  # a moment that is not like the parameters, of a factored optimiser for instance
+            return tree
+
+        def one(value: Any, move: Move | None) -> Any:
+            if move is None or not move.fits(value):
+                return value
+            return jnp.zeros_like(value) if moments == "reset" else move.apply(value, squares)
+
+        return jax.tree.unflatten(treedef, [one(v, m) for v, m in zip(values, moves, strict=True)])
+
+    functions = {
+        **dict.fromkeys(FIRST_MOMENTS, lambda tree: mapped(tree, False)),
+        **dict.fromkeys(SECOND_MOMENTS, lambda tree: mapped(tree, True)),
+    }
+    return map_moments(state, functions)
