@@ -1,8 +1,8 @@
 """Operations of the matrix products that a training step cannot do without, method by method.
 
 A product of n rows with a kernel of K entries has 2 n K operations. A frozen kernel takes part in two, forward and for
-the gradient of its input; the second falls away where nothing below it learns. Normalisations, softmax, GELU and the
-optimiser are left out: the compiler counts about one to three hundredths for them.
+the gradient of its input; the second falls away where nothing below it learns. Normalizations, softmax, GELU and the
+optimizer are left out: the compiler counts about one to three hundredths for them.
 """
 
 from __future__ import annotations

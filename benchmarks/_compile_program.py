@@ -51,7 +51,7 @@ Make = Callable[[Any], optax.GradientTransformation]
 
 
 def methods(settings: dict[str, Any]) -> dict[str, tuple[dict[str, sj.Method], Make]]:
-    """Returns the rules of every variant that trains, and a function from the frozen tree to the optimiser."""
+    """Returns the rules of every variant that trains, and a function from the frozen tree to the optimizer."""
     rank, (data, model) = settings["rank"], settings["mesh"]
 
     def adam(_: Any) -> optax.GradientTransformation:
@@ -208,7 +208,7 @@ class Setting:
         state = jax.eval_shape(start, self.params)
         everywhere = NamedSharding(self.mesh, P())
         trainable, frozen = self.placed(state.trainable), self.placed(state.frozen)
-        # The state may hold what the optimiser was made of.
+        # The state may hold what the optimizer was made of.
         both = optax.GradientTransformation(lambda trees: make(trees[1]).init(trees[0]), optax.identity().update)
         shardings = jax.tree.map(lambda v: v.sharding, (trainable, frozen))
         opt_state = with_shardings(state.opt_state, sj.state_shardings(both, (trainable, frozen), shardings))

@@ -24,7 +24,7 @@ class Cost:
       argument_bytes: bytes of the arguments.
       lower_seconds: tracing and lowering.
       compile_seconds: compiling.
-      transposes: transposes in the optimised program.
+      transposes: transposes in the optimized program.
       copies: copies in it.
     """
 

@@ -25,7 +25,7 @@ class ModelConfig:
       mlp_width: hidden size of the MLP.
       layers: number of blocks.
       dtype: of parameters and activations.
-      layout: blocks one after the other or scanned, with or without rematerialisation.
+      layout: blocks one after the other or scanned, with or without rematerialization.
     """
 
     vocabulary: int = 1000

@@ -40,7 +40,7 @@ def power_law(rng: np.random.Generator, shape: Sequence[int], decay: float) -> n
     r"""Returns a matrix with singular values \(i^{-decay}\) and mixed-up vectors, `[m, n]` in float32.
 
     The vectors are cosines, whose signs are drawn, transformed again: fast transforms in place of two QR
-    factorisations of the matrix's own size. Once would leave the matrix too regular.
+    factorizations of the matrix's own size. Once would leave the matrix too regular.
     """
     values = np.arange(1, min(shape) + 1, dtype=np.float32) ** -np.float32(decay)
     made = np.zeros(shape, np.float32)

@@ -29,7 +29,7 @@ class Variant:
       note: what a reader has to know about it.
       baseline: name of the variant that it is divided by.
       freeze: tree of booleans over `learned`, True where `optax.masked` throws the update away.
-      own: the method's own optimiser, in place of Adam.
+      own: the method's own optimizer, in place of Adam.
     """
 
     name: str
@@ -111,14 +111,14 @@ def ours(plain: Plain, method: sj.Method, tokens: Any, name: str, baseline: str,
     return of_tree(plain, adapted_tree(plain, method, tokens, abstract), name, baseline)
 
 
-def materialised(plain: Plain, rank: int, tokens: Any, abstract: bool) -> Variant:
+def materialized(plain: Plain, rank: int, tokens: Any, abstract: bool) -> Variant:
     """LoRA that forms W + a b in the step, as many small libraries do."""
     trainable, frozen = sj.partition(adapted_tree(plain, sj.lora(rank), tokens, abstract))
 
     def forward(learned: Any, fixed: Any, tokens: jax.Array) -> jax.Array:
         return plain.apply(sj.merge(sj.combine(learned, fixed)), tokens)
 
-    return Variant("materialised", forward, trainable, frozen, "W + a b formed in the step")
+    return Variant("materialized", forward, trainable, frozen, "W + a b formed in the step")
 
 
 def masked(plain: Plain, rank: int, tokens: Any, abstract: bool) -> Variant:
@@ -225,7 +225,7 @@ def variants(
         "lora": lambda: ours(base, sj.lora(rank), tokens, "lora", "full", abstract),
         "dora": lambda: ours(base, sj.dora(sj.lora(rank)), tokens, "dora", "full", abstract),
         "pissa": lambda: ours(base, sj.pissa(rank), tokens, "pissa", "full", abstract),
-        "materialised": lambda: materialised(base, rank, tokens, abstract),
+        "materialized": lambda: materialized(base, rank, tokens, abstract),
         "optax.masked": lambda: masked(base, rank, tokens, abstract),
         "qwix": lambda: qwix_lora(config, rank, tokens, abstract),
     }

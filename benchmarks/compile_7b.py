@@ -72,7 +72,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 def _notes(measured: Mapping[str, Any]) -> list[str]:
     notes = [
         "All bytes and operations are of one device; nothing is allocated or run. Arguments are the base (in bfloat16 "
-        "except what learns), the optimiser's state and the batch. Temporaries and the dtype of some collectives are "
+        "except what learns), the optimizer's state and the batch. Temporaries and the dtype of some collectives are "
         "those of the CPU compiler, which computes bfloat16 products in float32: an upper bound for accelerators. "
         "Operations are those of matrix products, loops counted as often as they run; so are collectives, whose bytes "
         "are those of their results.",
@@ -103,7 +103,7 @@ def tables(results: Mapping[str, Any]) -> Sequence[tuple[str, Rows]]:
 
 def _memory(measured: Mapping[str, Any]) -> Rows:
     rows = [
-        ["variant", "trainable", "arguments", "frozen", "learned", "optimiser", "temporaries", "TFLOP", "compile s"]
+        ["variant", "trainable", "arguments", "frozen", "learned", "optimizer", "temporaries", "TFLOP", "compile s"]
     ]
     for name, values in measured.items():
         sizes = [
@@ -131,7 +131,7 @@ def _cell(found: Mapping[str, int]) -> str:
 def charts(results: Mapping[str, Any]) -> list[Chart]:
     """What one device holds between steps, and what it sends and receives in one."""
     measured = {name: results["measured"][name] for name in results["order"]}
-    parts = {"frozen": "frozen", "learned": "trainable", "optimiser": "optimizer"}
+    parts = {"frozen": "frozen", "learned": "trainable", "optimizer": "optimizer"}
     held = {name: {part: v[f"{key}_bytes"] / 2**20 for part, key in parts.items()} for name, v in measured.items()}
     kinds = ("all-gather", "all-reduce")
     sent = {name: {kind: v["collectives"][kind]["bytes"] / 2**30 for kind in kinds} for name, v in measured.items()}

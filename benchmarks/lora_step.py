@@ -122,7 +122,7 @@ def _notes(layouts: Mapping[str, Any], absent: Mapping[str, str]) -> list[str]:
     notes = [
         "FLOPs are those of the compiler's cost analysis; it counts the body of a scan once. Every ratio is to full "
         "fine-tuning of the same model, in Linen or in NNX. Temporaries include outputs, which serve as temporaries. "
-        "Transposes include copies, both of the optimised program. Build is tracing, lowering and compiling. Time "
+        "Transposes include copies, both of the optimized program. Build is tracing, lowering and compiling. Time "
         "ratios are medians over rounds in which all variants ran one after the other.",
     ]
     told = {name: values["note"] for measured in layouts.values() for name, values in measured.items()}
@@ -142,7 +142,7 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
 
 
 def _counted(measured: Mapping[str, Any]) -> Rows:
-    rows = [["variant", "step GFLOP", "ratio", "forward ratio", "temporaries", "trainable", "optimiser", "transposes"]]
+    rows = [["variant", "step GFLOP", "ratio", "forward ratio", "temporaries", "trainable", "optimizer", "transposes"]]
     for name, values in measured.items():
         step, ratios = values["step"], values["ratios"]
         rows.append(
@@ -193,7 +193,7 @@ def charts(results: Mapping[str, Any]) -> list[Chart]:
 
 BENCHMARK = Benchmark(
     name="lora_step",
-    claim="What a LoRA step costs beside full fine-tuning, nnx.LoRA, qwix, materialised LoRA and late freezing.",
+    claim="What a LoRA step costs beside full fine-tuning, nnx.LoRA, qwix, materialized LoRA and late freezing.",
     config=Config,
     run=run,
     tables=tables,

@@ -1,6 +1,6 @@
 """The largest Llama that fine-tunes on one device of a given memory, compiled only.
 
-What is counted is a training step. Making the adapters is not: decompositions and quantisation go matrix by matrix.
+What is counted is a training step. Making the adapters is not: decompositions and quantization go matrix by matrix.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Config:
       sequences: sequences in a batch.
       length: tokens in a sequence.
       rank: of LoRA and QPiSSA, and the budget of LIFT as such a rank.
-      optimizer_rank: of the low-rank optimisers.
+      optimizer_rank: of the low-rank optimizers.
       budgets: memory of the device, in GiB.
       methods: what is compiled.
       shapes: names of the widths to choose from, smallest first.
@@ -72,7 +72,7 @@ class Config:
 
 
 def methods(config: Config) -> dict[str, tuple[dict[str, sj.Method], Make]]:
-    """Returns the rules of every method, and a function from the frozen tree to the optimiser."""
+    """Returns the rules of every method, and a function from the frozen tree to the optimizer."""
     rank, optimizer_rank = config.rank, config.optimizer_rank
 
     def adam(_: Any) -> optax.GradientTransformation:
@@ -220,7 +220,7 @@ def _notes(config: Config) -> list[str]:
         "Widths, heads and MLPs are those of well-known models; the largest is the widest of them that fits at its own "
         "depth, deepened until one more layer does not fit, which is compiled as well.",
         f"Rank {config.rank} on all kernels for lora, qpissa and, as a budget, lift; rank {config.optimizer_rank} for "
-        "low-rank optimisers, which train everything. full is Adam.",
+        "low-rank optimizers, which train everything. full is Adam.",
     ]
 
 
@@ -231,7 +231,7 @@ def tables(results: Mapping[str, Any]) -> Sequence[tuple[str, Rows]]:
     for method in order["methods"]:
         cells = [_model(row) for row in results["largest"] if row["method"] == method]
         most.append([method, *cells])
-    rows = [["method", "parameters", "all", "arguments", "frozen", "learned", "optimiser", "temporaries"]]
+    rows = [["method", "parameters", "all", "arguments", "frozen", "learned", "optimizer", "temporaries"]]
     for method in order["methods"]:
         held = results["compared"][method]
         keys = ("", "argument_", "frozen_", "trainable_", "optimizer_", "temporary_")
@@ -253,7 +253,7 @@ def charts(results: Mapping[str, Any]) -> list[Chart]:
     for row in results["largest"]:
         if row["layers"]:
             found.setdefault(row["method"], {})[f"{row['budget']} GiB"] = row["parameters"] / 1e9
-    keys = {"frozen": "frozen_", "learned": "trainable_", "optimiser": "optimizer_", "temporaries": "temporary_"}
+    keys = {"frozen": "frozen_", "learned": "trainable_", "optimizer": "optimizer_", "temporaries": "temporary_"}
     held = {
         method: {name: values[f"{key}bytes"] / GIBIBYTE for name, key in keys.items()}
         for method, values in results["compared"].items()

@@ -1,4 +1,4 @@
-"""One update of low-rank optimisers, Adam and Muon on the matrices of a transformer, in one process."""
+"""One update of low-rank optimizers, Adam and Muon on the matrices of a transformer, in one process."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Config:
       width: of the model; every layer has four square matrices of it.
       mlp_width: every layer has two matrices from and to it.
       layers: number of layers, each with matrices of its own.
-      rank: of the low-rank optimisers.
+      rank: of the low-rank optimizers.
       every: steps from one decomposition to the next, of those that have one.
-      rounds: timed updates of each optimiser, one after the other in every round.
-      only: names of the optimisers to run; all if empty.
+      rounds: timed updates of each optimizer, one after the other in every round.
+      only: names of the optimizers to run; all if empty.
     """
 
     width: int = 512
@@ -56,7 +56,7 @@ def parameters(config: Config) -> dict[str, Any]:
 
 
 def optimizers(config: Config) -> dict[str, Callable[[int], optax.GradientTransformation]]:
-    """Returns makers of the optimisers; they take the steps between decompositions."""
+    """Returns makers of the optimizers; they take the steps between decompositions."""
     rank = config.rank
 
     def rated(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -70,7 +70,7 @@ def optimizers(config: Config) -> dict[str, Callable[[int], optax.GradientTransf
         "optax.contrib.galore": lambda every: contrib.galore(RATE, rank, update_proj_gap=every),
         "optax.contrib.muon": lambda every: contrib.muon(RATE),
         "sj.galore": lambda every: sj.galore(RATE, rank, every=every, scale=1.0),
-        "sj.optim.in_subspace, randomised": lambda every: subspace(every, decomposition="randomized"),
+        "sj.optim.in_subspace, randomized": lambda every: subspace(every, decomposition="randomized"),
         "sj.methods.dct_lowrank.scale_by_dct_adam": lambda every: rated(sj.methods.dct_lowrank.scale_by_dct_adam(rank)),
         "sj.methods.dct_lowrank.scale_by_dct_adam, fft": lambda every: rated(
             sj.methods.dct_lowrank.scale_by_dct_adam(rank, transform="fft")
@@ -83,7 +83,7 @@ def optimizers(config: Config) -> dict[str, Callable[[int], optax.GradientTransf
 
 
 class _Runner:
-    """Runs the compiled updates of one optimiser, each from where the last one ended."""
+    """Runs the compiled updates of one optimizer, each from where the last one ended."""
 
     def __init__(self, optimizer: optax.GradientTransformation, params: Any, gradient: Any) -> None:
         def step(params: Any, state: Any, gradient: Any) -> tuple[Any, Any]:
@@ -103,7 +103,7 @@ class _Runner:
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """Measures ordinary updates of all optimisers in turns, then updates that decompose."""
+    """Measures ordinary updates of all optimizers in turns, then updates that decompose."""
     params = parameters(config)
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(params))))
     gradient = jax.tree.map(lambda v: jax.random.normal(next(keys), v.shape), params)
@@ -114,12 +114,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         # Far apart, so that only the first update decomposes, which interleaved() drops.
         runners[name] = _Runner(make(10**6), params, gradient)
         refreshing[name] = _Runner(make(1), params, gradient)
-    console.print(f"  running {config.rounds} rounds of {len(known)} optimisers, twice")
+    console.print(f"  running {config.rounds} rounds of {len(known)} optimizers, twice")
     interleaved(list(runners.values()), config.rounds)
     interleaved(list(refreshing.values()), config.rounds)
     values = {name: _values(config, runners[name], refreshing[name], runners.get(BASELINE)) for name in known}
     note = (
-        "An update decomposes nothing; a refresh does, for optimisers that ever do. Average is "
+        "An update decomposes nothing; a refresh does, for optimizers that ever do. Average is "
         f"the time of {config.every} updates of which one refreshes. DCT chooses its columns at every update. The "
         "gradient is given; its computation is not part of this. Ratios are to optax.adam, of the same round."
     )
@@ -150,8 +150,8 @@ def _values(config: Config, runner: _Runner, refreshing: _Runner, baseline: _Run
 
 
 def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
-    """One table of all optimisers."""
-    head = ["optimiser", "state", "of Adam's", "update ms", "of Adam's", "refresh ms", "average of Adam's"]
+    """One table of all optimizers."""
+    head = ["optimizer", "state", "of Adam's", "update ms", "of Adam's", "refresh ms", "average of Adam's"]
     rows = [head]
     for name in results["order"]:
         values = results["optimizers"][name]
@@ -171,7 +171,7 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
 
 
 def charts(results: Mapping[str, Any]) -> list[Chart]:
-    """Time and state of every optimiser."""
+    """Time and state of every optimizer."""
     ratios = {name: results["optimizers"][name]["ratios"] for name in results["order"]}
     times = {n: {"average": r["average_seconds"], "no refresh": r["seconds"]} for n, r in ratios.items() if r}
     state = {n: {"state": r["state_bytes"]} for n, r in ratios.items() if r}
@@ -183,7 +183,7 @@ def charts(results: Mapping[str, Any]) -> list[Chart]:
 
 BENCHMARK = Benchmark(
     name="optimizers",
-    claim="What an update and the state of low-rank optimisers cost beside optax's GaLore, Muon and Adam.",
+    claim="What an update and the state of low-rank optimizers cost beside optax's GaLore, Muon and Adam.",
     config=Config,
     run=run,
     tables=tables,

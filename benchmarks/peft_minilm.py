@@ -55,7 +55,7 @@ class Peers:
     Attributes:
       ours: makes the method of a rank.
       theirs: makes PEFT's configuration of a rank and the names of the layers.
-      optimizer: makes our optimiser of Adam and the adapted tree; Adam alone if None.
+      optimizer: makes our optimizer of Adam and the adapted tree; Adam alone if None.
     """
 
     ours: Callable[[int], sj.Method]

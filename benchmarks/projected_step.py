@@ -48,7 +48,7 @@ class Config:
 
 
 class Way(NamedTuple):
-    """How a step is taken: an adapted tree, its optimiser, and how to make the state one between refreshes."""
+    """How a step is taken: an adapted tree, its optimizer, and how to make the state one between refreshes."""
 
     adapted: Any
     optimizer: Callable[[Any], optax.GradientTransformation]
@@ -151,7 +151,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         }
     note = (
         f"CoSO's steps are those between refreshes, {config.gap - 1} of {config.gap}; a refresh decomposes the "
-        "gradient beside. The optimiser's state holds the protected directions too. Time ratios are medians over "
+        "gradient beside. The optimizer's state holds the protected directions too. Time ratios are medians over "
         "rounds in which all ways ran one after the other."
     )
     return {"ways": found, "order": list(found), "notes": [note]}
@@ -159,7 +159,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     """One table of all ways."""
-    rows = [["step", "GFLOP", "of plain", "ms", "of plain", "optimiser state"]]
+    rows = [["step", "GFLOP", "of plain", "ms", "of plain", "optimizer state"]]
     for name in results["order"]:
         values = results["ways"][name]
         rows.append(

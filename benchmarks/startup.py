@@ -1,4 +1,4 @@
-"""What starting PiSSA, CorDA, LoRA-SB, LoRA-XS and SVFit costs: full, randomised and Gram decompositions."""
+"""What starting PiSSA, CorDA, LoRA-SB, LoRA-XS and SVFit costs: full, randomized and Gram decompositions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from benchmarks._starts import (
 from experiments.runner import human_bytes
 from subspace_jax.core import Statistics
 
-FULL, GRAM, RANDOMISED = "full SVD", "eigh of the Gram", "randomised"
+FULL, GRAM, RANDOMIZED = "full SVD", "eigh of the Gram", "randomized"
 
 # Power iterations of LoRA-SB and LoRA-XS by default.
 OWN_ITERATIONS = 10
@@ -54,7 +54,7 @@ class Config:
       decay: exponent of the power law of the singular values.
       spectra: of the matrices that PiSSA decomposes.
       methods: which to start.
-      rounds: timed randomised starts after one that is not; what decomposes in full runs once.
+      rounds: timed randomized starts after one that is not; what decomposes in full runs once.
       inputs: width of the activations whose covariance is found.
       rows: number of those activations.
       chunk: rows that are in memory at a time where they are streamed.
@@ -117,7 +117,7 @@ def _starts(config: Config, shape: tuple[int, ...], console: Console) -> list[di
         matrices = stack(spectrum, shape, config.depth, config.decay)
         for job in _jobs(config, spectrum, matrices):
             rows += _references(config, job, known, console)
-            rows += _randomised(config, job, known, console)
+            rows += _randomized(config, job, known, console)
     return rows
 
 
@@ -166,14 +166,14 @@ def _references(config: Config, job: _Job, known: _Known, console: Console) -> l
     return rows
 
 
-def _randomised(config: Config, job: _Job, known: _Known, console: Console) -> list[dict[str, Any]]:
+def _randomized(config: Config, job: _Job, known: _Known, console: Console) -> list[dict[str, Any]]:
     """The starts as users have them; of methods with more power iterations than PiSSA's also with as many as it has."""
     ranks = config.ranks if job.method == "pissa" else (max(config.ranks),)
     iterations = (config.iterations, OWN_ITERATIONS) if job.method in ("lora_sb", "lora_xs") else (config.iterations,)
     rows = []
     for rank, power in itertools.product(ranks, iterations):
         program = start(_method(config, job.method, rank, iterations=power))
-        row, made = _measured(job, RANDOMISED, program, console, rounds=config.rounds)
+        row, made = _measured(job, RANDOMIZED, program, console, rounds=config.rounds)
         ratio = known.ratio(job, row["seconds"])
         found = {"rank": rank, "iterations": power, "ratio": ratio, "excess": known.excess(job, factors(made))}
         rows.append(row | found)
@@ -247,14 +247,14 @@ def _notes(config: Config) -> list[str]:
         f"A start is `sj.adapt` of a stack of {config.depth}, compiled as one program beforehand; compiling is apart. "
         "Full decompositions ran once, the others are medians. `of full` divides by the full SVD of a matrix of the "
         "same shape: CorDA by its own start, which multiplies and damps the covariance as well, the others by PiSSA's. "
-        "GFLOP are those of matrix products; the compiler does not count factorisations. Temporaries include "
+        "GFLOP are those of matrix products; the compiler does not count factorizations. Temporaries include "
         "outputs and leave out what LAPACK takes for itself.",
         "Excess says by how much the remainder is larger than that of the best part of this rank, in Frobenius and in "
         "spectral norm; below 0 is rounding. The power law has singular values 1 / i^"
         f"{config.decay}; a Gaussian matrix has a flat spectrum, the hardest. LoRA-SB decomposes the signs of the "
         f"matrix, as if it were a gradient. Powers are power iterations, {OWN_ITERATIONS} by default for LoRA-XS and "
         "LoRA-SB. The eigenvectors of the Gram matrix are there to compare; the library has no such way.",
-        "Of a randomised start of CorDA most is what the full one does as well: the product with the covariance, and "
+        "Of a randomized start of CorDA most is what the full one does as well: the product with the covariance, and "
         "the Cholesky factor, the inverse and the product that test it.",
         f"Activations: {config.rows} rows of {config.inputs}. Their Gram matrix needs a chunk of {config.chunk} rows "
         "at a time, QR and SVD all rows; errors are relative to a Gram matrix in float64.",
@@ -304,22 +304,22 @@ def _start_rows(starts: Sequence[Mapping[str, Any]], shape: str) -> Rows:
 
 
 def charts(results: Mapping[str, Any]) -> list[Chart]:
-    """Time of randomised starts of the largest rank by that of full ones, and both on an encoder."""
+    """Time of randomized starts of the largest rank by that of full ones, and both on an encoder."""
     bars: dict[str, dict[str, float]] = {}
     for row in results["starts"]:
-        if row["way"] == RANDOMISED and row["ratio"] is not None:
+        if row["way"] == RANDOMIZED and row["ratio"] is not None:
             name = f"{row['method']}, {row['spectrum']}, rank {row['rank']}, {row['iterations']} powers"
             bars.setdefault(name, {})[row["shape"]] = row["ratio"]
     encoder = {row["method"]: {"first": row["seconds"][0], "again": row["seconds"][1]} for row in results["encoder"]}
     return [
-        Chart("randomised start", "time relative to a full SVD", bars, reference=0.05, log=True),
+        Chart("randomized start", "time relative to a full SVD", bars, reference=0.05, log=True),
         Chart("adapt on a small encoder", "seconds", encoder),
     ]
 
 
 BENCHMARK = Benchmark(
     name="startup",
-    claim="What starting PiSSA, CorDA and LoRA-SB costs: full and randomised decompositions, and Gram matrices.",
+    claim="What starting PiSSA, CorDA and LoRA-SB costs: full and randomized decompositions, and Gram matrices.",
     config=Config,
     run=run,
     tables=tables,

@@ -164,7 +164,7 @@ def step_table() -> str:
     result = read_json(path)
     layouts = result["order"]["layouts"]
     timed = [x for x in layouts if any("seconds" in v["ratios"] for v in result["layouts"][x].values())]
-    rows = [["variant", *(f"operations, {x}" for x in layouts), *(f"time, {x}" for x in timed), "optimiser state"]]
+    rows = [["variant", *(f"operations, {x}" for x in layouts), *(f"time, {x}" for x in timed), "optimizer state"]]
     for name in result["order"]["variants"]:
         cells = [result["layouts"][x].get(name, {}) for x in layouts]
         state = next((human_bytes(c["state_bytes"]) for c in cells if c), "")

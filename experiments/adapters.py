@@ -46,7 +46,7 @@ class Arm:
       rate: peak learning rate, chosen on the validation split.
       rates: the three it was chosen from.
       needs: statistics of the training data that the method starts from.
-      optimizer: makes the method's own optimiser of a schedule; AdamW without decay if None.
+      optimizer: makes the method's own optimizer of a schedule; AdamW without decay if None.
     """
 
     rules: Callable[[], Mapping[str, Any]]
@@ -115,7 +115,7 @@ class AdaptersConfig:
       task: name of one of `subspace_jax.data.text_tasks()` with class labels.
       methods: arms to run; all of them if empty.
       seeds: one run of every method per seed; the seed draws the head, the order and the adapter.
-      steps: optimiser steps of a run.
+      steps: optimizer steps of a run.
       batch_size: examples of a step.
       max_length: tokens of an example.
       train_size: training examples that a run may see.

@@ -54,7 +54,7 @@ class QuickstartConfig:
       tasks: names of `subspace_jax.data.text_tasks()` with class labels.
       methods: ways of fine-tuning, of head, full, lora, dora, pissa.
       seeds: one run of every method and task per seed; the seed draws the head, the order and the adapter.
-      steps: optimiser steps of a run.
+      steps: optimizer steps of a run.
       batch_size: examples of a step.
       max_length: tokens of an example.
       train_size: training examples that a run may see.
@@ -191,7 +191,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
             for method, rates in results["tuning"].items()
             for rate, values in rates.items()
         ]
-    header = ["task", "method", "test accuracy %", "trainable", "step time", "optimiser state", "saved adapter"]
+    header = ["task", "method", "test accuracy %", "trainable", "step time", "optimizer state", "saved adapter"]
     table = [[*header[:4], "step time / full", *header[5:]]]
     cells = results["cells"]
     for task in dict.fromkeys(c["task"] for c in cells):
@@ -246,7 +246,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 EXPERIMENT = Experiment(
     name="quickstart",
-    claim="Within one small budget LoRA and DoRA match full fine-tuning of MiniLM at 1.5 % of its optimiser state.",
+    claim="Within one small budget LoRA and DoRA match full fine-tuning of MiniLM at 1.5 % of its optimizer state.",
     config=QuickstartConfig,
     run=run,
     rows=rows,

@@ -4,7 +4,7 @@ Each process stands for a host of a pod: they find each other through `jax.distr
 and gradients are summed between them. LoRA learns on all kernels of the encoder behind `project_orthogonal`, with a
 random subspace of every value kernel's inputs kept out. Three runs: one that nobody disturbs, one in which the second
 process is killed (SIGKILL) after some steps, and one that goes on from the checkpoint of that. Compared are all bytes
-of what learns, of the optimiser's state and of the frozen weights.
+of what learns, of the optimizer's state and of the frozen weights.
 
     python -m experiments run two_processes
 
@@ -43,7 +43,7 @@ class Config:
 
     Attributes:
       task: one of `subspace_jax.data.text_tasks()` with class labels.
-      steps: optimiser steps.
+      steps: optimizer steps.
       kill_after: steps after which one process is killed.
       every: steps between checkpoints.
       batch_size: examples of a step, of both processes together.

@@ -1,4 +1,4 @@
-"""Where the arrays of adapters and of optimiser states lie on a mesh, from where the weights lie."""
+"""Where the arrays of adapters and of optimizer states lie on a mesh, from where the weights lie."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _named(path: str, value: Any, mesh: Mesh | None) -> NamedSharding:
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any, placed: Any) -> Any:
-    """Returns a sharding for every array of an optimiser's state: moments, bases, coordinates, indices.
+    """Returns a sharding for every array of an optimizer's state: moments, bases, coordinates, indices.
 
     `init` is traced abstractly with explicit mesh axes, so that every array of the state says how it is split: moments
     as their parameters, a basis as the side that it lies in. Nothing is allocated; no state is gathered on one device.

@@ -19,7 +19,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 @pytest.fixture(autouse=True)
 def _all_optimizations(request):
-    """Compiles with all optimisations for tests marked `optimized`, which look at the compiled program."""
+    """Compiles with all optimizations for tests marked `optimized`, which look at the compiled program."""
     if request.node.get_closest_marker("optimized") is None:
         yield
         return

@@ -32,7 +32,7 @@ TOLERANCE = 1e-4  # of the largest entry of an array, after three steps of Adam
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A method, an optimiser for it, and the fields that every device shall hold an eighth of."""
+    """A method, an optimizer for it, and the fields that every device shall hold an eighth of."""
 
     name: str
     method: Callable[[str], sj.Method]

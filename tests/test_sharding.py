@@ -1,4 +1,4 @@
-"""Where the arrays of adapters and optimiser states lie: specs by hand, on a mesh of one device."""
+"""Where the arrays of adapters and optimizer states lie: specs by hand, on a mesh of one device."""
 
 import dataclasses
 

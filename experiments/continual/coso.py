@@ -1,7 +1,7 @@
 """CoSO on a stream of tasks: low-rank Adam beside the directions that earlier tasks used.
 
 The stream of `_latent_tasks`: 6 tasks, an orthogonal initial kernel, 300 steps each. "no history" is the same
-optimiser without what it remembers; "adam" trains the whole kernel. Every method has the same two rates.
+optimizer without what it remembers; "adam" trains the whole kernel. Every method has the same two rates.
 
     python -m experiments run coso
 
@@ -11,7 +11,7 @@ Measured over three seeds at the better rate, final accuracy and backward transf
 78.0 and -3.2 %, CoSO on the output side 79.5 and -0.7 %, on the input side 79.9 and -1.2 %. At one rate for both the
 input side forgets 3.2 and 3.5 times less than no history, the output side 4.6 and 2.1 times less: what does not show is
 the published factor for the output side at the larger rate. The output side protects 46 of 64 directions after four
-tasks and all but one after six, the input side 46: the last tasks of a longer stream could not be learnt.
+tasks and all but one after six, the input side 46: the last tasks of a longer stream could not be learned.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CosoConfig:
 
     Attributes:
       tasks: in the stream.
-      steps: optimiser steps of each task.
+      steps: optimizer steps of each task.
       batch_size: examples of a step.
       rates: learning rates, tried for every method.
       r1: rank of the subspaces.
@@ -61,7 +61,7 @@ METHODS = ("adam", "coso, no history", "coso, output side", "coso, input side")
 
 
 def make_optimizer(config: CosoConfig, method: str, rate: float) -> Any:
-    """Returns the optimiser of the kernel and the head."""
+    """Returns the optimizer of the kernel and the head."""
     if method == "adam":
         return optax.adam(rate)
     side = "input" if method.endswith("input side") else "output"

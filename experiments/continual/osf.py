@@ -1,4 +1,4 @@
-"""OSF on a stream of tasks: what is learnt orthogonal to the large singular directions does not forget.
+"""OSF on a stream of tasks: what is learned orthogonal to the large singular directions does not forget.
 
 The stream of `_latent_tasks`: 5 tasks, Adam, 400 steps each. Before every task but the first, which is free and the
 same for all, OSF freezes the share (t - 1) / 5 of the kernel's singular triples. "gradients only" leaves out the
@@ -10,7 +10,7 @@ Measured over four seeds at the better rate, final accuracy and backward transfe
 OSF 77.9 and -1.9 %, gradients only 77.3 and -1.9 to -2.4 %, no projection 75.6 and -7.5 %, frozen kernel 64.7 and 0 %.
 What does not show: the projection after Adam gains nothing measurable here over that of gradients alone (it is ahead
 at one rate, behind at the other), although only with it the constraint holds. The small initial kernel is necessary:
-where large singular directions are those of the initialisation they hold no knowledge.
+where large singular directions are those of the initialization they hold no knowledge.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class OsfConfig:
 
     Attributes:
       tasks: in the stream.
-      steps: optimiser steps of each task.
+      steps: optimizer steps of each task.
       batch_size: examples of a step.
       rates: learning rates of Adam, tried for every method.
       kernel_std: of the kernel's initial entries; it has to be small, so that large singular values are knowledge.

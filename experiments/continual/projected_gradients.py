@@ -120,7 +120,7 @@ def fit(
 
     Args:
       adapted: tree with stand-in weights.
-      state: of the optimiser.
+      state: of the optimizer.
       key: draws the batches; consumed.
       data: images and classes.
       optimizer: an optax transformation.
@@ -129,7 +129,7 @@ def fit(
       penalty: add that of O-LoRA to the loss.
 
     Returns:
-      The trained tree, the optimiser's state and the loss of every step.
+      The trained tree, the optimizer's state and the loss of every step.
     """
     x, y = data
     trainable, frozen = sj.partition(adapted)
@@ -155,7 +155,7 @@ def scores(table: np.ndarray) -> dict[str, float]:
 
 
 def in_sequence(config: ProjectedGradientsConfig, optimizer: Any, seed: int, remember: bool) -> dict[str, Any]:
-    """Trains the tasks one after the other; `remember` fills the memory and gives it to the optimiser."""
+    """Trains the tasks one after the other; `remember` fills the memory and gives it to the optimizer."""
     adapted = sj.adapt(start(seed), {"*": sj.full()}, key=jax.random.key(seed))
     state = optimizer.init(sj.partition(adapted)[0])
     memory = {n: sj.methods.gpm.init_memory(size) for n, size in zip(LAYERS, SIZES, strict=False)}
@@ -221,7 +221,7 @@ def steps(config: ProjectedGradientsConfig) -> int:
 
 
 def arms(config: ProjectedGradientsConfig) -> list[tuple[str, float, Any, bool]]:
-    """Returns name, learning rate, optimiser and whether it has a memory."""
+    """Returns name, learning rate, optimizer and whether it has a memory."""
     empty = {n: sj.methods.gpm.init_memory(size).basis for n, size in zip(LAYERS, SIZES, strict=False)}
     project = sj.project_orthogonal(empty)
     found: list[tuple[str, float, Any, bool]] = []
@@ -282,7 +282,7 @@ def _loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
     """Returns the rate of each arm with the best average accuracy, then Adam and GaLore on one task."""
     names = ["method", "learning rate", "average accuracy %", "backward transfer %"]
-    table = [[*names, "directions kept", "training loss", "optimiser state"]]
+    table = [[*names, "directions kept", "training loss", "optimizer state"]]
     for method in dict.fromkeys(r["method"] for r in results["runs"]):
         rate, best = _best([r for r in results["runs"] if r["method"] == method])
         columns = {n: [r.get(n) for r in best] for n in ("average", "backward", "memory", "loss")}

@@ -7,7 +7,7 @@ methods:
 - truncation: the smallest components of both hidden kernels are dropped and nothing is trained, with the components of
   the covariance times the kernel, of the kernel itself, and of the kernel with its inputs scaled by their mean size;
 - knowledge preserved: the covariance is that of upright digits, which must not be forgotten;
-- instruction previewed: the covariance is that of turned digits, which are to be learnt.
+- instruction previewed: the covariance is that of turned digits, which are to be learned.
 
     python -m experiments run corda
 
@@ -25,7 +25,7 @@ With 8 of 64 and 16 of 128 components left, the cross-entropy on upright digits 
 0.87 ± 0.59 for plain ones and 1.05 ± 0.60 for scaled ones. The factors of the first kernel have norms 36.8 and 0.27
 where knowledge is preserved, 4.4 and 10.2 where instructions are previewed.
 
-What did not show: scaling inputs by their mean size is no better than plain components here. And what is learnt faster
+What did not show: scaling inputs by their mean size is no better than plain components here. And what is learned faster
 is forgotten faster, so the instruction-previewed mode retains less than PiSSA.
 
 Source: Yang et al., CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware

@@ -1,4 +1,4 @@
-"""LoLDU on turned digits: pivots of a triangular factorisation against low-rank adapters of several times their size.
+"""LoLDU on turned digits: pivots of a triangular factorization against low-rank adapters of several times their size.
 
 The network of `_digits` is adapted to digits turned by 90 degrees; its last layer learns in every arm. Every method
 has the same data, steps and number of learning rates, of which the best counts.
@@ -36,7 +36,7 @@ class LolduConfig:
 
     Attributes:
       ranks: numbers of pivots of each hidden kernel that learn; the first is compared with the baselines.
-      steps: optimiser steps.
+      steps: optimizer steps.
       head_rate: learning rate of the last layer, the same in every arm.
       loldu_rates: learning rates tried for pivots, with a scale of one.
       small_scale_rates: learning rates tried with the scale 1 / rank.
@@ -80,7 +80,7 @@ def run(config: LolduConfig, context: Context) -> dict[str, Any]:
 
 
 def _label(tree: Any) -> Any:
-    """Names the optimiser of every trained array."""
+    """Names the optimizer of every trained array."""
 
     def one(path: Any, _: Any) -> str:
         return "head" if path[0].key == "out" else "adapter"
@@ -128,7 +128,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="loldu",
-    claim="The pivots of a factorisation alone learn what several times as many LoRA parameters learn.",
+    claim="The pivots of a factorization alone learn what several times as many LoRA parameters learn.",
     config=LolduConfig,
     run=run,
     rows=rows,

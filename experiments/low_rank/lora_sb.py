@@ -39,7 +39,7 @@ class LoraSbConfig:
 
     Attributes:
       rank: side of the cores.
-      steps: optimiser steps.
+      steps: optimizer steps.
       samples: examples of the gradient that LoRA-SB starts from.
       learning_rates: peak rates tried for every arm.
       seeds: one network and one run of every arm per seed.

@@ -41,7 +41,7 @@ class MechanismConfig:
       samples: inputs in all.
       calibration: of them, those that the starting gradient is averaged over.
       batch_size: inputs of a step.
-      steps: optimiser steps.
+      steps: optimizer steps.
       learning_rate: of every method.
       seeds: one weight, shift and run of every method per seed.
     """

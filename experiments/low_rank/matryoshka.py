@@ -37,7 +37,7 @@ class MatryoshkaConfig:
 
     Attributes:
       ranks: the ranks that are to be usable; the last is the adapter's.
-      steps: optimiser steps.
+      steps: optimizer steps.
       batch_size: digits of a step.
       rates: learning rates tried.
       seeds: one network and one run of every arm per seed.

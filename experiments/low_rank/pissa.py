@@ -1,9 +1,9 @@
-"""PiSSA: training the principal part of each weight converges faster than LoRA; quantising the rest loses less.
+"""PiSSA: training the principal part of each weight converges faster than LoRA; quantizing the rest loses less.
 
 A ReLU network learns scikit-learn's 8x8 digits, then adapts its two hidden kernels to the same digits turned by 90
 degrees; biases and the last layer are frozen, rank and learning rate are the same for every method. Baselines: LoRA,
 the same residual construction on a random orthonormal projection and on the minor singular components, and fine-tuning
-of all weights. Then 256x256 matrices are quantised to 4 bits, with NF4 of the matrix itself and LoftQ as baselines; the
+of all weights. Then 256x256 matrices are quantized to 4 bits, with NF4 of the matrix itself and LoftQ as baselines; the
 figure is the share of the nuclear norm of NF4's error that goes away.
 
     python -m experiments run pissa
@@ -62,7 +62,7 @@ class PissaConfig:
       steps: steps on turned digits.
       early: the steps, first and last, over which the early loss is averaged.
       seeds: one network, one adaptation per seed; the mean and the spread are over these.
-      quantized_size: side of the matrices that are quantised.
+      quantized_size: side of the matrices that are quantized.
       quantized_rank: rank of the factors beside them.
       quantized_steps: numbers of iterations of QPiSSA and of LoftQ, ascending.
     """
@@ -109,7 +109,7 @@ def _checks(methods: dict[str, Any], quantization: dict[str, Any]) -> dict[str, 
         "accuracy at least 0.10 above LoRA": accuracy["pissa"] >= accuracy["lora"] + 0.10,
         "early loss at most 0.75 of LoRA's": early["pissa"] <= 0.75 * early["lora"],
         "principal above random above minor": accuracy["pissa"] > accuracy["random"] > accuracy["minor"],
-        "more steps quantise better than one, one better than none": all(
+        "more steps quantize better than one, one better than none": all(
             q["qpissa"][-1] > q["qpissa"][0] > 0 for q in quantization.values()
         ),
         "QPiSSA at least as good as LoftQ": all(q["qpissa"][-1] >= q["loftq"][-1] for q in quantization.values()),
@@ -252,7 +252,7 @@ def _minor_components(key: jax.Array, w: jax.Array, rank: int) -> tuple[jax.Arra
 
 
 def compare_quantization(config: PissaConfig, context: Context) -> dict[str, dict[str, list[float]]]:
-    """Returns, per spectrum, how much less is lost than by quantising the weight, after each number of steps."""
+    """Returns, per spectrum, how much less is lost than by quantizing the weight, after each number of steps."""
     size, rng = config.quantized_size, np.random.default_rng(config.seeds[0])
     u, v = (np.linalg.qr(rng.normal(size=(size, size)))[0] for _ in range(2))
     weights = {
@@ -261,7 +261,7 @@ def compare_quantization(config: PissaConfig, context: Context) -> dict[str, dic
     }
     table: dict[str, dict[str, list[float]]] = {name: {"qpissa": [], "loftq": []} for name in weights}
     jobs = [(name, steps) for name in weights for steps in config.quantized_steps]
-    for name, steps in context.track(jobs, "quantise"):
+    for name, steps in context.track(jobs, "quantize"):
         w = jnp.asarray(weights[name], jnp.float32)
         alone = _nuclear(w - quantize_nf4(w).materialize())
         for method, approximation in (("qpissa", _qpissa(w, config, steps)), ("loftq", _loftq(w, config, steps))):
@@ -275,7 +275,7 @@ def _qpissa(w: jax.Array, config: PissaConfig, steps: int) -> jax.Array:
 
 
 def _loftq(w: jax.Array, config: PissaConfig, steps: int) -> jax.Array:
-    """Quantises first and fits the factors to what that lost, in turn."""
+    """Quantizes first and fits the factors to what that lost, in turn."""
     low_rank = base = jnp.zeros_like(w)
     for _ in range(steps):
         base = quantize_nf4(w - low_rank).materialize()
@@ -296,7 +296,7 @@ def _spread(values: Any) -> dict[str, Any]:
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """Returns a line per method on turned digits, then one per spectrum and quantisation."""
+    """Returns a line per method on turned digits, then one per spectrum and quantization."""
     table = [["method", "trainable", "early loss", "test accuracy"]]
     for name, m in results["convergence"]["methods"].items():
         early, accuracy = (f"{m[k]['mean']:.3f} ± {m[k]['spread']:.3f}" for k in ("early_loss", "accuracy"))

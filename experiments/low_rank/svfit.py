@@ -34,7 +34,7 @@ class SvfitConfig:
     Attributes:
       rank: singular values of each hidden kernel that learn.
       small_rank: as `rank`, for the comparison of largest and smallest.
-      steps: optimiser steps.
+      steps: optimizer steps.
       head_rate: learning rate of the last layer, the same in every arm.
       svfit_rates: learning rates tried for singular values.
       lora_rates: learning rates tried for LoRA.
@@ -92,7 +92,7 @@ def run(config: SvfitConfig, context: Context) -> dict[str, Any]:
 
 
 def _label(tree: Any) -> Any:
-    """Names the optimiser of every trained array."""
+    """Names the optimizer of every trained array."""
 
     def one(path: Any, _: Any) -> str:
         return "head" if path[0].key == "out" else "adapter"

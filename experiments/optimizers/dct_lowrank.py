@@ -37,7 +37,7 @@ class DctConfig:
     Attributes:
       width: of the two hidden layers.
       rank: of the low-rank arms.
-      steps: optimiser steps.
+      steps: optimizer steps.
       batch_size: digits of a step.
       rate: learning rate of every arm.
       seeds: one network and one run of every arm per seed.
@@ -52,7 +52,7 @@ class DctConfig:
 
 
 def arms(config: DctConfig) -> dict[str, optax.GradientTransformation]:
-    """Returns the optimisers without their learning rate."""
+    """Returns the optimizers without their learning rate."""
     rank = config.rank
     return {
         "Adam": optax.scale_by_adam(),
@@ -138,7 +138,7 @@ def _energies(seed: int, size: int = 64, rows: int = 64, coefficient: float = 0.
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """Returns one line per optimiser, and one per basis for the energies."""
+    """Returns one line per optimizer, and one per basis for the energies."""
     table = [["method", "training loss at the end", "test accuracy %", "state, values"]]
     for method in dict.fromkeys(r["method"] for r in results["runs"]):
         mine = [r for r in results["runs"] if r["method"] == method]

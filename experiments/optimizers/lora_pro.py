@@ -36,7 +36,7 @@ class LoraProConfig:
       size: of both sides of the kernel.
       rank: of the adapter.
       alpha: scale times rank.
-      steps: optimiser steps.
+      steps: optimizer steps.
       batch_size: examples of a step.
       sgd_rates: learning rates of the arms without Adam.
       adam_rates: learning rates of those with it.

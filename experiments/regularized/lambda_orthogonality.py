@@ -65,7 +65,7 @@ class LambdaOrthogonalityConfig:
       tasks: "gaussian" and "fashion".
       lams: allowed distances from orthogonality, beside the strict and the affine map.
       alpha: steepness of the gate.
-      weight: of the regulariser.
+      weight: of the regularizer.
       steps: of the adapters, on Gaussian classes.
       fashion_steps: of the adapters, on images.
       rate: learning rate of everything.

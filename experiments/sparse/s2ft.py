@@ -13,7 +13,7 @@ moments exactly 8 bytes a parameter, and no product of the size of a down-projec
 left and movement are the closed form's to four digits. Digits over four seeds, at the same rate of 3e-3: turned digits
 95.8 ± 1.3 % for S2FT and 97.5 ± 0.3 % for LoRA, upright ones kept 35.6 ± 5.1 and 18.3 ± 5.0. What this does not show:
 that S2FT forgets less for what it learns. At a rate of 1e-3 LoRA reads 94.1 ± 0.7 % of the turned digits and keeps 43.5
-± 14.8 of the upright ones, no worse a bargain than that of S2FT at 3e-3; these digits favour neither method.
+± 14.8 of the upright ones, no worse a bargain than that of S2FT at 3e-3; these digits favor neither method.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class S2ftConfig:
       channels: rows of each down-projection that learn on digits.
       lora_rank: of the baseline there; 4 has as many parameters as 20 channels.
       rates: learning rates on digits, the same for both methods; every one is reported.
-      steps: optimiser steps there.
+      steps: optimizer steps there.
       pretraining: steps on upright digits.
       seeds: one network and one run of every arm per seed.
     """

@@ -35,7 +35,7 @@ class FloraConfig:
     Attributes:
       channels: input and output features.
       images: training inputs of 6x6 pixels; as many are for the test.
-      steps: optimiser steps.
+      steps: optimizer steps.
       batch_size: inputs of a step.
       rates: learning rates tried.
       seeds: one problem and one run of every arm per seed.

@@ -79,7 +79,7 @@ class LocaConfig:
 
 
 def turns(coefficient_rate: float, location_rate: float, cutoff: int) -> optax.GradientTransformation:
-    """Returns the optimiser of both groups; a cut-off of 0 keeps every place."""
+    """Returns the optimizer of both groups; a cut-off of 0 keeps every place."""
     return sj.methods.loca.alternating(optax.adam(coefficient_rate), optax.adam(location_rate), cutoff_step=cutoff)
 
 

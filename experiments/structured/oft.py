@@ -1,7 +1,7 @@
 """OFT on a rotated teacher: what is a rotation is learned as one, and not by a low-rank addition of the same size.
 
 A linear teacher whose kernel (32, 24) is a random one, rotated in blocks of 8, is learned from Gaussian inputs. OFT and
-LoRA of rank 2 have 112 trainable values each, the same data, optimiser (Adam), number of steps, and the same choice of
+LoRA of rank 2 have 112 trainable values each, the same data, optimizer (Adam), number of steps, and the same choice of
 learning rates, of which the best counts for each.
 
     python -m experiments run oft
@@ -36,7 +36,7 @@ class OftConfig:
       outputs: output size.
       block_size: size of the teacher's and OFT's blocks.
       rank: rank of LoRA.
-      steps: optimiser steps.
+      steps: optimizer steps.
       batch_size: examples of a step.
       test_size: examples of the test set.
       learning_rates: tried for every method; the best counts.

@@ -42,7 +42,7 @@ class RandloraConfig:
       size: side of the square targets.
       fit_steps: steps of the fits to them, with a rate that falls to zero.
       fit_rate: their first learning rate.
-      steps: optimiser steps on the digits.
+      steps: optimizer steps on the digits.
       rates: learning rates tried by every arm on the digits.
       seeds: one target, and one network, per seed.
     """

@@ -49,7 +49,7 @@ class SokaConfig:
     Attributes:
       terms: Kronecker terms of each hidden kernel.
       rank: rank of the low-rank adapters, of nearly the same size.
-      steps: optimiser steps.
+      steps: optimizer steps.
       rates: learning rates tried for every method.
       planted: Kronecker terms of the planted change.
       noise: relative size of noise on it, one figure each.

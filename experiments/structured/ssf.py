@@ -34,7 +34,7 @@ class SsfConfig:
     Attributes:
       width: of the two hidden layers.
       inputs: digits whose outputs are matched; the rest are for the test.
-      steps: optimiser steps.
+      steps: optimizer steps.
       batch_size: digits of a step.
       spread: size of the teacher's maps.
       rates: learning rates tried.
@@ -85,10 +85,10 @@ def pretrained(config: SsfConfig, seed: int) -> Any:
         logits = network(params, digits.x[rows])
         return optax.softmax_cross_entropy_with_integer_labels(logits, digits.y[rows]).mean()
 
-    return _minimise(loss, params, 1e-3, config, len(digits.x), jax.random.key(seed))
+    return _minimize(loss, params, 1e-3, config, len(digits.x), jax.random.key(seed))
 
 
-def _minimise(loss: Any, start: Any, rate: float, config: SsfConfig, count: int, key: jax.Array) -> Any:
+def _minimize(loss: Any, start: Any, rate: float, config: SsfConfig, count: int, key: jax.Array) -> Any:
     """Runs Adam on random batches; one compiled loop."""
     optimizer = optax.adam(rate)
 
@@ -133,7 +133,7 @@ def run(config: SsfConfig, context: Context) -> dict[str, Any]:
                 def loss(learned: Any, rows: jax.Array, frozen: Any = frozen, wanted: Any = wanted) -> jax.Array:
                     return jnp.mean((apply(sj.combine(learned, frozen), x[rows]) - wanted[rows]) ** 2)
 
-                learned = _minimise(loss, learned, rate, config, len(x), jax.random.key(200 + seed))
+                learned = _minimize(loss, learned, rate, config, len(x), jax.random.key(200 + seed))
                 tree = sj.combine(learned, frozen)
                 outputs = apply(tree, test)
                 folded = network(sj.methods.ssf.fold(tree), test)

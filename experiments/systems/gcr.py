@@ -44,10 +44,10 @@ class GcrConfig:
 
     Attributes:
       dims: dimensions of the class subspaces.
-      steps: optimiser steps.
+      steps: optimizer steps.
       batch_size: examples of a step.
       rates: learning rates tried for every head.
-      momentum: of both optimisers.
+      momentum: of both optimizers.
       seeds: one network per seed.
     """
 
@@ -162,7 +162,7 @@ def within_class_angle(features: jax.Array, classes: jax.Array, count: int) -> j
 
 
 def _transfer(network: Network, params: Any, digits: digits_task.Digits) -> float:
-    """Test accuracy of a logistic regression on frozen features of digits that the network has not learnt."""
+    """Test accuracy of a logistic regression on frozen features of digits that the network has not learned."""
     parts = []
     for x, y in ((digits.x, digits.y), (digits.x_test, digits.y_test)):
         unseen = np.asarray(y) >= SEEN
@@ -171,7 +171,7 @@ def _transfer(network: Network, params: Any, digits: digits_task.Digits) -> floa
 
 
 def linear_probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> float:
-    """Returns the test accuracy of a logistic regression on standardised features."""
+    """Returns the test accuracy of a logistic regression on standardized features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -43,10 +43,10 @@ class GcrFashionConfig:
     Attributes:
       dims: dimensions of the class subspaces.
       inputs: what the layers read, "scratch" for pixels, "ViT" for features.
-      steps: optimiser steps.
+      steps: optimizer steps.
       batch_size: examples of a step.
       rates: learning rates tried for every head.
-      momentum: of both optimisers.
+      momentum: of both optimizers.
       seeds: one network per seed.
     """
 

@@ -121,7 +121,7 @@ def records(method: str, rate: float, seeds: Sequence[int], matrices: np.ndarray
 
 def table(results: Mapping[str, Any]) -> list[list[str]]:
     """Returns final accuracy and backward transfer of every method at its rate of best accuracy."""
-    rows = [["method", "learning rate", "final accuracy %", "backward transfer %", "accuracy when learnt %"]]
+    rows = [["method", "learning rate", "final accuracy %", "backward transfer %", "accuracy when learned %"]]
     runs = results["runs"]
     for method in dict.fromkeys(r["method"] for r in runs):
         rates: dict[float, list[Any]] = {}

@@ -66,7 +66,7 @@ class StreamConfig:
       methods: of METHODS; all of them if empty.
       seeds: one order of tasks and one run of every method per seed.
       tuning_tasks: length of the streams by which rates are chosen.
-      steps: optimiser steps of each task.
+      steps: optimizer steps of each task.
       batch_size: examples of a step.
       head_rate: peak learning rate of the heads.
       rank: of each LoRA, and of each task's O-LoRA.
@@ -373,7 +373,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
     table = [
         [
             *("method", "learning rate", "final accuracy %", "backward transfer %", "forgetting %"),
-            *("accuracy when learnt %", "learner's state", "step time / full", "operations / full"),
+            *("accuracy when learned %", "learner's state", "step time / full", "operations / full"),
         ]
     ]
     costs = {c["method"]: c for c in results["costs"]}
@@ -381,7 +381,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
     for method in costs:
         runs = [r for r in results["runs"] if r["method"] == method]
         scores = [with_spread([r[name] for r in runs]) for name in SCORES]
-        if method == "joint":  # there is no time at which it learnt a task
+        if method == "joint":  # there is no time at which it learned a task
             scores[1:] = ["", "", ""]
         cost = costs[method]
         relative = [f"{cost[k] / plain[k]:.2f}" if plain else "" for k in ("step_seconds", "flops")]

@@ -21,7 +21,7 @@ class TextJob:
 
     Args:
       name: one of `subspace_jax.data.text_tasks()` with class labels.
-      steps: optimiser steps of a run.
+      steps: optimizer steps of a run.
       batch_size: examples of a step.
       max_length: tokens of an example.
       train_size: training examples that a run may see.
@@ -86,7 +86,7 @@ class TextJob:
         Args:
           method: names the structure of what is trained.
           learning_rate: peak of the schedule.
-          optimizer: makes an optimiser of a schedule; AdamW without decay if None.
+          optimizer: makes an optimizer of a schedule; AdamW without decay if None.
         """
         if (method, learning_rate) not in self._trainers:
             schedule = warmup_linear(learning_rate, self.steps)

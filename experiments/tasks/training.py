@@ -24,7 +24,7 @@ class Trained:
       adapted: the tree with its trained stand-in weights.
       losses: loss of every step.
       step_seconds: median time of a step, without compilation.
-      state_bytes: bytes of the optimiser's state.
+      state_bytes: bytes of the optimizer's state.
     """
 
     adapted: Any

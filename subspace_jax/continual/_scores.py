@@ -23,9 +23,9 @@ class StreamScores(NamedTuple):
     Attributes:
       average_accuracy: mean over tasks at the end.
       incremental_accuracy: mean over time of the mean over the tasks seen.
-      backward_transfer: mean change from when a task was learnt to the end; negative is forgetting.
+      backward_transfer: mean change from when a task was learned to the end; negative is forgetting.
       forgetting: mean loss from a task's best earlier score.
-      learning_accuracy: mean score of each task when it was learnt.
+      learning_accuracy: mean score of each task when it was learned.
       forward_transfer: mean gain on tasks to come over the untrained model; None where they were not evaluated.
     """
 

@@ -138,14 +138,14 @@ class Operation(abc.ABC):
             if is_matrix:
                 ends = not any(matrices[i + 1 :])
                 bonds.append(self._bond(self.role.out_axes) if ends else ((f"h{i}",), factor.shape[-1:]))
-        labelled, bond = [], 0
+        labeled, bond = [], 0
         for factor, is_matrix in zip(factors, matrices, strict=True):
             names, sizes = bonds[bond]
             if is_matrix:
                 bond += 1
                 names, sizes = names + bonds[bond][0], sizes + bonds[bond][1]
-            labelled.append((factor.reshape(*factor.shape[:depth], *sizes), stack + names))
-        return labelled
+            labeled.append((factor.reshape(*factor.shape[:depth], *sizes), stack + names))
+        return labeled
 
     def _bond(self, axes: tuple[int, ...]) -> tuple[Labels, tuple[int, ...]]:
         return self._role_labels(axes), tuple(self.shape[i] for i in axes)
@@ -214,7 +214,7 @@ class Operation(abc.ABC):
         outputs: Sequence[int],
         out_labels: Labels,
     ) -> jax.Array:
-        """Applies a function of rows `[*stack, n, inputs]`, which gives `[*stack, n, outputs]`, to a labelled array."""
+        """Applies a function of rows `[*stack, n, inputs]`, which gives `[*stack, n, outputs]`, to a labeled array."""
         stack, first, last = self.role.stack_axes, self._role_labels(self.role.stack_axes), self._role_labels(inputs)
         rest = [n for n in labels if n not in (*first, *last)]
         moved = jnp.transpose(x, [labels.index(n) for n in (*first, *rest, *last)])

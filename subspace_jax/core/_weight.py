@@ -237,7 +237,7 @@ class Weight(abc.ABC):
 
         Args:
           shape: the new shape; its axes must refine or join axes within the stacked, the input and the output
-            group, each of which must be neighbours in the array.
+            group, each of which must be neighbors in the array.
         """
         names = ("stack_axes", "in_axes", "out_axes")
         groups = sorted((axes, name) for name in names if (axes := getattr(self.role, name)))

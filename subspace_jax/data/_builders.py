@@ -95,7 +95,7 @@ class PackagedText(_PackagedBuilder):
 
 
 class PackagedImages(_PackagedBuilder):
-    """Grey images with a class, from packages."""
+    """Gray images with a class, from packages."""
 
     BUILDER_CONFIGS = _configs(IMAGE_SOURCES)
 

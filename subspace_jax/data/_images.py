@@ -1,4 +1,4 @@
-"""Grey images: digits of scikit-learn, MNIST in two sizes, Fashion-MNIST."""
+"""Gray images: digits of scikit-learn, MNIST in two sizes, Fashion-MNIST."""
 
 import gzip
 import math

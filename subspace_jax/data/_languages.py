@@ -30,7 +30,7 @@ def _messages(catalogue: pathlib.Path) -> Iterator[tuple[str, str]]:
 
 
 def languages(codes: tuple[str, ...] | None = None) -> Iterator[TextRecord]:
-    """Yields messages labelled by locale, grouped by their English original.
+    """Yields messages labeled by locale, grouped by their English original.
 
     All translations of one message are in the same split, so that names and technical terms in a training
     text do not give a test text away. A text occurs once, and not at all if several of the locales share

@@ -55,7 +55,7 @@ def _with_official_split(table: str) -> Iterator[TextRecord]:
 
 
 def newsgroups20() -> Iterator[TextRecord]:
-    """Yields 20 Newsgroups, labelled by newsgroup, in its usual train and test split."""
+    """Yields 20 Newsgroups, labeled by newsgroup, in its usual train and test split."""
     return _with_official_split("20newsgroups")
 
 
@@ -86,7 +86,7 @@ def strip_links(text: str) -> str:
 
 
 def tweet_author() -> Iterator[TextRecord]:
-    """Yields tweets of two accounts in 2016, labelled by account, without links; blank ones are dropped."""
+    """Yields tweets of two accounts in 2016, labeled by account, without links; blank ones are dropped."""
     for raw, author in read_table("election-tweets-2016", "Content", "Author"):
         text = strip_links(raw)
         if text:

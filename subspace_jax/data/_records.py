@@ -27,7 +27,7 @@ class TextRecord(NamedTuple):
 
 
 class ImageRecord(NamedTuple):
-    """An image of one grey channel.
+    """An image of one gray channel.
 
     Attributes:
         image: uint8 [height, width, 1].

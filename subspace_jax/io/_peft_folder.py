@@ -46,7 +46,7 @@ def save_peft(
 ) -> pathlib.Path:
     """Writes the adapters of a tree as a folder that PyTorch's PEFT loads.
 
-    LoRA (rank-stabilised or not), DoRA, OFT, and RandLoRA with PEFT's pairing are written as they are; PiSSA and CorDA
+    LoRA (rank-stabilized or not), DoRA, OFT, and RandLoRA with PEFT's pairing are written as they are; PiSSA and CorDA
     as the LoRA of twice the rank that does the same to the untouched weights. Arrays under `full()` are
     `modules_to_save`, or `bias` in adapted modules. The folder appears whole or not at all.
 

@@ -27,7 +27,7 @@ class Checkpoint(NamedTuple):
     Attributes:
       step: the step it was saved at.
       adapted: the tree of parameters with its stand-in weights.
-      opt_state: the optimiser's state; None if none was saved or asked for.
+      opt_state: the optimizer's state; None if none was saved or asked for.
       extra: what else was saved, such as random keys and the position in the data.
     """
 
@@ -74,7 +74,7 @@ def check_step(step: Any) -> int:
 
 
 def _describe_leaves(opt_state: Any, arrays: dict[str, Any]) -> dict[str, Any]:
-    """The nodes of an optimiser's leaves; its containers come from the optimiser again."""
+    """The nodes of an optimizer's leaves; its containers come from the optimizer again."""
     nodes: dict[str, Any] = {}
     for path, value in _leaves(opt_state):
         if path in nodes:
@@ -122,7 +122,7 @@ def check_base(manifest: Mapping[str, Any], base: BaseArrays) -> None:
 
 
 def check_template(manifest: Mapping[str, Any], like: Any) -> None:
-    """Raises ManifestError unless an optimiser's state has the leaves that were saved."""
+    """Raises ManifestError unless an optimizer's state has the leaves that were saved."""
     if manifest["opt_state"] is None:
         raise ManifestError("The checkpoint was saved without opt_state, and like= asks for one.")
     expected: dict[str, Any] = {}
@@ -141,8 +141,8 @@ def check_template(manifest: Mapping[str, Any], like: Any) -> None:
             wrong.append(f"{path!r} holds {saved[path]}, expected {expected[path]}")
     if wrong:
         raise ManifestError(
-            f"The saved optimiser state is not that of like=:{listing(wrong)}\nPass "
-            "like=optimizer.init(trainable) of the optimiser and the adapters that were saved. Some optimisers "
+            f"The saved optimizer state is not that of like=:{listing(wrong)}\nPass "
+            "like=optimizer.init(trainable) of the optimizer and the adapters that were saved. Some optimizers "
             "change the dtype of their state at the first update: then pass the state after one, by jax.eval_shape."
         )
 
@@ -180,7 +180,7 @@ def placements(shardings: Any, specs: Mapping[str, ArraySpec]) -> dict[str, jax.
 
 
 def template_placements(like: Any) -> dict[str, jax.sharding.Sharding]:
-    """Returns the sharding of each leaf of an optimiser's state that was placed on purpose."""
+    """Returns the sharding of each leaf of an optimizer's state that was placed on purpose."""
     found = {}
     for path, leaf in _leaves(like):
         placed = leaf.committed if isinstance(leaf, jax.Array) else isinstance(leaf, jax.ShapeDtypeStruct)
@@ -201,7 +201,7 @@ def unpack(
     Args:
       manifest: a checked one.
       arrays: the stored arrays by section and path, those without entries left out.
-      like: a state of the optimiser, for its containers; None to leave the optimiser's state out.
+      like: a state of the optimizer, for its containers; None to leave the optimizer's state out.
       base: holds what was left out of the checkpoint.
       places: shardings by section and path, of arrays that are made again or taken from the base.
     """
@@ -230,7 +230,7 @@ def unpack(
 
 
 def unpack_abstract(manifest: Mapping[str, Any]) -> Checkpoint:
-    """Returns the state of a manifest without numbers, and without the optimiser's."""
+    """Returns the state of a manifest without numbers, and without the optimizer's."""
 
     def leaf(name: str, spec: ArraySpec, reference: Any) -> Any:
         del reference

@@ -1,4 +1,4 @@
-"""Numerical linear algebra that adapters, optimisers and merging share."""
+"""Numerical linear algebra that adapters, optimizers and merging share."""
 
 from subspace_jax.linalg._column_selection import FixedBasis as FixedBasis
 from subspace_jax.linalg._column_selection import Selected as Selected

@@ -141,8 +141,8 @@ def kronecker_svd(
       matrix: `[*stack, m p, n q]`, any floating dtype.
       split: the sizes.
       terms: at most `split.terms`.
-      key: makes the decomposition a randomised one; consumed.
-      oversample: extra columns of the randomised decomposition.
+      key: makes the decomposition a randomized one; consumed.
+      oversample: extra columns of the randomized decomposition.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Orthogonalisation by products alone."""
+"""Orthogonalization by products alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from subspace_jax.linalg._subspace import wide_matmul
 
-# Newton-Schulz of five steps with coefficients of their own, which orthogonalise further than one triple for all.
+# Newton-Schulz of five steps with coefficients of their own, which orthogonalize further than one triple for all.
 NEWTON_SCHULZ_COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),

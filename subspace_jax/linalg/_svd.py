@@ -1,6 +1,6 @@
-"""Truncated singular value decompositions in float32: exact, or randomised for a small rank.
+"""Truncated singular value decompositions in float32: exact, or randomized for a small rank.
 
-Randomised range finding: Finding Structure with Randomness: Probabilistic Algorithms for Constructing Approximate
+Randomized range finding: Finding Structure with Randomness: Probabilistic Algorithms for Constructing Approximate
 Matrix Decompositions (Halko, Martinsson, Tropp, 2011).
 """
 
@@ -81,9 +81,9 @@ def _truncated(matrix: jax.Array, rank: int) -> SVD:
 
 
 def randomized_svd(key: jax.Array, matrix: jax.Array, rank: int, *, iterations: int = 4, oversample: int = 8) -> SVD:
-    """Returns the leading `rank` singular triples by a randomised range finder.
+    """Returns the leading `rank` singular triples by a randomized range finder.
 
-    A Gaussian test matrix of `rank + oversample` columns, `iterations` power iterations with a QR factorisation
+    A Gaussian test matrix of `rank + oversample` columns, `iterations` power iterations with a QR factorization
     after every product, then the decomposition of the small projected matrix.
 
     Args:

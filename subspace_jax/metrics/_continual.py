@@ -59,7 +59,7 @@ def incremental_accuracy(matrix: Any, weights: Any = None) -> jax.Array:
 
 
 def learning_accuracy(matrix: Any) -> jax.Array:
-    r"""Returns the mean of \(R_{i,i}\): how well each task was learnt when it was trained."""
+    r"""Returns the mean of \(R_{i,i}\): how well each task was learned when it was trained."""
     return jnp.mean(jnp.diagonal(_square(matrix)))
 
 

@@ -109,10 +109,10 @@ def _normalized(rows: jax.Array) -> jax.Array:
 
 
 def class_means(features: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
-    """Returns the normalised mean embedding of every class, `[classes, features]`, as a gallery of one item each.
+    """Returns the normalized mean embedding of every class, `[classes, features]`, as a gallery of one item each.
 
     Args:
-      features: `[items, features]`, normalised first.
+      features: `[items, features]`, normalized first.
       labels: `[items]` integers below `num_classes`.
       num_classes: a Python int.
     """

@@ -119,7 +119,7 @@ def _embed(config: BertConfig, rows: int, name: str) -> nn.Embed:
 
 
 class BertEmbeddings(nn.Module):
-    """Sum of word, position and token-type embeddings, normalised."""
+    """Sum of word, position and token-type embeddings, normalized."""
 
     config: BertConfig
     deterministic: bool = True

@@ -1,4 +1,4 @@
-"""The quantised blocks of GGUF tensors."""
+"""The quantized blocks of GGUF tensors."""
 
 from __future__ import annotations
 

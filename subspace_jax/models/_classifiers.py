@@ -139,6 +139,6 @@ class VitClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits `[batch, num_classes]` in float32 of normalised images `[batch, height, width, 3]`."""
+        """Logits `[batch, num_classes]` in float32 of normalized images `[batch, height, width, 3]`."""
         pooled = pool_tokens(Vit(self.config, name="backbone")(images), self.pooling)
         return _head(self.config, self.num_classes)(pooled).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Read GGUF files with numpy: metadata and quantised tensors, every size checked against the file.
+"""Read GGUF files with numpy: metadata and quantized tensors, every size checked against the file.
 
 Layout of the file: magic `GGUF`, version, tensor count, metadata count; metadata entries (key, type, value);
 tensor entries (name, reversed sizes, type, offset); then, aligned, the data.

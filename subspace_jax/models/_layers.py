@@ -1,4 +1,4 @@
-"""A tower of equal layers: unrolled or scanned, rematerialised or not; both layouts of its parameters."""
+"""A tower of equal layers: unrolled or scanned, rematerialized or not; both layouts of its parameters."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Read the weights of an ONNX file: a bounds-checked walk over its protobuf fields, nothing executed.
 
-Only what a weight reader needs is understood: the graph's initialisers and, because exporters give some of
+Only what a weight reader needs is understood: the graph's initializers and, because exporters give some of
 these anonymous names, which node uses which. Field numbers are those of the public ONNX schema.
 """
 
@@ -43,7 +43,7 @@ class OnnxNode:
     Attributes:
         name: of the node.
         operator: for example `"MatMul"`.
-        inputs: names of its inputs, initialisers among them.
+        inputs: names of its inputs, initializers among them.
     """
 
     name: str
@@ -65,7 +65,7 @@ class OnnxGraph:
 
 
 def read_onnx(path: str | Path) -> OnnxGraph:
-    """Read the initialisers and the nodes of an ONNX file.
+    """Read the initializers and the nodes of an ONNX file.
 
     Args:
         path: the file.
@@ -109,7 +109,7 @@ def parse_onnx(data: np.ndarray, source: str) -> OnnxGraph:
         elif field == _GRAPH_INITIALIZER:
             name, array = _tensor(_message(value, source), source)
             if name in initializers:
-                raise ValueError(f"{source}: two initialisers are called {name!r}")
+                raise ValueError(f"{source}: two initializers are called {name!r}")
             initializers[name] = array
     return OnnxGraph(initializers, tuple(nodes))
 

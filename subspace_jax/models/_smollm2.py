@@ -70,7 +70,7 @@ def unpermute_rotary(rows: np.ndarray, heads: int) -> np.ndarray:
     """Undo GGUF's reordering of query and key rows.
 
     The file stores element `i` of the first half of a head beside element `i` of the second half, for models
-    that rotate neighbours; `apply_rotary` rotates halves. A wrong order is silent: the model only gets worse.
+    that rotate neighbors; `apply_rotary` rotates halves. A wrong order is silent: the model only gets worse.
 
     Args:
         rows: `[heads * head_dim, width]` as stored.
@@ -135,7 +135,7 @@ def llama_rules(config: LlamaConfig, keep: int) -> dict[str, TensorRule]:
 
 
 def load_smollm2(num_layers: int | None = None, path: str | Path | None = None, **overrides: Any) -> PretrainedModel:
-    """Load SmolLM2-135M-Instruct, a `Llama` of 30 layers of width 576, dequantised from 4 bits.
+    """Load SmolLM2-135M-Instruct, a `Llama` of 30 layers of width 576, dequantized from 4 bits.
 
     Args:
         num_layers: number of layers to keep, the first ones; all by default. Fewer give a cheap but no longer

@@ -29,7 +29,7 @@ class VitConfig:
         num_heads: attention heads; divides `width`.
         mlp_width: size inside the feed-forward part.
         epsilon: of every layer norm.
-        final_norm: normalise the tokens after the last block.
+        final_norm: normalize the tokens after the last block.
         scan_layers: keep the blocks' parameters stacked and loop with `nn.scan`.
         remat: recompute each block in the backward pass.
         dtype: of the computation.
@@ -254,7 +254,7 @@ class Vit(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Encode normalised images.
+        """Encode normalized images.
 
         Args:
             images: `[batch, height, width, 3]`, see `normalize_images`; both sides multiples of `patch_size`.

@@ -1,4 +1,4 @@
-"""Optimisers that run in the coordinates of a subspace.
+"""Optimizers that run in the coordinates of a subspace.
 
 GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection (Zhao et al., 2024).
 """
@@ -37,7 +37,7 @@ class InSubspaceState(NamedTuple):
       count: int32 scalar, steps taken.
       basis: a tree like the parameters with bases `[*stack, d, k]` in float32, and `optax.MaskedNode` for arrays
         that pass as they are.
-      inner: state of the inner optimiser, of coordinates `[*stack, k, out]` or `[*stack, in, k]`.
+      inner: state of the inner optimizer, of coordinates `[*stack, k, out]` or `[*stack, in, k]`.
     """
 
     count: jax.Array
@@ -60,35 +60,35 @@ def in_subspace(
     select: Callable[[str, Any], bool] | str | Iterable[str] | None = None,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs an optimiser in the coordinates of a subspace: GaLore, or a subspace that is given.
+    r"""Runs an optimizer in the coordinates of a subspace: GaLore, or a subspace that is given.
 
     \(u = s\,U\,\mathrm{inner}(U^T G)\) for side "in", \(u = s\,\mathrm{inner}(G U)\,U^T\) for "out". The inner
-    optimiser's state has the size of the coordinates. What of a gradient lies outside the subspace is dropped.
+    optimizer's state has the size of the coordinates. What of a gradient lies outside the subspace is dropped.
 
     With `rank`, \(U\) are the leading singular vectors of the gradient, found anew every `every` steps, the first one
     included; every matrix has a subspace. With `basis`, subspaces are fixed and arrays without one pass as they are.
-    Arrays that pass go to the same inner optimiser in full, and are not scaled.
+    Arrays that pass go to the same inner optimizer in full, and are not scaled.
 
-    The inner optimiser sees coordinates, so it cannot use parameters: give `optax.scale_by_adam()`, not `optax.adamw`,
+    The inner optimizer sees coordinates, so it cannot use parameters: give `optax.scale_by_adam()`, not `optax.adamw`,
     and chain `optax.add_decayed_weights` behind this. Adam is not invariant to rotations, so its path depends on the
     basis within the subspace, not on the subspace alone.
 
     Args:
-      inner: the optimiser of coordinates.
+      inner: the optimizer of coordinates.
       basis: \(U\) by path, `[*stack, d, k]` with orthonormal columns or zero columns beyond its rank.
       rank: number of singular vectors; of a matrix with a shorter side, that.
       every: steps from one decomposition to the next.
       side: which side the subspace lies in. "shorter" (default with `rank`) is the authors' "std": the state is
         `[*stack, k, out]` where out is the longer side; "longer" is what `optax.contrib.galore` does, and the authors'
         "reverse_std". "in" (default with `basis`) and "out" are one side for all.
-      moments: what becomes of the inner optimiser's moments as the basis changes. "carry" keeps them although they
+      moments: what becomes of the inner optimizer's moments as the basis changes. "carry" keeps them although they
         belong to other coordinates, as the authors do; "reset" makes them zero (the count that corrects their bias
         stays, so that Adam's next step is up to \((1-\beta_1)/\sqrt{1-\beta_2}\), 3 times, its usual size);
         "transport" turns them: \(M \mapsto R M\) and \(V \mapsto (R \circ R) V\) with \(R = U_{new}^T U_{old}\).
       scale: \(s\), of arrays with a subspace; a number or scalar array.
       residual: "discard" what lies outside the subspace.
       decomposition: "exact", or "randomized" for a large matrix and small rank.
-      seed: of the randomised decomposition.
+      seed: of the randomized decomposition.
       select: globs or a predicate of path and array that choose, with `rank`, which matrices get a subspace.
       roles: how the model uses plain arrays with more than two axes, from `sj.roles`; without it those pass.
 
@@ -96,7 +96,7 @@ def in_subspace(
       A transformation that keeps structure, shapes and dtypes.
 
     Raises:
-      ValueError: neither or both of `basis` and `rank`, an unknown option, or an inner optimiser that needs parameters.
+      ValueError: neither or both of `basis` and `rank`, an unknown option, or an inner optimizer that needs parameters.
       RankError: `rank` or `every` is no positive integer.
       PatternError: a basis is for no leaf, or a glob matches nothing.
       RoleError: an array with a basis is not known to be a matrix.
@@ -195,9 +195,9 @@ def in_complement(
     scale: Any = 1.0,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs an optimiser in coordinates of everything orthogonal to given subspaces.
+    r"""Runs an optimizer in coordinates of everything orthogonal to given subspaces.
 
-    The exact way to keep an adaptive optimiser out of a subspace: \(U^T u = 0\) whatever the inner optimiser does, and
+    The exact way to keep an adaptive optimizer out of a subspace: \(U^T u = 0\) whatever the inner optimizer does, and
     its moments know nothing of the removed directions. It stores a basis of the complement, `[*stack, d, d - k]`; where
     that is too large, `sandwich` needs the subspace's own alone.
 
@@ -248,7 +248,7 @@ def _check_options(
 
 
 def _refuse_params(inner: optax.GradientTransformationExtraArgs, coordinates: Any, state: Any) -> None:
-    """Raises where the inner optimiser works with parameters only; what else it may need comes with the update."""
+    """Raises where the inner optimizer works with parameters only; what else it may need comes with the update."""
 
     def works(params: Any) -> bool:
         try:
@@ -259,7 +259,7 @@ def _refuse_params(inner: optax.GradientTransformationExtraArgs, coordinates: An
 
     if not works(None) and works(coordinates):
         raise ValueError(
-            "in_subspace: the inner optimiser needs the parameters, but it runs in coordinates, which have other "
+            "in_subspace: the inner optimizer needs the parameters, but it runs in coordinates, which have other "
             "shapes. Give the bare direction, such as optax.scale_by_adam() for optax.adamw(), and chain "
             "optax.add_decayed_weights() and the like behind in_subspace."
         )

@@ -106,7 +106,7 @@ def check_paths(given: Mapping[str, Any], params: Any, what: str) -> None:
 
     Args:
       given: what was given by path.
-      params: the tree that an optimiser is initialised with; `optax.MaskedNode` where another one serves.
+      params: the tree that an optimizer is initialized with; `optax.MaskedNode` where another one serves.
       what: what to call the given things.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_whole)
@@ -118,7 +118,7 @@ def check_paths(given: Mapping[str, Any], params: Any, what: str) -> None:
         if not any(path == p or path.startswith(f"{p}/") for p in inside):
             raise PatternError(
                 f"{path}: there is a {what} for it and no such leaf among the parameters; nearest are "
-                f"{nearest(path, known)}. Give the paths of the tree that the optimiser trains."
+                f"{nearest(path, known)}. Give the paths of the tree that the optimizer trains."
             )
 
 

@@ -1,4 +1,4 @@
-"""What becomes of an optimiser's moments when the subspace changes."""
+"""What becomes of an optimizer's moments when the subspace changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECOND_MOMENTS = ("nu", "v", "nu_max")
 def project_momentum(
     state: Any, basis: Any, mode: Mode = "remove", side: Side = "in", *, roles: Mapping[str, Role] | None = None
 ) -> Any:
-    """Returns an optimiser state whose first moments are projected, to be called when the basis changes.
+    """Returns an optimizer state whose first moments are projected, to be called when the basis changes.
 
     Second moments are scales, not directions, and stay.
 
@@ -46,7 +46,7 @@ def project_momentum(
 
 
 def reset_moments(state: Any) -> Any:
-    """Returns an optimiser state whose moments start again.
+    """Returns an optimizer state whose moments start again.
 
     First and second moments become zero, and so does the count beside them that corrects their bias: with the old
     count Adam's next step would be 3 times its usual size. Counts of schedules and everything else stay.

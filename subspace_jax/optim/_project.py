@@ -44,7 +44,7 @@ def project_orthogonal(
 
     \(G \mapsto G - U U^T G\) for side "in", so that for inputs in the span of \(U\) a linear layer's outputs do not
     change; \(G - G U U^T\) for "out"; both one after the other for "both". With `mode="keep"` what would be removed
-    stays. In front of an optimiser it projects the gradient, behind it the update.
+    stays. In front of an optimizer it projects the gradient, behind it the update.
 
     **Before, after or both.** For anything linear in the gradient (SGD, momentum, accumulation, schedules) the places
     are one; clipping by the global norm gives one direction, but what comes first decides the norm. Adam scales every
@@ -158,7 +158,7 @@ class SandwichState(NamedTuple):
 
     Attributes:
       projection: the bases, of both projections.
-      inner: state of the optimiser between them.
+      inner: state of the optimizer between them.
     """
 
     projection: ProjectState
@@ -175,13 +175,13 @@ def sandwich(
     renorm: Literal["rms"] | None = None,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Projects the gradient before and the update after an optimiser: the place to choose for adaptive ones.
+    r"""Projects the gradient before and the update after an optimizer: the place to choose for adaptive ones.
 
     The update has nothing of the removed directions, and without momentum
     \(\langle g, u \rangle = (P g)^T D (P g) \ge 0\) for the step \(-u\).
 
     Args:
-      inner: the optimiser; weight decay inside it is projected too.
+      inner: the optimizer; weight decay inside it is projected too.
       basis: as for `project_orthogonal`.
       mode: as for `project_orthogonal`.
       side: as for `project_orthogonal`.
@@ -214,7 +214,7 @@ def sandwich(
 
 
 def replace_basis(state: Any, basis: Any) -> Any:
-    """Returns an optimiser state with new bases in every `project_orthogonal` of it; nothing compiles again.
+    """Returns an optimizer state with new bases in every `project_orthogonal` of it; nothing compiles again.
 
     Args:
       state: of a chain, `multi_transform`, `MultiSteps` or the like.
@@ -253,5 +253,5 @@ def replace_basis(state: Any, basis: Any) -> Any:
 
     replaced = jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, ProjectState))
     if not count:
-        raise StructureError("replace_basis: the optimiser state holds no project_orthogonal.")
+        raise StructureError("replace_basis: the optimizer state holds no project_orthogonal.")
     return replaced

@@ -1,4 +1,4 @@
-"""Optimisers on manifolds, and the one that trains class subspaces.
+"""Optimizers on manifolds, and the one that trains class subspaces.
 
 Optimization Algorithms on Matrix Manifolds (Absil, Mahony, Sepulchre, 2008) has the scheme; Get the Best of Both
 Worlds: Improving Accuracy and Transferability by Grassmann Class Representation (Wang, Li, Zhang, 2023) the SGD.
@@ -39,7 +39,7 @@ class RiemannianState(NamedTuple):
 
     Attributes:
       count: number of steps, an int32 scalar.
-      inner: state of the inner optimiser; it knows only the leaves on manifolds.
+      inner: state of the inner optimizer; it knows only the leaves on manifolds.
     """
 
     count: jax.Array
@@ -55,9 +55,9 @@ def riemannian(
     renormalize_every: int = 5,
     tolerance: float = 1e-4,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps parameters on a manifold, whatever the inner optimiser does.
+    r"""Keeps parameters on a manifold, whatever the inner optimizer does.
 
-    The gradient is projected onto the tangent space at \(X\), the inner optimiser makes a direction of it, which is
+    The gradient is projected onto the tangent space at \(X\), the inner optimizer makes a direction of it, which is
     projected again to a tangent vector \(V\), and the update is \(\mathrm{retract}(X, V) - X\), so that
     `optax.apply_updates` lands on the manifold. It has to be the last for its leaves: scaling, clipping or decay behind
     it leaves the manifold. What comes earlier in a chain is free, clipping by the global norm for one.
@@ -67,13 +67,13 @@ def riemannian(
 
     Args:
       manifold: of all leaves, or by path or glob; leaves without one pass as they are.
-      inner: any optimiser with its learning rate, of the leaves on manifolds alone. Weight decay in it has no effect
+      inner: any optimizer with its learning rate, of the leaves on manifolds alone. Weight decay in it has no effect
         on a subspace or a rotation, since the projection takes it out.
       retraction: "exponential", along the geodesic; "qr" or "polar", the orthonormal factor of \(X + V\).
       transport: "project" projects first moments onto the new tangent space; "isometric" carries them by the
-        manifold's `transport`; "none" gives the inner optimiser the gradient as it is and leaves its moments alone, so
+        manifold's `transport`; "none" gives the inner optimizer the gradient as it is and leaves its moments alone, so
         that only the direction is projected.
-      renormalize_every: steps from one QR factorisation against rounding to the next; it keeps signs of columns.
+      renormalize_every: steps from one QR factorization against rounding to the next; it keeps signs of columns.
       tolerance: largest error of a point that `init` accepts, where it sees concrete arrays.
 
     Returns:
@@ -233,7 +233,7 @@ def _check_on_manifold(path: str, space: Manifold, leaf: Any, tolerance: float) 
 
 
 def _check_patterns(manifold: Manifold | Mapping[str, Manifold], params: Any) -> None:
-    """Refuses a pattern that matches neither a leaf nor what optax masks because another optimiser serves it."""
+    """Refuses a pattern that matches neither a leaf nor what optax masks because another optimizer serves it."""
     hidden = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda v: isinstance(v, optax.MaskedNode))
     known = [*_names(params), *(path_string(p) for p, v in hidden if isinstance(v, optax.MaskedNode))]
     if isinstance(manifold, Manifold) or not known:

@@ -93,14 +93,14 @@ class Move:
 
 
 def moved_moments(state: Any, moves: list[Move | None], treedef: Any, moments: Moments) -> Any:
-    """The inner optimiser's state in the new coordinates."""
+    """The inner optimizer's state in the new coordinates."""
     if moments == "carry":
         return state
 
     def mapped(tree: Any, squares: bool) -> Any:
         try:
             values = treedef.flatten_up_to(tree)
-        except ValueError:  # a moment that is not like the parameters, of a factored optimiser for instance
+        except ValueError:  # a moment that is not like the parameters, of a factored optimizer for instance
             return tree
 
         def one(value: Any, move: Move | None) -> Any:

@@ -50,9 +50,9 @@ def fit(
       The last state; `state.step` is below `steps` where the run was told to stop.
 
     Raises:
-      ValueError: `steps` or `every` is no such number, or the batches end too early; what was learnt is saved first.
+      ValueError: `steps` or `every` is no such number, or the batches end too early; what was learned is saved first.
       StructureError: the checkpoint is of another tree.
-      CheckpointError: the checkpoint is damaged, or its optimiser is another one.
+      CheckpointError: the checkpoint is damaged, or its optimizer is another one.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, numpy as np, optax, subspace_jax as sj

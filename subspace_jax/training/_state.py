@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
       step: int32 scalar, steps taken.
       trainable: the first tree of `partition`.
       frozen: the second.
-      opt_state: the optimiser's state.
+      opt_state: the optimizer's state.
       key: a random key, the same throughout; every step folds its number into it.
     """
 

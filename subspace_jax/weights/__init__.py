@@ -1,4 +1,4 @@
-"""Parameterisations: what can stand where a weight array stood."""
+"""Parameterizations: what can stand where a weight array stood."""
 
 from subspace_jax.weights._draw_basis import draw_basis as draw_basis
 from subspace_jax.weights._dropout import drop_inputs as drop_inputs

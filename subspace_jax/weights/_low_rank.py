@@ -22,7 +22,7 @@ class LowRank(Weight):
     Used as \(x W + (s\,(x a))\,b\); the product \(a b\) is formed only by `materialize`.
 
     Attributes:
-      base: \(W\), of the weight's shape, or a weight that stands for it (a quantised one, say); usually frozen.
+      base: \(W\), of the weight's shape, or a weight that stands for it (a quantized one, say); usually frozen.
       a: `[*stack, in, rank]`, the side of the inputs.
       b: `[*stack, rank, out]`, the side of the outputs.
       scale: \(s\).

@@ -54,11 +54,11 @@ class NF4(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array that was quantised."""
+        """The shape of the array that was quantized."""
         return self.role.joined_shape(self.codes.shape[:-1], self.in_sizes, self.out_sizes)
 
     def materialize(self, dtype: Any = None) -> jax.Array:
-        """Returns the dequantised array."""
+        """Returns the dequantized array."""
         one = self.with_frozen_stopped()
         low, high = one.codes & 15, one.codes >> 4
         codes = jnp.stack([low, high], axis=-1).reshape(*one.absmax.shape, BLOCK)
@@ -80,7 +80,7 @@ class NF4(Weight):
 
 
 def quantize_nf4(array: jax.Array, role: Role | None = None, order: Order = "out_in") -> NF4:
-    """Quantises an array to the nearest of 16 levels, in blocks of 64 consecutive entries.
+    """Quantizes an array to the nearest of 16 levels, in blocks of 64 consecutive entries.
 
     Args:
       array: floating array of shape `[*stack, in, out]` up to the role's axes.
@@ -88,7 +88,7 @@ def quantize_nf4(array: jax.Array, role: Role | None = None, order: Order = "out
       order: in which matrix entries are consecutive.
 
     Returns:
-      The quantised weight; `materialize` gives the rounded array.
+      The quantized weight; `materialize` gives the rounded array.
 
     Example:
       >>> import jax.numpy as jnp

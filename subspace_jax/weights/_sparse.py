@@ -32,7 +32,7 @@ SparseMode = Literal["set", "add"]
 class SparseDelta(Weight):
     r"""\(W\) with a few entries replaced ("set") or changed ("add") by trained values.
 
-    The values, their gradient and the optimiser's state are lists of \(k\) numbers; no mask of the weight's size
+    The values, their gradient and the optimizer's state are lists of \(k\) numbers; no mask of the weight's size
     exists. A use forms the changed array, applies the model's operation and forgets the array: the backward pass
     keeps only the input, the list and the reference to \(W\), forms the array anew, and picks the \(k\) entries out
     of its gradient, which is a temporary of one layer.
@@ -50,7 +50,7 @@ class SparseDelta(Weight):
       active: which values still learn, `[*stack, k]` bool; None for all. The others keep their value and get no
         gradient.
       mode: "set" or "add".
-      keep_formed: keep the formed array for the backward pass. Right under rematerialisation, where the forward pass
+      keep_formed: keep the formed array for the backward pass. Right under rematerialization, where the forward pass
         runs again just before the backward one: the array is then formed, and on a mesh gathered, once for both.
     """
 

@@ -31,7 +31,7 @@ def fake_asset(wheel_bytes, monkeypatch):
         sha256=hashlib.sha256(wheel_bytes).hexdigest(),
         filename="subspace_jax_fake_carrier-1.0-py3-none-any.whl",
         size=len(wheel_bytes),
-        licence="none",
+        license="none",
         purpose="two tables",
     )
     monkeypatch.setattr(_registry, "ASSETS", {"fake": asset})

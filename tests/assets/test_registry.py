@@ -15,10 +15,10 @@ def test_entry_is_complete(asset):
     assert asset.version in asset.filename
     assert asset.filename.endswith(ENDINGS[asset.registry])
     assert 1_000_000 < asset.size < 100_000_000
-    assert asset.licence
+    assert asset.license
     assert asset.purpose
-    normalised = re.sub(r"[^a-z0-9]", "", asset.package.lower())
-    assert re.sub(r"[^a-z0-9]", "", asset.filename.lower()).startswith(normalised)
+    normalized = re.sub(r"[^a-z0-9]", "", asset.package.lower())
+    assert re.sub(r"[^a-z0-9]", "", asset.filename.lower()).startswith(normalized)
 
 
 def test_hashes_are_distinct():

@@ -12,7 +12,7 @@ from benchmarks._models import linen
 pytestmark = pytest.mark.optimized
 # Full width, since the share of what is no product grows as models shrink; one layer, to compile less.
 CONFIG = adapters.Config(layers=1, rounds=0, longer=0)
-# What is beside the products: norms, softmax, GELU, the optimiser, and what a method computes of its small parts.
+# What is beside the products: norms, softmax, GELU, the optimizer, and what a method computes of its small parts.
 MOST = {"lora": 1.02, "dora": 1.03, "randlora": 1.02, "oft": 1.03, "ssf": 1.02, "loldu": 1.02}
 
 

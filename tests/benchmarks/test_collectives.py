@@ -101,7 +101,7 @@ def test_adapters_send_no_frozen_matrix_more_than_a_backward_pass_needs():
         summed = ("all-reduce", "reduce-scatter") if variant != "lora" else ()
         assert all(kinds[k]["count"] <= norms[k]["count"] for k in kinds if k not in summed), (variant, kinds, norms)
         parts = sum(values[f"{key}_bytes"] for key in ("frozen", "trainable", "optimizer"))
-        if variant != "osf":  # whose step reads the frozen factors from the optimiser's state
+        if variant != "osf":  # whose step reads the frozen factors from the optimizer's state
             assert 0 <= values["argument_bytes"] - parts <= 8 * 24 * 4 // 4 + 64  # beside them: tokens, step and key
     whole = 4 * found["lift"]["trainable_values"]
     assert found["lift"]["trainable_bytes"] * 8 == found["lift_blocks"]["trainable_bytes"] * 8 == whole

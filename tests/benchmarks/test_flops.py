@@ -45,9 +45,9 @@ def test_clip_and_logged_norm_bring_no_frozen_gradient_back(layout):
     assert flops(layout, "lora") <= 1.01 * flops(layout, "lora", bare=True)
 
 
-def test_late_freezing_and_materialising_pay_for_frozen_gradients():
+def test_late_freezing_and_materializing_pay_for_frozen_gradients():
     assert flops("unrolled", "optax.masked") >= 1.2 * flops("unrolled", "lora")
-    assert flops("unrolled", "materialised") >= 1.2 * flops("unrolled", "lora")
+    assert flops("unrolled", "materialized") >= 1.2 * flops("unrolled", "lora")
 
 
 def test_full_step_costs_what_the_arithmetic_says():

@@ -9,7 +9,7 @@ from rich.console import Console
 import subspace_jax as sj
 from benchmarks._start_encoder import compilations, start_encoder
 from benchmarks._starts import Factors, covariance, excess, factors, gram_start, power_law, stack, start, values
-from benchmarks.startup import FULL, GRAM, RANDOMISED, Config, run, tables
+from benchmarks.startup import FULL, GRAM, RANDOMIZED, Config, run, tables
 from subspace_jax.core import Statistics
 
 CONFIG = Config(
@@ -94,7 +94,7 @@ def test_every_method_shows_the_part_that_it_found(method, rate):
 
 def test_every_way_is_measured_on_every_shape(results):
     for shape in CONFIG.shapes:
-        assert [row["rank"] for row in of(results, shape=shape, way=RANDOMISED, method="pissa")] == [2, 4, 2, 4]
+        assert [row["rank"] for row in of(results, shape=shape, way=RANDOMIZED, method="pissa")] == [2, 4, 2, 4]
         assert {row["method"] for row in of(results, shape=shape, way=FULL)} == {"pissa", "corda"}
         assert {row["method"] for row in of(results, shape=shape, way=GRAM)} == {"pissa", "lora_sb"}
     assert all(row["ratio"] > 0 for row in results["starts"])
@@ -105,14 +105,14 @@ def test_every_way_is_measured_on_every_shape(results):
 
 
 def test_starts_leave_hardly_more_than_the_best_part(results):
-    for row in of(results, way=RANDOMISED):
+    for row in of(results, way=RANDOMIZED):
         assert -1e-3 < row["excess"]["frobenius"] < 0.02, row
         assert -2e-3 < row["excess"]["spectral"] < 0.1, row
 
 
 def test_loops_count_their_products(results):
     for iterations in (4, 10):
-        (row,) = of(results, shape="24x40", method="lora_xs", way=RANDOMISED, iterations=iterations)
+        (row,) = of(results, shape="24x40", method="lora_xs", way=RANDOMIZED, iterations=iterations)
         columns = 4 + 8
         sketch = 2 * CONFIG.depth * 24 * 40 * columns * (1 + 2 * iterations + 1)
         small = 2 * CONFIG.depth * 24 * columns * columns

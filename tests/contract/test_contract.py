@@ -59,7 +59,7 @@ def objective(apply):
 
 @functools.cache
 def reference(case):
-    """Outputs and gradients of the trainable parts, through the model on materialised arrays."""
+    """Outputs and gradients of the trainable parts, through the model on materialized arrays."""
 
     def apply(adapted, inputs):
         arrays = jax.tree.map(lambda w: w.materialize(), adapted, is_leaf=sj.core.is_weight)

@@ -43,7 +43,7 @@ class ConvNet(nn.Module):
 
 
 class Language(nn.Module):
-    """Embedding with tied output around scanned, rematerialised blocks."""
+    """Embedding with tied output around scanned, rematerialized blocks."""
 
     @nn.compact
     def __call__(self, tokens):

@@ -45,7 +45,7 @@ def test_summary_counts_what_partition_gives():
     assert sj.summary(adapted).trainable == sum(v.size for v in jax.tree.leaves(sj.partition(adapted)[0]))
 
 
-def test_optimiser_state_and_updates_are_trees_of_what_learns():
+def test_optimizer_state_and_updates_are_trees_of_what_learns():
     adapted = sj.adapt(PARAMS, RULES, key=jax.random.key(0))
     trainable, frozen = sj.partition(adapted)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
@@ -105,10 +105,10 @@ def test_frozen_parts_get_exactly_zero_gradient():
     compare_gradients(trainable_gradient, jax.grad(lambda p: weighted_sum(mlp(p, X)))(merged(plain)), plain)
 
 
-@pytest.mark.parametrize("materialised", [False, True])
-def test_frozen_factor_and_frozen_merge(materialised):
+@pytest.mark.parametrize("materialized", [False, True])
+def test_frozen_factor_and_frozen_merge(materialized):
     weight = dataclasses.replace(adapt({"w": normal(1, 6, 4)})["w"], trainable=("b",))
-    run = (lambda w: X @ w.materialize()) if materialised else sj.with_adapters(lambda w: X @ w)
+    run = (lambda w: X @ w.materialize()) if materialized else sj.with_adapters(lambda w: X @ w)
     found = jax.grad(lambda w: weighted_sum(run(w)))(weight)
     assert not np.asarray(found.a).any()
     assert not np.asarray(found.base).any()

@@ -11,7 +11,7 @@ from . import peft_models as pm  # noqa: E402
 
 
 def decaying_linear():
-    """A layer whose singular values fall, so that two randomised methods can find the same directions."""
+    """A layer whose singular values fall, so that two randomized methods can find the same directions."""
     rng = np.random.default_rng(0)
     u, v = np.linalg.qr(rng.normal(size=(pm.OUTPUTS,) * 2))[0], np.linalg.qr(rng.normal(size=(pm.INPUTS,) * 2))[0]
     weight = (u * 2.0 ** -np.arange(pm.OUTPUTS)) @ v[: pm.OUTPUTS]

@@ -53,7 +53,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_round_trip_with_optimiser(folder, adapted, assert_same_bits, name):
+def test_round_trip_with_optimizer(folder, adapted, assert_same_bits, name):
     optimizer = OPTIMIZERS[name]()
     tree, state = stepped(optimizer, adapted)
     extra = {"key": jax.random.key(5), "epoch": 3, "order": np.arange(4), "rng": {"pcg": [1, 2**127]}}
@@ -71,7 +71,7 @@ def test_round_trip_with_optimiser(folder, adapted, assert_same_bits, name):
     assert restore_checkpoint(folder).opt_state is None
 
 
-def test_nested_and_quantised_weights(folder, assert_same_bits):
+def test_nested_and_quantized_weights(folder, assert_same_bits):
     params = {"w": jax.random.normal(jax.random.key(0), (16, 8)), "v": jnp.ones((8, 8))}
     tree = sj.adapt(params, {"w": sj.dora(sj.pissa(rank=2)), "v": sj.qpissa(rank=2)}, key=jax.random.key(1))
     save_checkpoint(folder, 0, tree)
@@ -180,7 +180,7 @@ def test_base_is_left_out(folder, params, adapted, assert_same_bits):
         ),
     ],
 )
-def test_optimiser_of_another_kind(folder, adapted, like, words):
+def test_optimizer_of_another_kind(folder, adapted, like, words):
     trainable = sj.partition(adapted)[0]
     save_checkpoint(folder, 0, adapted, opt_state=optax.adam(0.1).init(trainable))
     with pytest.raises(CheckpointError, match=words) as caught:
@@ -188,7 +188,7 @@ def test_optimiser_of_another_kind(folder, adapted, like, words):
     assert str(folder) in str(caught.value)
 
 
-def test_optimiser_of_other_adapters(folder, params, adapted):
+def test_optimizer_of_other_adapters(folder, params, adapted):
     save_checkpoint(folder, 0, adapted, opt_state=optax.adam(0.1).init(sj.partition(adapted)[0]))
     other = sj.adapt(params, {"blocks/*/kernel": sj.lora(rank=3)}, key=jax.random.key(0))
     with pytest.raises(
@@ -197,7 +197,7 @@ def test_optimiser_of_other_adapters(folder, params, adapted):
         restore_checkpoint(folder, like=optax.adam(0.1).init(sj.partition(other)[0]))
 
 
-def test_optimiser_that_was_not_saved(folder, adapted):
+def test_optimizer_that_was_not_saved(folder, adapted):
     save_checkpoint(folder, 0, adapted)
     with pytest.raises(CheckpointError, match="saved without opt_state"):
         restore_checkpoint(folder, like=optax.sgd(0.1).init(adapted))

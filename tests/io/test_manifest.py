@@ -41,7 +41,7 @@ def test_both_halves_of_a_partition(adapted, assert_same_bits):
         assert_same_bits(round_trip(half), half)
 
 
-def test_nested_and_quantised_weights(assert_same_bits):
+def test_nested_and_quantized_weights(assert_same_bits):
     params = {"w": jax.random.normal(jax.random.key(0), (16, 8)), "v": jnp.ones((8, 8))}
     tree = sj.adapt(params, {"w": sj.dora(sj.pissa(rank=2)), "v": sj.qpissa(rank=2)}, key=jax.random.key(1))
     back = round_trip(tree)

@@ -110,7 +110,7 @@ class TestReading:
         assert tree["out"]["kernel"].base is params["out"]["kernel"]
         assert tree["out"]["kernel"].trainable == ("a", "b")
 
-    def test_patterns_and_rank_stabilised_scale(self, params, tmp_path):
+    def test_patterns_and_rank_stabilized_scale(self, params, tmp_path):
         tensors = lora_pair("out", rank=4)
         config = {**LORA, "rank_pattern": {"out": 4}, "alpha_pattern": {"net.out": 10}, "use_rslora": True}
         tree = load_peft(write(tmp_path / "x", tensors, config), params, NAMES)

@@ -94,7 +94,7 @@ def test_columns_and_rows_as_factors_give_the_ordinary_svd():
     np.testing.assert_allclose(kronecker_sum(found.s, found.left, found.right), best, atol=1e-5)
 
 
-def test_randomised_decomposition_finds_planted_terms_in_a_stack():
+def test_randomized_decomposition_finds_planted_terms_in_a_stack():
     split = KroneckerSplit(8, 8, 8, 8)
     factors = normal(2, 3, 8, 8), normal(2, 3, 8, 8, seed=1)
     planted = np.stack(

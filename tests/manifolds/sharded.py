@@ -26,7 +26,7 @@ def everything(space, x, y, v):
 
 
 def steps(space, x, v):
-    """A point after three steps, one of them with a renormalisation, and the momentum."""
+    """A point after three steps, one of them with a renormalization, and the momentum."""
     optimizer = sj.riemannian(space, optax.sgd(0.1, 0.9), transport="isometric", renormalize_every=2)
     state = optimizer.init(x)
     for _ in range(3):

@@ -17,7 +17,7 @@ def test_figures_of_the_publication():
 
 
 @given(curves)
-def test_is_the_normalised_area(points):
+def test_is_the_normalized_area(points):
     ranks, accuracies = zip(*sorted(points), strict=True)
     for log in (True, False):
         x = np.log2(ranks) if log else np.asarray(ranks, float)

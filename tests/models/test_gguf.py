@@ -48,7 +48,7 @@ def test_metadata_and_plain_tensors_come_back(tmp_path):
     assert file.tensors["f16"].dequantize().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_quantised_blocks_by_hand():
+def test_quantized_blocks_by_hand():
     q4 = example()["q4"][2]
     found = parse(GOOD).tensors["q4"].dequantize().reshape(4, 32)
     for block in range(4):

@@ -45,7 +45,7 @@ def test_bfloat16_stays_near_float32(kind):
     scan = kind != "vit"
     plain, inputs = tiny(kind, scan_layers=scan)
     half, _ = tiny(kind, scan_layers=scan, dtype=jnp.bfloat16)
-    # As initialised: the large parameters of the other tests saturate the attention.
+    # As initialized: the large parameters of the other tests saturate the attention.
     params = jax.jit(plain.init)(jax.random.key(0), inputs)["params"]
     expected, found = run(plain, params, inputs), run(half, params, inputs)
     assert found.dtype == (jnp.float32 if kind == "llama" else jnp.bfloat16)

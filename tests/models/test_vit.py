@@ -42,8 +42,8 @@ def test_the_final_norm_is_optional():
     params = random_params(model, images)
     norm = params.pop("norm")
     tokens = np.asarray(run(bare, params, images), np.float64)
-    centred = tokens - tokens.mean(-1, keepdims=True)
-    expected = centred / np.sqrt(centred.var(-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
+    centered = tokens - tokens.mean(-1, keepdims=True)
+    expected = centered / np.sqrt(centered.var(-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
     found = run(model, {**params, "norm": norm}, images)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -59,10 +59,10 @@ def test_an_impossible_configuration_is_refused():
         VitConfig(width=100)
 
 
-def test_images_are_normalised_per_channel():
-    grey = np.full((1, 2, 2, 1), 51, np.uint8)
+def test_images_are_normalized_per_channel():
+    gray = np.full((1, 2, 2, 1), 51, np.uint8)
     expected = (0.2 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
-    np.testing.assert_allclose(normalize_images(grey)[0, 1, 1], expected, rtol=1e-5)
+    np.testing.assert_allclose(normalize_images(gray)[0, 1, 1], expected, rtol=1e-5)
     np.testing.assert_allclose(normalize_images(np.full((1, 2, 2, 3), 0.2))[0, 0, 0], expected, rtol=1e-5)
     with pytest.raises(ValueError, match="channel"):
         normalize_images(np.zeros((2, 28, 28)))

@@ -42,7 +42,7 @@ class Case:
 
     Attributes:
       name: name in the test's id.
-      make: makes the optimiser of a learning rate, which may be a schedule.
+      make: makes the optimizer of a learning rate, which may be a schedule.
       learns: which part of the leaves with a basis its updates lie in: "everything", "complement" of the basis or the
         "subspace"; None where they lie in no fixed subspace, although the gradient is projected.
       converges: whether that part comes to where its gradient vanishes.

@@ -24,7 +24,7 @@ def case(request):
 
 @functools.cache
 def step(case):
-    """The optimiser, one compiled step of parameters, state and gradient, and the list that notes its traces."""
+    """The optimizer, one compiled step of parameters, state and gradient, and the list that notes its traces."""
     optimizer, traces = case.make(RATE), []
 
     @jax.jit
@@ -170,7 +170,7 @@ def test_accumulated_steps_are_one_step_of_the_mean_gradient_and_nan_leaves_no_t
     assert_close(updates, run(params, initial(case), mean)[2], 1e-4)
 
 
-def test_shares_a_tree_with_other_optimisers(case):
+def test_shares_a_tree_with_other_optimizers(case):
     """Masked leaves go to SGD; the others get what they get without it."""
     optimizer = step(case)[0]
     params = make_tree()

@@ -104,7 +104,7 @@ def test_longer_side_is_optax(shape):
 
 @functools.cache
 def authors_adam():
-    """The module of Adam in the authors' package; the package itself also wants 8-bit optimisers."""
+    """The module of Adam in the authors' package; the package itself also wants 8-bit optimizers."""
     spec = importlib.util.find_spec("galore_torch")
     if spec is None:
         pytest.skip("galore-torch is not installed")
@@ -242,7 +242,7 @@ def test_matrices_of_a_stack_and_of_other_forms_go_as_they_would_alone():
         np.testing.assert_allclose(updates[name].reshape(shape), expected, atol=2e-4)
 
 
-def test_what_has_no_subspace_goes_to_the_same_optimiser_in_full():
+def test_what_has_no_subspace_goes_to_the_same_optimizer_in_full():
     tree = {"kernel": jnp.asarray(random(6, 4)), "other": jnp.asarray(random(6, 4)), "bias": jnp.asarray(random(4))}
     transform = sj.optim.in_subspace(optax.scale_by_adam(), rank=2, select="kernel", scale=0.25)
     updates, state = transform.update(tree, transform.init(tree))
@@ -297,14 +297,14 @@ def test_factors_of_stand_in_weights():
 
 
 @pytest.mark.parametrize("inner", [optax.adamw(1e-3), optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio())])
-def test_an_optimiser_that_needs_parameters_is_refused_with_the_mend(inner):
+def test_an_optimizer_that_needs_parameters_is_refused_with_the_mend(inner):
     params = {"w": jnp.ones((4, 6))}
     for options in ({"rank": 2}, {"basis": {"w": columns(4, 2)}}):
         with pytest.raises(ValueError, match=r"needs the parameters.*scale_by_adam.*add_decayed_weights"):
             sj.optim.in_subspace(inner, **options).init(params)
 
 
-def test_other_arguments_reach_the_inner_optimiser():
+def test_other_arguments_reach_the_inner_optimizer():
     def update(updates, state, params=None, *, factor):
         return jax.tree.map(lambda u: factor * u, updates), state
 

@@ -1,4 +1,4 @@
-"""What becomes of moments: which leaves of a state they are, against numpy and fresh optimisers."""
+"""What becomes of moments: which leaves of a state they are, against numpy and fresh optimizers."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def test_after_the_basis_changed_momentum_alone_goes_nowhere():
         assert bool(jnp.any(jnp.abs(updates["w"][:2]) > 1e-6)) == leaks
 
 
-def test_parts_of_a_split_optimiser():
+def test_parts_of_a_split_optimizer():
     optimizer = optax.multi_transform({"a": optax.adam(1e-2), "b": optax.sgd(1e-2)}, {"w": "a", "v": "b", "bias": "b"})
     found = sj.optim.project_momentum(used(optimizer), {"w": jnp.eye(6)[:, :2]})
     mu = found.inner_states["a"].inner_state[0].mu["w"]

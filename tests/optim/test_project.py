@@ -1,4 +1,4 @@
-"""What holds, and what does not, of projections before and after an optimiser, in numbers."""
+"""What holds, and what does not, of projections before and after an optimizer, in numbers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_leak_is_bounded_by_the_spread_of_the_scales():
 
 
 def descents(make, u, count=200):
-    """Inner products of random gradients with the steps of an optimiser without momentum, after some history."""
+    """Inner products of random gradients with the steps of an optimizer without momentum, after some history."""
     transform = make(optax.scale_by_adam(b1=0.0, b2=0.9), u)
     scales = np.exp(2 * random(IN, 1, seed=5))  # entries of very unequal size, so that Adam's scales differ
     state = transform.init({"w": jnp.zeros((IN, 1))})

@@ -1,4 +1,4 @@
-"""Riemannian optimisation: the published step in numpy, what it promises, and what it refuses."""
+"""Riemannian optimization: the published step in numpy, what it promises, and what it refuses."""
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ def test_whole_space_does_not_move_and_lines_do():
         assert (np.abs(updates).max() > 1e-3) == moves
 
 
-def test_renormalising_does_not_turn_columns_against_the_momentum():
+def test_renormalizing_does_not_turn_columns_against_the_momentum():
     start = point()
     found = gradients(start, 1) * 7
     often, never = (train(sj.methods.gcr.grassmann_sgd(0.01, renormalize_every=n), start, found)[0] for n in (1, 1000))

@@ -115,7 +115,7 @@ def test_another_run_is_refused(tmp_path):
         with pytest.raises(StructureError, match=r"in/base: .*float32\[16, 32\].*bfloat16\[16, 32\]"):
             fit(changed, STEP, batches, steps=2, checkpointer=checkpointer)
         sgd = init_train_state(make_adapted(), optax.sgd(0.1), jax.random.key(1))
-        with pytest.raises(CheckpointError, match="optimiser"):
+        with pytest.raises(CheckpointError, match="optimizer"):
             fit(sgd, STEP, batches, steps=2, checkpointer=checkpointer)
         assert checkpointer.all_steps() == [1]
     with pytest.raises(ValueError, match="every=0"):

@@ -97,7 +97,7 @@ def test_factored_convolution_is_the_convolution_with_the_merged_kernel(strides,
         ((3, 2, 4, 5), sj.Role.conv()),
     ],
 )
-def test_squared_norms_are_those_of_the_materialised_columns(shape, role):
+def test_squared_norms_are_those_of_the_materialized_columns(shape, role):
     w = make(shape, 2, role=role)
     expected = np.sum(np.asarray(role.matrix(w.materialize()), np.float64) ** 2, axis=-2)
     np.testing.assert_allclose(w.squared_norms(), expected, rtol=1e-5)
@@ -105,8 +105,8 @@ def test_squared_norms_are_those_of_the_materialised_columns(shape, role):
 
 def test_squared_norms_never_turn_negative():
     w = make((9, 7), 7)
-    cancelled = dataclasses.replace(w, base=-w.scale * w.a @ w.b)
-    assert (np.asarray(cancelled.squared_norms()) >= 0).all()
+    canceled = dataclasses.replace(w, base=-w.scale * w.a @ w.b)
+    assert (np.asarray(canceled.squared_norms()) >= 0).all()
 
 
 def test_the_function_does_not_depend_on_the_gauge_of_the_factors():

@@ -78,7 +78,7 @@ def test_a_block_of_zeros_stays_zero():
     ],
     ids=str,
 )
-def test_other_roles_are_quantised_matrix_by_matrix(shape, role):
+def test_other_roles_are_quantized_matrix_by_matrix(shape, role):
     w = np.random.default_rng(3).normal(size=shape).astype(np.float32)
     quantized = quantize_nf4(jnp.asarray(w), role)
     assert quantized.shape == shape

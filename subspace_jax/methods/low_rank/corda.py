@@ -65,7 +65,7 @@ def corda(
       threshold: the damping doubles until \(\|C C^{-1} - I\|_F\) is below this.
       doublings: largest number of times that it doubles.
       svd: "exact", or "randomized", which finds the first components only.
-      iterations: power iterations of the randomised decomposition.
+      iterations: power iterations of the randomized decomposition.
       oversample: its extra columns.
       factors: "projection" computes `a` as \(W Q_I / \sqrt{s S_I}\), which is the same and needs no inverse, so that
         rounding does not grow with the condition of \(C\); "solve" by the Cholesky factor of \(C\), as it is defined.
@@ -106,7 +106,7 @@ def corda(
         )
     last = chosen == "knowledge_preserved"
     if last and svd == "randomized":
-        raise ValueError("corda: a randomised decomposition finds the first components; knowledge is kept by the last.")
+        raise ValueError("corda: a randomized decomposition finds the first components; knowledge is kept by the last.")
     options = {"rank": rank, "scale": scale, "last": last, "svd": svd, "iterations": iterations}
     options |= {"oversample": oversample, "solve": factors == "solve", "balanced": balanced, "dtype": dtype}
 

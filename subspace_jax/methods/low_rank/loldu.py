@@ -41,7 +41,7 @@ def loldu(
     route: Route = "auto",
     residual_dtype: Any = None,
 ) -> Method:
-    r"""Trains the diagonal of a lower-diagonal-upper factorisation of a weight between its frozen triangles.
+    r"""Trains the diagonal of a lower-diagonal-upper factorization of a weight between its frozen triangles.
 
     With partial pivoting \(W^T = P L D U\), \(X = U_{1:r}^T\) and \(Y = (P L_{:,1:r})^T\): the weight is
     \(W_{res} + \sigma\,X\,\mathrm{diag}(z)\,Y\) with \(W_{res} = W - \sigma\,X\,\mathrm{diag}(z_{start})\,Y\). The
@@ -77,7 +77,7 @@ def loldu(
       The step of the weight is \(\sigma\) times that of \(z\): with \(\sigma = 1 / r\) a learning rate is \(r\) times
       weaker. Pivots differ in size, and with them the gradients of \(z\), which Adam evens out and plain gradient
       descent does not. Weight decay would shrink the pretrained weight. The factors depend on the last bits of the
-      machine's factorisation: keep them with the adapter, as `save_adapter` does.
+      machine's factorization: keep them with the adapter, as `save_adapter` does.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -144,7 +144,7 @@ def _scale(rank: int, smaller: int, alpha: float | None, sigma: float | None) ->
 
 
 class _Factors(NamedTuple):
-    """The leading part of the factorisation of `[*stack, in, out]`.
+    """The leading part of the factorization of `[*stack, in, out]`.
 
     Attributes:
       left: `[*stack, in, rank]`, unit lower trapezoidal.

@@ -33,7 +33,7 @@ def lora(
 
     Args:
       rank: \(r\); more than the weight's smaller side is allowed and wasteful.
-      alpha: \(\alpha\); `rank` if None, so that \(s = 1\) (or \(\sqrt{r}\) when rank-stabilised).
+      alpha: \(\alpha\); `rank` if None, so that \(s = 1\) (or \(\sqrt{r}\) when rank-stabilized).
       rank_stabilized: scale by \(\alpha / \sqrt{r}\), which keeps the size of updates independent of the rank.
       dropout: probability of dropping an input of the adapter in training; see `with_dropout`.
       init: "kaiming" draws \(a\) from \(U(-1/\sqrt{d_{in}}, 1/\sqrt{d_{in}})\), "gaussian" from \(N(0, 1/r^2)\).

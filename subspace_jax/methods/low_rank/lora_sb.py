@@ -42,7 +42,7 @@ def lora_xs(
       alpha: \(s = \alpha / r\); `rank` if None.
       factors: "svd", or "random" for factors drawn as LoRA's are, the authors' ablation.
       noise: standard deviation of \(R\) at the start.
-      iterations: power iterations of the randomised decomposition.
+      iterations: power iterations of the randomized decomposition.
 
     Returns:
       A method whose weights are `LowRankCore` with a core `[*stack, rank, rank]`.
@@ -102,7 +102,7 @@ def lora_sb(
       learning_rate: \(\eta_1\), the first learning rate of the schedule (not its peak).
       alpha: \(s = \alpha / r\); `rank` if None.
       update: "sign", or "raw" for \(\Delta W = -\eta_1 G\), the first step of SGD.
-      iterations: power iterations where a side is above 2048 and the decomposition is randomised.
+      iterations: power iterations where a side is above 2048 and the decomposition is randomized.
 
     Returns:
       A method that needs the statistic "gradient", whose weights are `LowRankCore`.

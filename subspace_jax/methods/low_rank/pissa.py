@@ -43,7 +43,7 @@ def pissa(
       rank: \(r\), at most the weight's smaller side.
       alpha: \(\alpha\); `rank` if None, so that \(s = 1\).
       svd: "randomized" finds the leading part by power iterations, "exact" by a full decomposition.
-      iterations: power iterations of the randomised decomposition.
+      iterations: power iterations of the randomized decomposition.
       oversample: its extra columns.
       residual_dtype: dtype of the frozen residual; that of the weight if None. A bfloat16 residual rounds by up to
         one unit in its last place; `merge_rounding` tells by how much.
@@ -93,14 +93,14 @@ def qpissa(
     order: Literal["out_in", "in_out"] = "out_in",
     dtype: Any = jnp.float32,
 ) -> Method:
-    r"""PiSSA over a 4-bit base: the factors take what quantisation loses as well.
+    r"""PiSSA over a 4-bit base: the factors take what quantization loses as well.
 
     From \(E_0 = W\), for \(t = 1 \dots T\): \((a_t, b_t)\) are the principal factors of \(E_{t-1}\), \(Q_t\) is the
-    quantised \(W - a_t b_t\), and \(E_t = W - Q_t\). The base is \(Q_T\) in NF4, dequantised where it is used.
+    quantized \(W - a_t b_t\), and \(E_t = W - Q_t\). The base is \(Q_T\) in NF4, dequantized where it is used.
 
     Args:
       rank: \(r\), at most the weight's smaller side.
-      steps: \(T\); 1 quantises the residual of PiSSA once.
+      steps: \(T\); 1 quantizes the residual of PiSSA once.
       svd: as for `pissa`.
       iterations: as for `pissa`.
       oversample: as for `pissa`.

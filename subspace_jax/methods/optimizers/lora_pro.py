@@ -181,7 +181,7 @@ def scale_by_lora_pro(delta: float = 1e-8, *, pairs: PairFn = low_rank_pairs) ->
     """Replaces the gradients of LoRA's factors by LoRA-Pro's steps; see `adjust_pair`.
 
     Chain a learning rate after it. In front of it only scalars may act on the gradients (no Adam, no clipping by leaf):
-    the formulas need the true ones. Other leaves pass as they are; give them another optimiser by `optax.partition`.
+    the formulas need the true ones. Other leaves pass as they are; give them another optimizer by `optax.partition`.
 
     Args:
       delta: damping of inverses.
@@ -240,7 +240,7 @@ def scale_by_lora_pro_adam(
     r"""LoRA-Pro with Adam: the equivalent gradient is preconditioned in weight space, then turned into factor steps.
 
     The moments are as large as full fine-tuning's, \(2\,d_{in} d_{out}\) values for each weight: what is saved is the
-    size of the adapter, not the optimiser's memory. Chain a learning rate, and `optax.add_decayed_weights` before it.
+    size of the adapter, not the optimizer's memory. Chain a learning rate, and `optax.add_decayed_weights` before it.
 
     Args:
       b1: decay of the first moment.

@@ -135,7 +135,7 @@ def test_a_stack_of_layers_is_each_layer_alone():
 
 
 def test_directions_that_are_kept_stay_as_they_are():
-    """Signs too, which a factorisation would choose anew."""
+    """Signs too, which a factorization would choose anew."""
     columns = scipy.linalg.hadamard(SIZE)[:, :2] / np.sqrt(SIZE)
     start = GPMMemory(jnp.zeros((SIZE, SIZE)).at[:, :2].set(columns), jnp.asarray(2, jnp.int32))
     memory = sj.methods.gpm.next_task(start, jnp.asarray(inputs_of(0), jnp.float32), 0.95)

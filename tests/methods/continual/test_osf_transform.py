@@ -171,7 +171,7 @@ def test_frozen_factors_can_come_with_the_update():
     np.testing.assert_allclose(np.asarray(other["w"].high_left).T @ (found.left + trainable["w"].left), 0, atol=1e-5)
 
 
-def test_masked_triples_stay_zero_under_an_optimiser_that_moves_everything():
+def test_masked_triples_stay_zero_under_an_optimizer_that_moves_everything():
     trainable, frozen = sj.partition(adapt(matrix((12, 8)), 5, width="common"))
     ones = optax.stateless(lambda updates, params: jax.tree.map(jnp.ones_like, updates))
     optimizer = sj.methods.osf.projection(ones, frozen)
@@ -182,7 +182,7 @@ def test_masked_triples_stay_zero_under_an_optimiser_that_moves_everything():
 
 
 def test_works_beside_others():
-    """Other leaves, a chain, labels, accumulation, NaN steps and abstract initialisation."""
+    """Other leaves, a chain, labels, accumulation, NaN steps and abstract initialization."""
     adapted = sj.adapt(
         {"w": jnp.asarray(matrix((12, 8))), "head": jnp.ones((8, 3))},
         {"w": sj.osf(3), "head": sj.full()},

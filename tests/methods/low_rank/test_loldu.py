@@ -1,4 +1,4 @@
-"""LoLDU against scipy's factorisation: only the pivots move."""
+"""LoLDU against scipy's factorization: only the pivots move."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_factors_are_those_of_elimination_by_hand():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_whole_factorisation_is_the_weight_and_leaves_nothing(shape):
+def test_whole_factorization_is_the_weight_and_leaves_nothing(shape):
     w = matrix(shape)
     weight = adapt(w, sj.loldu())["w"]
     assert weight.scale == 1.0
@@ -259,7 +259,7 @@ def test_order_of_a_convolution(order):
     np.testing.assert_allclose(weight.materialize(), w, atol=1e-5)
 
 
-def test_bfloat16_weight_is_factorised_in_float32():
+def test_bfloat16_weight_is_factorized_in_float32():
     w = jnp.asarray(matrix((12, 7)), jnp.bfloat16)
     weight = adapt(w, sj.loldu(4))["w"]
     assert weight.base.dtype == weight.materialize().dtype == jnp.bfloat16

@@ -104,7 +104,7 @@ def test_one_step_of_descent_changes_the_weight_by_the_projected_gradient(rank_s
     np.testing.assert_array_equal(stepped["w"].a, adapted["w"].a)
 
 
-def test_the_first_decrease_is_even_in_rank_when_rank_stabilised_and_falls_with_it_otherwise():
+def test_the_first_decrease_is_even_in_rank_when_rank_stabilized_and_falls_with_it_otherwise():
     """Its mean over draws is eta s^2 r |G|^2 / (3 d_in)."""
     gradient = np.random.default_rng(0).normal(size=(48, 16))
     keys, decrease = jax.random.split(jax.random.key(0), 64), {}

@@ -102,7 +102,7 @@ def test_directions_beyond_the_rank_of_the_array_are_dead(svd):
     assert not np.asarray(gradient.b[3:]).any()
 
 
-def test_more_iterations_of_the_randomised_mode_approach_the_exact_one():
+def test_more_iterations_of_the_randomized_mode_approach_the_exact_one():
     w = matrix((60, 60))
     reference = product(adapt(w, exact())["w"])
     gaps = []

@@ -70,7 +70,7 @@ def case(request):
     return w.astype(np.float32), first, fifth
 
 
-def test_it_reduces_the_error_of_quantisation_with_every_step_and_more_than_loftq(case):
+def test_it_reduces_the_error_of_quantization_with_every_step_and_more_than_loftq(case):
     w, first, fifth = case
     found = [qpissa(w, steps) for steps in range(1, 6)]
     assert found[0] > 0
@@ -80,7 +80,7 @@ def test_it_reduces_the_error_of_quantisation_with_every_step_and_more_than_loft
     assert found[4] >= loftq(w, 5)
 
 
-def test_one_step_is_pissa_with_a_quantised_residual(case):
+def test_one_step_is_pissa_with_a_quantized_residual(case):
     w, *_ = case
     weight = sj.adapt({"w": jnp.asarray(w)}, {"w": sj.qpissa(RANK, steps=1, svd="exact")}, key=jax.random.key(0))["w"]
     low_rank = principal(w.astype(np.float64))
@@ -90,7 +90,7 @@ def test_one_step_is_pissa_with_a_quantised_residual(case):
     assert differs.mean() < 1e-3
 
 
-def test_the_randomised_mode_is_nearly_as_good(case):
+def test_the_randomized_mode_is_nearly_as_good(case):
     w, *_ = case
     adapted = sj.adapt({"w": jnp.asarray(w)}, {"w": sj.qpissa(RANK, iterations=16)}, key=jax.random.key(0))["w"]
     found = reduction(w, np.asarray(adapted.base.materialize()), np.asarray(adapted.a @ adapted.b))

@@ -1,4 +1,4 @@
-"""The regulariser against singular values and finite differences, its gate, and its edges."""
+"""The regularizer against singular values and finite differences, its gate, and its edges."""
 
 import jax
 import jax.numpy as jnp

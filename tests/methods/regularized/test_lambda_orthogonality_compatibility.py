@@ -35,11 +35,11 @@ def brute_force_contrast(left, right, labels, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
-@pytest.mark.parametrize("kind", ["some", "none", "all", "unlabelled"])
+@pytest.mark.parametrize("kind", ["some", "none", "all", "unlabeled"])
 def test_contrast_is_that_of_a_loop(kind, temperature):
     left, right = features(9, 5), features(9, 5, seed=1)
     labels = {"some": np.array([0, 1, 0, 2, 2, 2, 1, 3, 0]), "all": np.zeros(9, int)}.get(kind, np.arange(9))
-    given = None if kind == "unlabelled" else jnp.asarray(labels)
+    given = None if kind == "unlabeled" else jnp.asarray(labels)
     found = contrastive_loss(left, right, given, temperature=temperature)
     np.testing.assert_allclose(found, brute_force_contrast(left, right, labels, temperature), rtol=1e-5)
 

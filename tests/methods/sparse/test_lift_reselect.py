@@ -79,7 +79,7 @@ def test_moments_are_scattered_to_dense_and_gathered(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_what_was_learnt_is_written_into_the_weight(dtype):
+def test_what_was_learned_is_written_into_the_weight(dtype):
     optimizer = OPTIMIZERS["lift_adam"]
     adapted = start(dtype)
     adapted, state = train(adapted, optimizer, optimizer.init(sj.partition(adapted)[0]), 6)

@@ -275,18 +275,18 @@ def test_strategies_take_the_channels_of_largest_or_smallest_score(strategy, pre
     assert set(np.asarray(adapted["w"].positions()).tolist()) == set(taken.tolist())
 
 
-def test_quantised_base_is_used_as_it_is():
+def test_quantized_base_is_used_as_it_is():
     import dataclasses
 
     from subspace_jax.weights import quantize_nf4
 
     w, x = matrix((64, 16)), matrix((3, 64), 1)
     adapted = moved(adapt({"w": w}, {"w": sj.s2ft(0.1)}))
-    quantised = {"w": dataclasses.replace(adapted["w"], base=quantize_nf4(jnp.asarray(w), sj.Role.dense()))}
-    merged = sj.merge(quantised)["w"]
+    quantized = {"w": dataclasses.replace(adapted["w"], base=quantize_nf4(jnp.asarray(w), sj.Role.dense()))}
+    merged = sj.merge(quantized)["w"]
     untouched = np.setdiff1d(np.arange(64), adapted["w"].positions())
-    np.testing.assert_array_equal(merged[untouched], quantised["w"].base.materialize()[untouched])
-    y = sj.with_adapters(lambda p, x: x @ p["w"])(quantised, x)
+    np.testing.assert_array_equal(merged[untouched], quantized["w"].base.materialize()[untouched])
+    y = sj.with_adapters(lambda p, x: x @ p["w"])(quantized, x)
     np.testing.assert_allclose(y, x @ merged, rtol=1e-4, atol=1e-4)
 
 

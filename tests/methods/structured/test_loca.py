@@ -180,7 +180,7 @@ def test_highest_frequency_is_out_of_reach_as_published_and_in_reach_by_option()
     weight = dataclasses.replace(weight, locations=jnp.ones((2, 2)))
     assert int(weight.cells()[0].max()) == 766
     assert int(dataclasses.replace(weight, highest=1.0).cells()[0].max()) == 767
-    # Halves go to the even neighbour.
+    # Halves go to the even neighbor.
     halves = dataclasses.replace(weight, locations=jnp.stack([jnp.zeros(2), jnp.array([0.5, 0.5])]))
     assert halves.cells()[1].tolist() == [2, 2]
 

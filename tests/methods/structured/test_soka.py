@@ -106,7 +106,7 @@ def test_automatic_terms_are_the_planted_ones(terms):
 def test_automatic_terms_stay_within_bounds():
     assert adapt(normal(16, 16), sj.soka(energy=0.999, combine="energy"))["w"].rank == 8
     assert adapt(planted(1), sj.soka(least=3))["w"].rank == 3
-    # The randomised decomposition knows the whole energy, of which eight terms hold a part only.
+    # The randomized decomposition knows the whole energy, of which eight terms hold a part only.
     assert adapt(normal(32, 32), sj.soka(energy=0.5, combine="energy", most=5, svd="randomized"))["w"].rank == 5
 
 
@@ -224,7 +224,7 @@ def test_pruning_reaches_inside_other_weights():
     np.testing.assert_allclose(dense(pruned), dense(adapted), atol=2e-5)
 
 
-def test_normalising_moves_norms_into_the_scales():
+def test_normalizing_moves_norms_into_the_scales():
     adapted = moved(adapt(normal(12, 20), sj.soka(terms=3)))
     trainable, frozen = sj.partition(adapted)
     again = sj.combine(sj.methods.soka.normalize_terms(trainable), frozen)

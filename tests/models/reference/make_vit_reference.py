@@ -20,7 +20,7 @@ FILE = pathlib.Path(__file__).with_name("vit_reference.npz")
 
 
 def reference_image() -> np.ndarray:
-    """A smooth image of normalised pixels from a formula, `[1, side, side, 3]` float32."""
+    """A smooth image of normalized pixels from a formula, `[1, side, side, 3]` float32."""
     y, x, c = np.meshgrid(np.arange(SIDE), np.arange(SIDE), np.arange(3), indexing="ij")
     waves = np.sin(0.05 * (c + 1) * x + 0.3 * c) + np.cos(0.07 * y + 0.002 * x * y / (c + 1))
     return (waves + 0.5 * (x > y))[None].astype(np.float32)

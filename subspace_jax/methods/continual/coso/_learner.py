@@ -56,10 +56,10 @@ def learner(
 
     Returns:
       A learner whose memory between tasks is the state of `optimizer`, histories and all; while a task runs that is
-      part of the optimiser's state.
+      part of the optimizer's state.
 
     Raises:
-      StructureError: at `init`, `optimizer` holds no `coso`, or `rules` comes without an optimiser or the other way
+      StructureError: at `init`, `optimizer` holds no `coso`, or `rules` comes without an optimizer or the other way
         round. At the end of a task, a history has no room for it.
 
     Example:

@@ -15,7 +15,7 @@ from subspace_jax.methods.continual.coso._transform import CosoState, CosoSubspa
 
 
 def next_task(state: Any, energy_threshold: float = 0.98, *, min_new: int = 1) -> Any:
-    r"""Returns the optimiser state after a task: its leading directions join the history, all else starts again.
+    r"""Returns the optimizer state after a task: its leading directions join the history, all else starts again.
 
     Of the sketch's singular values \(\sigma\) the first \(k\) count, as many as have a cumulative share of
     \(\sum \sigma^2\) strictly below `energy_threshold`: the direction that crosses it stays unprotected.
@@ -60,7 +60,7 @@ def next_task(state: Any, energy_threshold: float = 0.98, *, min_new: int = 1) -
 
     found = jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, CosoState))
     if not count:
-        raise StructureError("coso.next_task: the optimiser state holds no coso.")
+        raise StructureError("coso.next_task: the optimizer state holds no coso.")
     return found
 
 
@@ -102,5 +102,5 @@ def _check_room(path: str, subspace: Any, energy_threshold: float, min_new: int)
     if (needed > room).any() and room < subspace.history.shape[-2]:
         raise StructureError(
             f"{path}: the history would have {int(needed.max())} directions and has room for {room}. Make the "
-            "optimiser with tasks= of at least the number of tasks."
+            "optimizer with tasks= of at least the number of tasks."
         )

@@ -76,7 +76,7 @@ def coso(
 
     Without weight decay \(M^T u = 0\). For side "input": old inputs in the span of \(M\) have unchanged outputs. For
     "output", the official one: old outputs keep their components along \(M\). What else learns beside the kernels, such
-    as biases and norms, forgets: leave them frozen, and give heads to another optimiser by `optax.multi_transform`.
+    as biases and norms, forgets: leave them frozen, and give heads to another optimizer by `optax.multi_transform`.
 
     Ranks of the published runs: (r1, r2, gap) of (15, 100, 1) on CIFAR-100, (50, 120, 1) on ImageNet-R and
     (70, 160, 20) on DomainNet, for attention output kernels of a ViT-B/16. A step that does not refresh has 1.01 times

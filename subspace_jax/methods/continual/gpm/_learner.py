@@ -39,7 +39,7 @@ def learner(
     roles: Mapping[str, Role] | None = None,
     mask: Callable[[Any], jax.Array] | None = None,
 ) -> Learner:
-    r"""Returns the learner of gradient projection memory, whole kernels and any optimiser.
+    r"""Returns the learner of gradient projection memory, whole kernels and any optimizer.
 
     At the end of a task the Gram matrices of the selected kernels' inputs are captured and the directions that hold
     the share `threshold` of their energy join the memory, see `gpm.next_task`. From then on gradients and updates go
@@ -104,7 +104,7 @@ def learner(
     def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
         del frozen
         bases = {path: memory.basis for path, memory in state.memory.items()}
-        # The memory holds the bases; the optimiser's state need not hold them again.
+        # The memory holds the bases; the optimizer's state need not hold them again.
         held = SandwichState(ProjectState({}), state.opt_state)
         updates, new = sandwich(optimizer, bases).update(gradients, held, trainable, basis=bases)
         return updates, new.inner  # pyright: ignore[reportAttributeAccessIssue]

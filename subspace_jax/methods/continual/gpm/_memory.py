@@ -58,7 +58,7 @@ def next_task(
     Shapes stay, so nothing compiles again. A memory that is full takes no more: see `rank`.
 
     In training of the next task, `project_orthogonal({path: memory.basis})` in front of plain SGD, or `sandwich` around
-    an adaptive optimiser, keeps the layer's outputs for inputs in the span of the memory as they are. Biases and the
+    an adaptive optimizer, keeps the layer's outputs for inputs in the span of the memory as they are. Biases and the
     scales of norms have no input axis; the authors freeze them after the first task.
 
     Args:

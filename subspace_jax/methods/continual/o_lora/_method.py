@@ -149,7 +149,7 @@ def _norm(array: jax.Array) -> jax.Array:
 def next_task(adapted: Any, task: Any, *, key: jax.Array) -> Any:
     """Returns the tree with the adapter that learned put beside those of earlier tasks, and a new one in its place.
 
-    The model's outputs stay as they are; shapes do too. Start the optimiser's moments anew: see `reset_moments`.
+    The model's outputs stay as they are; shapes do too. Start the optimizer's moments anew: see `reset_moments`.
 
     Args:
       adapted: a tree with weights of `o_lora`.

@@ -124,7 +124,7 @@ def learner(
         return end_state(state, adapted=params, memory={p: jnp.asarray(v, jnp.float32) for p, v in found.items()})
 
     def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
-        # The frozen tree holds the singular vectors; the optimiser's state need not hold them again.
+        # The frozen tree holds the singular vectors; the optimizer's state need not hold them again.
         held = OSFState({}, state.opt_state)
         updates, new = projection(optimizer, frozen).update(gradients, held, trainable, frozen=frozen)
         return updates, new.inner  # pyright: ignore[reportAttributeAccessIssue]

@@ -22,7 +22,7 @@ def osf(preserved: Preserved | Mapping[str, Any] = 0.5, *, width: Width = "exact
     r"""Splits a weight by its singular values; the large part is frozen and the factors of the small part learn.
 
     \(K = L_h\,\mathrm{diag}(s_h)\,R_h + L\,\mathrm{diag}(s)\,R\), where the first term holds the \(k\) largest
-    singular values. Train with `osf.projection` around the optimiser, which keeps the factors orthogonal to
+    singular values. Train with `osf.projection` around the optimizer, which keeps the factors orthogonal to
     \(L_h\) and \(R_h\): then the weight's output is unchanged for inputs in the span of \(L_h\), and no output changes
     along the rows of \(R_h\). Before the next task `sj.merge`, and adapt again with a larger \(k\).
 

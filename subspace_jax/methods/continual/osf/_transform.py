@@ -37,7 +37,7 @@ class OSFState(NamedTuple):
 
     Attributes:
       high: frozen singular vectors by path, a `High` each.
-      inner: state of the inner optimiser.
+      inner: state of the inner optimizer.
     """
 
     high: dict[str, Any]
@@ -53,14 +53,14 @@ def projection(
     mode: Form = "factored",
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps what learns of `sj.osf` orthogonal to what is frozen, whatever the optimiser.
+    r"""Keeps what learns of `sj.osf` orthogonal to what is frozen, whatever the optimizer.
 
-    Before the optimiser \(G_L \mapsto G_L - L_h L_h^T G_L\) and \(G_R \mapsto G_R - G_R R_h^T R_h\), which plain SGD
+    Before the optimizer \(G_L \mapsto G_L - L_h L_h^T G_L\) and \(G_R \mapsto G_R - G_R R_h^T R_h\), which plain SGD
     needs alone; after it, since Adam turns a projected gradient out of the allowed space, the parameters are projected
     in the same way: \(u' = P(\theta + u) - \theta\). Then the change \(\Delta\) of a weight has
     \(L_h^T \Delta = 0\) and \(\Delta R_h^T = 0\). Singular values are left alone.
 
-    Decoupled weight decay in the inner optimiser shrinks the trained part to zero, which is not decay of the weight:
+    Decoupled weight decay in the inner optimizer shrinks the trained part to zero, which is not decay of the weight:
     keep it at 0.01 and below.
 
     Operations of a step with a square weight of width d: with half of the triples frozen \(4 d^3\) for the projections
@@ -71,10 +71,10 @@ def projection(
     gathers one of its factors over the devices that split its rank.
 
     Args:
-      inner: the optimiser; AdamW at 1e-5 in the authors' runs.
+      inner: the optimizer; AdamW at 1e-5 in the authors' runs.
       frozen: the adapted tree, or the frozen one of `sj.partition`: its `SplitSVD` weights give the singular vectors,
-        by path. Leaves without one go through the inner optimiser alone.
-      project_gradients: whether to project before the optimiser.
+        by path. Leaves without one go through the inner optimizer alone.
+      project_gradients: whether to project before the optimizer.
       project_params: whether to project after it; the authors' first code and PEFT do not, and leak under Adam.
       mode: "factored", the published one, for the factors of `SplitSVD`; or "dense", of this library, for whole arrays
         at the same paths: \(G \mapsto (I - L_h L_h^T)\,G\,(I - R_h^T R_h)\), and the update likewise. It has the same
@@ -134,7 +134,7 @@ def projection(
 
 
 def next_task(state: Any, frozen: Any) -> Any:
-    """Returns an optimiser state for the next task: new singular vectors, and moments that start again.
+    """Returns an optimizer state for the next task: new singular vectors, and moments that start again.
 
     Args:
       state: of a chain, `multi_transform`, `MultiSteps` or the like, with an `osf.projection` in it.
@@ -164,13 +164,13 @@ def next_task(state: Any, frozen: Any) -> Any:
             path = sorted(p for p in {*node.high, *new} if shapes[0].get(p) != shapes[1].get(p))[0]
             raise StructureError(
                 f"{path}: the new weight has {shapes[1].get(path)}, the state {shapes[0].get(path)}. Adapt with "
-                'sj.osf(..., width="common"), whose shapes are those of every rank; or make a new optimiser.'
+                'sj.osf(..., width="common"), whose shapes are those of every rank; or make a new optimizer.'
             )
         return OSFState(jax.tree.map(jnp.copy, new), reset_moments(node.inner))
 
     replaced = jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, OSFState))
     if not count:
-        raise StructureError("osf.next_task: the optimiser state holds no osf.projection.")
+        raise StructureError("osf.next_task: the optimizer state holds no osf.projection.")
     return replaced
 
 

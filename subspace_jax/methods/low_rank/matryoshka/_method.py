@@ -39,7 +39,7 @@ def matryoshka(
       ranks: \(S\); powers of two up to the method's rank, and that rank, if None. Ranks above it are dropped.
       rank_scale: \(s(r)\): "none" is 1, "rank" \(1/r\), "sqrt" \(1/\sqrt{r}\).
       normalize: divide \(p\) by the number of ranks.
-      a_init: "official" widens the method's draw of `a` by \(\sqrt{d_{in} / R}\), as the authors' initialiser does,
+      a_init: "official" widens the method's draw of `a` by \(\sqrt{d_{in} / R}\), as the authors' initializer does,
         whose fan is the rank; "lora" leaves it.
 
     Returns:

@@ -63,7 +63,7 @@ def svfit(
     if rank is not None:
         check_rank(rank)
     elif svd == "randomized":
-        raise RankError("svfit: the randomised decomposition needs a rank; the automatic one needs all values.")
+        raise RankError("svfit: the randomized decomposition needs a rank; the automatic one needs all values.")
     if not 0.0 < information <= 1.0:
         raise RankError(f"svfit: information={information}; expected a share above 0 and at most 1.")
     if measure not in ("energy", "sum") or svd not in ("exact", "randomized"):

@@ -1,4 +1,4 @@
-"""Matrices with the shorter side last, as optimisers that choose columns of a fixed basis see them."""
+"""Matrices with the shorter side last, as optimizers that choose columns of a fixed basis see them."""
 
 from __future__ import annotations
 

@@ -66,10 +66,10 @@ def scale_by_trion(
     vector_scale: float = 3e-4 / 0.02,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformation:
-    r"""Orthogonalises a low-rank part of the momentum, taken in columns of a cosine basis: a low-rank Muon.
+    r"""Orthogonalizes a low-rank part of the momentum, taken in columns of a cosine basis: a low-rank Muon.
 
     \(M \leftarrow M + G\), \(L = M Q_r\) in the chosen columns, \(M \leftarrow M - (1 - \mu)\,L Q_r^T\), so that only
-    the part that was used decays, and the update is the orthogonalised \(L\), lifted. State is the momentum alone.
+    the part that was used decays, and the update is the orthogonalized \(L\), lifted. State is the momentum alone.
     Chain `optax.scale_by_learning_rate(0.02)` after it, the published rate.
 
     Args:

@@ -37,11 +37,11 @@ class CompatibilityLosses(NamedTuple):
     """The loss and its parts before they are weighted, float32 scalars.
 
     Attributes:
-      total: the weighted sum, to minimise.
+      total: the weighted sum, to minimize.
       forward: L_F.
       backward: L_B.
       contrastive: L_C.
-      orthogonality: the regulariser; zero without a kernel.
+      orthogonality: the regularizer; zero without a kernel.
     """
 
     total: jax.Array
@@ -148,7 +148,7 @@ def compatibility_loss(
       mapped_old: \(F(h)\), `[batch, new width]`.
       old: \(h\), `[batch, old width]`.
       labels: `[batch]` integers; None for each row its own class.
-      kernel: of the relaxed backward map, to regularise; None for a strictly orthogonal one, or where
+      kernel: of the relaxed backward map, to regularize; None for a strictly orthogonal one, or where
         `sj.methods.lambda_orthogonality.add_lambda_orthogonality` adds the gradient.
       lam: as for `lambda_orthogonality`.
       alpha: as for `lambda_orthogonality`.

@@ -111,7 +111,7 @@ def lambda_orthogonality_gradient(
 
 
 def _matrices(w: Any, role: Role | None = None) -> jax.Array:
-    """The matrices to regularise, in at least float32."""
+    """The matrices to regularize, in at least float32."""
     if is_weight(w):
         return w.role.matrix(w.materialize(wide_dtype(w.dtype)))
     w = jnp.asarray(w)

@@ -38,7 +38,7 @@ def add_lambda_orthogonality(
     r"""Adds the gradient of `sj.lambda_orthogonality` at the parameters, as `optax.add_decayed_weights` adds decay.
 
     \(G \mapsto G + w\,\nabla_W\,\sigma(\alpha (x - \lambda))\,x\) with \(x = \|W^T W - I\|_F\): matrices are free up
-    to a distance \(\lambda\) from orthogonality and pulled back beyond. In front of an optimiser it is the same as the
+    to a distance \(\lambda\) from orthogonality and pulled back beyond. In front of an optimizer it is the same as the
     term in the loss; behind Adam, in front of the learning rate, it is decoupled.
 
     Of stand-in weights every factor that learns is held on its own, LoRA's `a` near orthonormal columns and `b` near
@@ -77,7 +77,7 @@ def add_lambda_orthogonality(
 
     def wanted(params: Any) -> set[str]:
         known = [path for path, _ in leaves_with_paths(params)]
-        # optax initialises with a tree without leaves to tell what of a state is like the parameters.
+        # optax initializes with a tree without leaves to tell what of a state is like the parameters.
         return set(known if select is None or not known else select_paths(params, select))
 
     def init(params: Any) -> AddLambdaOrthogonalityState:

@@ -28,7 +28,7 @@ def lift(
 
     Select the linear layers inside the blocks (queries, keys, values, outputs and the feed-forward ones; the
     latter alone is a variant of the paper); embeddings, the head, norms and biases stay frozen. Train with
-    `lift_adam`, and every few hundred steps call `reselect_principal`, which selects anew from what was learnt.
+    `lift_adam`, and every few hundred steps call `reselect_principal`, which selects anew from what was learned.
 
     Args:
       rank: \(B\), the budget as the rank of a LoRA of equal size.
@@ -36,14 +36,14 @@ def lift(
         LLaMA-3.2-1B: 128, 32, 400; 3.2-3B: 128, 64, 10; 2-7B: 128, 64, 400; 3-8B: 128, 128, 400; commonsense with
         2-7B: 128, 64, 2000; 3-8B: 32, 16, 2000.
       svd: "exact", or "randomized" with a sketch of \(\min(2r, d_{in}, d_{out})\) columns.
-      iterations: power iterations of the randomised decomposition.
+      iterations: power iterations of the randomized decomposition.
       blocks: of this library: cuts the matrix into `(rows, cols)` equal blocks, of which each trains its own
         \(\lceil k / (rows \cdot cols) \rceil\) largest entries. That is another selection than the published one, which
         \((1, 1)\) is. On a mesh choose over how many devices the weight's inputs and outputs are split: then a step
         sends nothing for the entries, where one list costs 8 bytes of each entry per use. Measured on the data of
         `python -m experiments run lift` (64 x 64, 20 seeds), loss left: 19.1 % with one block, 18.8, 19.4, 21.0 and
         22.0 with 2, 4, 8 and 16 blocks each way, 23.8 for the largest entries of W.
-      keep_formed: give True where the model is rematerialised; see `SparseDelta`.
+      keep_formed: give True where the model is rematerialized; see `SparseDelta`.
 
     Returns:
       A method whose weights are `SparseDelta` with values `[*stack, k]` that replace entries, or, in blocks,
@@ -55,7 +55,7 @@ def lift(
 
     Warning:
       Where the singular values \(s_r\) and \(s_{r+1}\) are equal the fit is not unique, and neither is the selection.
-      The released optimiser takes the largest entries only if its mask type says so in a word that the released
+      The released optimizer takes the largest entries only if its mask type says so in a word that the released
       scripts leave out; this function does what the paper says.
 
     Example:

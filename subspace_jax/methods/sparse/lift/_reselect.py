@@ -1,4 +1,4 @@
-"""Selects the trained entries of sparse weights anew, and takes the optimiser's state along."""
+"""Selects the trained entries of sparse weights anew, and takes the optimizer's state along."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def reselect_principal(adapted: Any, state: S, method: Method, *, key: jax.Array
 
     Args:
       adapted: tree with `SparseDelta` weights.
-      state: the optimiser's state; every array in it that stands at the place of a weight's trained values, and has
+      state: the optimizer's state; every array in it that stands at the place of a weight's trained values, and has
         their shape, is taken along. Other arrays stay.
       method: what selects: the `lift(...)` that made the weights. Only weights of its name are touched.
-      key: a random key, consumed; used by a randomised decomposition.
+      key: a random key, consumed; used by a randomized decomposition.
 
     Returns:
       The tree and the state after the selection; both of the structure and shapes that they had.
@@ -63,7 +63,7 @@ def reselect_principal(adapted: Any, state: S, method: Method, *, key: jax.Array
 
 
 def refresh_due(step: jax.Array | int, every: int) -> Any:
-    r"""Tells whether entries are selected anew after optimiser step number `step` (1, 2, ...).
+    r"""Tells whether entries are selected anew after optimizer step number `step` (1, 2, ...).
 
     \((n + 1) \bmod T = 0\), so the first time is after step \(T - 1\), as in the released program.
 

@@ -30,7 +30,7 @@ def scale_by_lift_adam(
 ) -> optax.GradientTransformation:
     r"""Returns Adam's direction with a choice of where epsilon goes.
 
-    "hf": \(\sqrt{1-\beta_2^t} / (1-\beta_1^t) \cdot m / (\sqrt{v} + \epsilon)\), the released optimiser's; "optax":
+    "hf": \(\sqrt{1-\beta_2^t} / (1-\beta_1^t) \cdot m / (\sqrt{v} + \epsilon)\), the released optimizer's; "optax":
     \(\hat m / (\sqrt{\hat v} + \epsilon)\). They differ while \(t\) is small or gradients are as small as epsilon.
 
     Args:
@@ -78,7 +78,7 @@ def lift_adam(
     eps_mode: EpsMode = "hf",
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Returns the optimiser of LIFT with its published constants.
+    """Returns the optimizer of LIFT with its published constants.
 
     Published rates are 5e-5 to 2e-4 with a linear decay after a warm-up over 3 % of the steps.
 

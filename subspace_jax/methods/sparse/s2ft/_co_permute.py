@@ -21,7 +21,7 @@ class Coupling:
 
     Attributes:
       axes: by path, the axis that runs over the units. Its size is a multiple of `units`: a head of width 64 is 64
-        neighbours that stay together. Whatever else is tied to a unit (a norm's scale, a per-channel quantisation
+        neighbors that stay together. Whatever else is tied to a unit (a norm's scale, a per-channel quantization
         scale) belongs here too.
       units: number of heads or channels.
       grouped: by path, the axis that runs over groups of units: keys and values of grouped-query attention.
@@ -47,7 +47,7 @@ def coupled_order(
 
     The first selection is then the first two parts, the second the middle two. Under grouped-query attention a head
     may only move together with its group: groups are ordered so, and heads inside a group, selected ones first; heads
-    selected one by one then need not become neighbours.
+    selected one by one then need not become neighbors.
 
     Args:
       first: mask `(*stack, units)` of value heads or up channels, or `(*stack, groups)`; None for none.
@@ -165,7 +165,7 @@ def _of_groups(order: np.ndarray, groups: int) -> np.ndarray:
 
 
 def _take(path: str, leaf: Any, axis: int, order: np.ndarray, stack: int) -> Any:
-    """One array with its units in order; the neighbours that make a unit stay together."""
+    """One array with its units in order; the neighbors that make a unit stay together."""
     if not -leaf.ndim <= axis < leaf.ndim or axis % leaf.ndim < stack or leaf.shape[axis] % order.shape[-1]:
         raise RoleError(
             f"{path}: axis {axis} of shape {leaf.shape} does not run over {order.shape[-1]} units behind {stack} "

@@ -86,7 +86,7 @@ def slots_of(mask: np.ndarray) -> tuple[np.ndarray | None, int, int]:
 
     Returns:
       Positions `(*stack, slots)` int32, padded with the number of units; None where every layer has the same
-      neighbouring units, of which the first and the number follow.
+      neighboring units, of which the first and the number follow.
 
     Example:
       >>> slots_of(np.array([False, True, True, False]))

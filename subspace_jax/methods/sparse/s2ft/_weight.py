@@ -29,9 +29,9 @@ class DenseSlice(Weight):
       base: \(W\), of the weight's shape, or a weight that stands for it.
       rows: what is trained of the selected rows, `[*stack, slots, out]` float32; None where columns learn.
       columns: likewise of columns, `[*stack, in, slots]`.
-      selected: which rows or columns, `[*stack, slots]` int32; None for `slots` neighbours from `start` on. A slot
+      selected: which rows or columns, `[*stack, slots]` int32; None for `slots` neighbors from `start` on. A slot
         that holds the number of rows (columns) is padding and does nothing.
-      start: the first of the neighbours.
+      start: the first of the neighbors.
       parameterization: "delta" trains the change; "in_place" the rows or columns themselves.
     """
 

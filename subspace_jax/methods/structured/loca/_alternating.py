@@ -23,8 +23,8 @@ class AlternatingState(NamedTuple):
 
     Attributes:
       count: steps so far, int32 scalar.
-      coefficients: state of the optimiser of everything but locations.
-      locations: state of the optimiser of locations.
+      coefficients: state of the optimizer of everything but locations.
+      locations: state of the optimizer of locations.
     """
 
     count: jax.Array
@@ -43,13 +43,13 @@ def alternating(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains LoCA's coefficients and locations in turns, and after a cut-off the coefficients alone.
 
-    Each turn advances one optimiser: what rests keeps its values, moments and step count bit for bit, and neither
+    Each turn advances one optimizer: what rests keeps its values, moments and step count bit for bit, and neither
     decays nor counts in a norm that the other clips by. The first turn is the coefficients', as locations learn nothing
     while those are zero.
 
     Args:
-      coefficients: optimiser of every array that is no location, other methods' and a head's included.
-      locations: optimiser of the locations, `optax.adam(1e-4)` as published.
+      coefficients: optimizer of every array that is no location, other methods' and a head's included.
+      locations: optimizer of the locations, `optax.adam(1e-4)` as published.
       cutoff_step: locations rest from this step on; about a tenth of all steps.
       coefficient_steps: length of a turn of the coefficients.
       location_steps: length of a turn of the locations.
@@ -83,7 +83,7 @@ def alternating(
         if not jax.tree.leaves(places):
             raise ValueError(
                 "alternating: the parameters hold no locations of LoCA. Pass the trainable tree of sj.partition() "
-                "of a model with sj.loca(); after fix_locations() the optimiser of the coefficients serves alone."
+                "of a model with sj.loca(); after fix_locations() the optimizer of the coefficients serves alone."
             )
         return AlternatingState(jnp.zeros([], jnp.int32), first.init(_select(params, False)), second.init(places))
 

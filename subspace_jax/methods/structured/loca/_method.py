@@ -25,7 +25,7 @@ def loca(
 
     \(W + \alpha\,C_{in}^T S\,C_{out}\) with orthonormal cosine transforms \(C\) and a spectrum \(S\) of `count`
     coefficients \(a\), zero at the start, at places \(l = \mathrm{round}(u (d - 1))\), uniform at the start. Those that
-    share a place add up. Places learn by central differences over neighbouring cells.
+    share a place add up. Places learn by central differences over neighboring cells.
 
     Few values are not few operations: locations learn from the spectrum of the whole gradient. For n rows and a kernel
     of \(K = d_{in} d_{out}\) entries a step has 6 n K operations with the formed weight, where LoRA's has 4 n K, and

@@ -28,7 +28,7 @@ class CosineSpectrum(Weight):
     r"""\(W + \alpha\,C^T S\,C\) with a frozen \(W\), cosine bases \(C\) and a spectrum \(S\) of few coefficients.
 
     Coefficient \(a_j\) is added to \(S\) at the cell \(l_j = \mathrm{round}(u_j (d - 1))\) of its location \(u_j\).
-    Locations get the central difference of the loss over neighbouring cells, \(\frac{1}{2} a_j (Z_{l+1} - Z_{l-1})\)
+    Locations get the central difference of the loss over neighboring cells, \(\frac{1}{2} a_j (Z_{l+1} - Z_{l-1})\)
     with \(Z = C\,\alpha G\,C^T\), clipped to \([-1, 1]\), times \(d - 1\). A weight used in several places of a model
     has the difference of each place clipped on its own.
 
@@ -183,12 +183,12 @@ def cell(location: jax.Array, size: int, highest: float) -> jax.Array:
 
 
 def _through_rounding(difference: jax.Array, location: jax.Array, size: int, highest: float) -> jax.Array:
-    """The gradient of a location from the central difference of the loss over its neighbouring cells."""
+    """The gradient of a location from the central difference of the loss over its neighboring cells."""
     inside = (location >= 0.0) & (location <= highest)
     return jnp.where(inside, jnp.clip(difference, -1.0, 1.0) * (size - 1), 0.0).astype(location.dtype)
 
 
-def _neighbours(cells: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def _neighbors(cells: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return jnp.minimum(cells + 1, size - 1), jnp.maximum(cells - 1, 0)
 
 
@@ -212,7 +212,7 @@ def _located_vectors_forward(location: jax.Array, size: int, highest: float):
 
 
 def _located_vectors_backward(size: int, highest: float, location: jax.Array, cotangent: jax.Array):
-    above, below = _neighbours(cell(location, size, highest), size)
+    above, below = _neighbors(cell(location, size, highest), size)
     step = cosine_vectors(above, size, location.dtype) - cosine_vectors(below, size, location.dtype)
     return (_through_rounding(0.5 * jnp.sum(cotangent * step, axis=-1), location, size, highest),)
 
@@ -257,7 +257,7 @@ def _located_sum_backward(
     spectrum = cosine_transform(cotangent, fft=fft)
     rows, columns = (cell(u, size, highest) for u, size in zip(locations, sizes, strict=True))
     (above_row, below_row), (above_column, below_column) = (
-        _neighbours(at, size) for at, size in zip((rows, columns), sizes, strict=True)
+        _neighbors(at, size) for at, size in zip((rows, columns), sizes, strict=True)
     )
     steps = (
         spectrum[above_row, columns] - spectrum[below_row, columns],

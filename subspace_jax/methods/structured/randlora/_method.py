@@ -93,7 +93,7 @@ def randlora(
       Compiled steps of the benchmark's 4 layers of width 512, all kernels adapted, 512 tokens: `randlora(32)` takes
       66.0 GFLOP, 2.09 times the 31.6 of `lora(32)` and 1.56 times the 42.3 of full fine-tuning, and 0.75 times the
       87.8 of `lora(512)`, whose update can have the same rank. With 4,096 tokens it takes 1.41 times those of
-      `lora(32)`. What it saves beside full fine-tuning is the optimiser's state and the size of files.
+      `lora(32)`. What it saves beside full fine-tuning is the optimizer's state and the size of files.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj

@@ -39,7 +39,7 @@ from subspace_jax.methods.structured.soka._weight import KroneckerSum
 
 # Up to this many rows or columns of the rearranged matrix a full decomposition is quick.
 EXACT_UP_TO = 2048
-# Columns beyond the wanted ones of a randomised decomposition.
+# Columns beyond the wanted ones of a randomized decomposition.
 OVERSAMPLE = 10
 
 Split = Sequence[int]
@@ -79,7 +79,7 @@ def soka(
       delta: a change of the weights, as a tree of arrays with their paths, to decompose instead of the weights. The
         weights then stay as bases, and the start is the weight plus the terms of its change.
       svd: "exact", "randomized", or "auto", which is exact up to a side of 2048 of the rearranged weight. The
-        randomised one knows the whole energy, but looks for the elbow among the leading `most` + 10 values only.
+        randomized one knows the whole energy, but looks for the elbow among the leading `most` + 10 values only.
       residual_dtype: dtype of \(W_{res}\); that of the weight if None.
 
     Returns:

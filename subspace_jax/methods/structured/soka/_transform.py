@@ -32,7 +32,7 @@ def prune_terms(
       most: at most so many terms stay.
 
     Returns:
-      The tree with other masks and bases. The optimiser's moments of retired terms may stay as they are.
+      The tree with other masks and bases. The optimizer's moments of retired terms may stay as they are.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj

@@ -25,7 +25,7 @@ def grassmann_sgd(
     \(V \leftarrow \mu P_S(V) + P_S(G)\) with \(P_S(A) = A - S S^T A\), then along the geodesic: with the thin SVD
     \(V = U \Sigma W^T\), \(S \leftarrow (S W \cos \eta\Sigma - U \sin \eta\Sigma) W^T\). No dampening, no Nesterov, no
     weight decay: that has no meaning for subspaces. Give it the head of `GrassmannHead`, and the backbone
-    any other optimiser, in one chain.
+    any other optimizer, in one chain.
 
     Args:
       learning_rate: \(\eta\), a number or schedule; the authors' is that of the backbone's SGD, and reaches 0.1 beside
@@ -35,7 +35,7 @@ def grassmann_sgd(
       transport: "project" is the paper's form above; "none" the authors' code, which sums Euclidean gradients and
         projects their sum. They differ at second order in the step.
       retraction: "exponential" is the method; "qr" is cheaper and first-order.
-      renormalize_every: steps from one QR factorisation to the next; the authors' 5, and 1 beside AdamW and LAMB.
+      renormalize_every: steps from one QR factorization to the next; the authors' 5, and 1 beside AdamW and LAMB.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
