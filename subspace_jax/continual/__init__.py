@@ -5,15 +5,10 @@ from subspace_jax.continual._learner import LearnerState as LearnerState
 from subspace_jax.continual._learner import Loss as Loss
 from subspace_jax.continual._learner import Selector as Selector
 from subspace_jax.continual._learner import StreamError as StreamError
-from subspace_jax.continual._learner import adapted_of as adapted_of
-from subspace_jax.continual._learner import check_end as check_end
-from subspace_jax.continual._learner import check_start as check_start
 from subspace_jax.continual._learner import check_tasks as check_tasks
-from subspace_jax.continual._learner import end_state as end_state
 from subspace_jax.continual._learner import init_opt_state as init_opt_state
-from subspace_jax.continual._learner import initial_state as initial_state
-from subspace_jax.continual._learner import make_step as make_step
 from subspace_jax.continual._learner import rules_of as rules_of
+from subspace_jax.continual._make_learner import make_learner as make_learner
 from subspace_jax.continual._scores import StreamScores as StreamScores
 from subspace_jax.continual._scores import stream_scores as stream_scores
 from subspace_jax.continual._sequential import joint_learner as joint_learner
@@ -33,15 +28,10 @@ __all__ = [
     "StreamResult",
     "StreamScores",
     "StreamTask",
-    "adapted_of",
-    "check_end",
-    "check_start",
     "check_tasks",
-    "end_state",
     "init_opt_state",
-    "initial_state",
     "joint_learner",
-    "make_step",
+    "make_learner",
     "rules_of",
     "run_stream",
     "sequential_learner",

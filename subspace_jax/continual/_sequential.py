@@ -8,18 +8,8 @@ from typing import Any
 import jax
 import optax
 
-from subspace_jax.continual._learner import (
-    Learner,
-    LearnerState,
-    Loss,
-    adapted_of,
-    check_end,
-    check_start,
-    end_state,
-    init_opt_state,
-    initial_state,
-    make_step,
-)
+from subspace_jax.continual._learner import Learner, LearnerState, Loss, init_opt_state
+from subspace_jax.continual._make_learner import make_learner
 from subspace_jax.core import Role, adapt
 
 
@@ -49,20 +39,9 @@ def sequential_learner(
       (1.0, 1, [[0.8999999761581421], [0.8999999761581421]])
     """
 
-    def init(params: Any, key: jax.Array) -> LearnerState:
-        return initial_state(adapt(params, rules, key=key, roles=roles))
-
-    def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
-        del key
-        check_start("sequential_learner", state, task)
-        return state._replace(opt_state=init_opt_state(optimizer, state.adapted))
-
-    def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
-        del batches
-        check_end("sequential_learner", state, task)
-        return end_state(state)
-
-    return Learner("sequential", init, start_task, make_step(loss, _plain(optimizer)), end_task, adapted_of)
+    return make_learner(
+        "sequential", loss, optimizer, adapt=lambda params, key: adapt(params, rules, key=key, roles=roles)
+    )
 
 
 def joint_learner(
@@ -92,26 +71,20 @@ def joint_learner(
       2
     """
 
-    def init(params: Any, key: jax.Array) -> LearnerState:
-        adapted = adapt(params, rules, key=key, roles=roles)
-        return initial_state(adapted, init_opt_state(optimizer, adapted))
-
-    def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
-        del key
-        check_start("joint_learner", state, task)
+    def start(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
+        del task, key
         return state._replace(opt_state=state.memory, memory=None)
 
-    def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
-        del batches
-        check_end("joint_learner", state, task)
-        return end_state(state, memory=state.opt_state)
+    def end(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+        del task, batches
+        return state._replace(memory=state.opt_state)
 
-    return Learner("joint", init, start_task, make_step(loss, _plain(optimizer)), end_task, adapted_of)
-
-
-def _plain(optimizer: optax.GradientTransformation) -> Any:
-    def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
-        del frozen
-        return optimizer.update(gradients, state.opt_state, trainable)
-
-    return update
+    return make_learner(
+        "joint",
+        loss,
+        optimizer,
+        adapt=lambda params, key: adapt(params, rules, key=key, roles=roles),
+        memory=lambda adapted: init_opt_state(optimizer, adapted),
+        start=start,
+        end=end,
+    )

@@ -9,20 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from subspace_jax.continual import (
-    Learner,
-    LearnerState,
-    Loss,
-    Selector,
-    adapted_of,
-    check_end,
-    check_start,
-    end_state,
-    init_opt_state,
-    initial_state,
-    make_step,
-    rules_of,
-)
+from subspace_jax.continual import Learner, LearnerState, Loss, Selector, init_opt_state, make_learner, rules_of
 from subspace_jax.core import Role, StructureError, adapt, full, map_with_paths, select_paths
 from subspace_jax.methods.continual.coso._memory import next_task
 from subspace_jax.methods.continual.coso._transform import CosoState
@@ -87,34 +74,35 @@ def learner(
     compiled = jax.jit(finish)
     both = optax.multi_transform({"selected": optimizer, "others": rules_optimizer or optax.identity()}, labels)
 
-    def init(params: Any, key: jax.Array) -> LearnerState:
-        adapted = adapt(params, rules_of(select, full(), rules), key=key, roles=roles)
+    def selected_state(adapted: Any) -> Any:
         held = init_opt_state(both, adapted).inner_states["selected"]
         if not any(isinstance(n, CosoState) for n in jax.tree.leaves(held, is_leaf=lambda v: isinstance(v, CosoState))):
             raise StructureError("coso.learner: optimizer= holds no coso; pass sj.coso(learning_rate, ...).")
-        return initial_state(adapted, held)
+        return held
 
-    def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
-        del key
-        check_start("coso.learner", state, task)
+    def start(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
+        del task, key
         new = init_opt_state(both, state.adapted)
         opt_state = new._replace(inner_states={**new.inner_states, "selected": state.memory})
         return state._replace(opt_state=opt_state, memory=None)
 
-    def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
-        del batches
-        check_end("coso.learner", state, task)
+    def end(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+        del task, batches
         held = state.opt_state.inner_states["selected"]
         memory = compiled(held)
         if _is_full(memory):  # the compiled program drops what has no room; this one refuses it
             memory = finish(held)
-        return end_state(state, memory=memory)
+        return state._replace(memory=memory)
 
-    def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
-        del frozen
-        return both.update(gradients, state.opt_state, trainable)
-
-    return Learner("coso", init, start_task, make_step(loss, update), end_task, adapted_of)
+    return make_learner(
+        "coso",
+        loss,
+        both,
+        adapt=lambda params, key: adapt(params, rules_of(select, full(), rules), key=key, roles=roles),
+        memory=selected_state,
+        start=start,
+        end=end,
+    )
 
 
 def _is_full(state: Any) -> bool:

@@ -8,21 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from subspace_jax.continual import (
-    Learner,
-    LearnerState,
-    Loss,
-    Selector,
-    StreamError,
-    adapted_of,
-    check_end,
-    check_start,
-    end_state,
-    init_opt_state,
-    initial_state,
-    make_step,
-    rules_of,
-)
+from subspace_jax.continual import Learner, LearnerState, Loss, Selector, StreamError, make_learner, rules_of
 from subspace_jax.core import Role, adapt, capture, full, leaves_with_paths, merge, select_paths
 from subspace_jax.methods.continual.gpm._memory import GPMMemory, init_memory, next_task
 from subspace_jax.optim import ProjectState, SandwichState, sandwich
@@ -83,23 +69,15 @@ def learner(
     if not 0.0 < columns <= 1.0:
         raise StreamError(f"gpm.learner: columns={columns}; expected a share of the input dimensions in (0, 1].")
 
-    def init(params: Any, key: jax.Array) -> LearnerState:
-        adapted = adapt(params, rules_of(select, full(), rules), key=key, roles=roles)
-        chosen = set(select_paths(params, select))
-        return initial_state(adapted, {p: _empty(p, w, columns) for p, w in leaves_with_paths(adapted) if p in chosen})
+    def empty(adapted: Any) -> dict[str, GPMMemory]:
+        chosen = set(select_paths(adapted, select))
+        return {path: _empty(path, weight, columns) for path, weight in leaves_with_paths(adapted) if path in chosen}
 
-    def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
-        del key
-        check_start("gpm.learner", state, task)
-        return state._replace(opt_state=init_opt_state(optimizer, state.adapted))
-
-    def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
-        check_end("gpm.learner", state, task)
-        known = {p: w.role for p, w in leaves_with_paths(state.adapted) if p in state.memory}
-        params = merge(state.adapted)
-        found = capture(loss, params, batches, select=list(known), roles=known, mask=mask)
+    def end(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+        known = {path: weight.role for path, weight in leaves_with_paths(state.adapted) if path in state.memory}
+        found = capture(loss, merge(state.adapted), batches, select=list(known), roles=known, mask=mask)
         share = threshold(task) if callable(threshold) else threshold
-        return end_state(state, memory={p: _remember(m, found[p].gram, share) for p, m in state.memory.items()})
+        return state._replace(memory={p: _remember(m, found[p].gram, share) for p, m in state.memory.items()})
 
     def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
         del frozen
@@ -109,7 +87,15 @@ def learner(
         updates, new = sandwich(optimizer, bases).update(gradients, held, trainable, basis=bases)
         return updates, new.inner  # pyright: ignore[reportAttributeAccessIssue]
 
-    return Learner("gpm", init, start_task, make_step(loss, update), end_task, adapted_of)
+    return make_learner(
+        "gpm",
+        loss,
+        optimizer,
+        adapt=lambda params, key: adapt(params, rules_of(select, full(), rules), key=key, roles=roles),
+        memory=empty,
+        end=end,
+        update=update,
+    )
 
 
 def _empty(path: str, weight: Any, columns: float) -> GPMMemory:

@@ -8,21 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from subspace_jax.continual import (
-    Learner,
-    LearnerState,
-    Loss,
-    Selector,
-    adapted_of,
-    check_end,
-    check_start,
-    check_tasks,
-    end_state,
-    init_opt_state,
-    initial_state,
-    make_step,
-    rules_of,
-)
+from subspace_jax.continual import Learner, LearnerState, Loss, Selector, check_tasks, make_learner, rules_of
 from subspace_jax.core import Role, adapt
 from subspace_jax.methods.continual.o_lora._method import next_task, o_lora, penalty
 
@@ -77,22 +63,15 @@ def learner(
     # The task that runs has a pair of its own, so that room is needed for those before the last.
     method = o_lora(rank, tasks=max(tasks - 1, 1), alpha=alpha, dropout=dropout)
 
-    def init(params: Any, key: jax.Array) -> LearnerState:
-        return initial_state(adapt(params, rules_of(select, method, rules), key=key, roles=roles))
+    def start(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
+        return state._replace(adapted=next_task(state.adapted, task - 1, key=key)) if task else state
 
-    def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
-        check_start("o_lora.learner", state, task, tasks)
-        adapted = next_task(state.adapted, task - 1, key=key) if task else state.adapted
-        return state._replace(adapted=adapted, opt_state=init_opt_state(optimizer, adapted))
-
-    def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
-        del batches
-        check_end("o_lora.learner", state, task)
-        return end_state(state)
-
-    def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
-        del frozen
-        return optimizer.update(gradients, state.opt_state, trainable)
-
-    step = make_step(loss, update, lambda whole: penalty(whole, overlap_weight, norm_weight))
-    return Learner("o_lora", init, start_task, step, end_task, adapted_of)
+    return make_learner(
+        "o_lora",
+        loss,
+        optimizer,
+        adapt=lambda params, key: adapt(params, rules_of(select, method, rules), key=key, roles=roles),
+        start=start,
+        penalty=lambda whole: penalty(whole, overlap_weight, norm_weight),
+        tasks=tasks,
+    )

@@ -16,14 +16,8 @@ from subspace_jax.continual import (
     Loss,
     Selector,
     StreamError,
-    adapted_of,
-    check_end,
-    check_start,
     check_tasks,
-    end_state,
-    init_opt_state,
-    initial_state,
-    make_step,
+    make_learner,
     rules_of,
 )
 from subspace_jax.core import Role, adapt, leaves_with_paths, merge, select_paths
@@ -102,26 +96,28 @@ def learner(
         found = {path: np.asarray(value) for path, value in state.memory.items()}
         return ranks(found, state.adapted, floor=floor, target=target, roles=roles) if task else 0
 
-    def init(params: Any, key: jax.Array) -> LearnerState:
-        abstract = jax.eval_shape(lambda p: split(p, 0, key), params)  # refuses bad patterns and shapes now
+    def unsplit(params: Any, key: jax.Array) -> Any:
+        jax.eval_shape(lambda p: split(p, 0, key), params)  # refuses bad patterns and shapes now
+        return params
+
+    def no_importance(params: Any) -> Any:
         if preserved != "importance":
-            return initial_state(params)
-        chosen, leaves = set(select_paths(params, select)), leaves_with_paths(abstract)
-        return initial_state(params, {p: jnp.zeros(w.role.stack_shape(w.shape)) for p, w in leaves if p in chosen})
+            return None
+        split_params = jax.eval_shape(lambda p: split(p, 0, jax.random.key(0)), params)
+        chosen, leaves = set(select_paths(params, select)), leaves_with_paths(split_params)
+        return {path: jnp.zeros(w.role.stack_shape(w.shape)) for path, w in leaves if path in chosen}
 
-    def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
-        check_start("osf.learner", state, task, tasks)
-        adapted = split(state.adapted, share_of(state, task), key)
-        return state._replace(adapted=adapted, opt_state=init_opt_state(optimizer, adapted))
+    def start(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
+        return state._replace(adapted=split(state.adapted, share_of(state, task), key))
 
-    def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
-        check_end("osf.learner", state, task)
+    def end(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+        del task
         params = merge(state.adapted)
         if preserved != "importance":
-            return end_state(state, adapted=params)
-        known = {p: w.role for p, w in leaves_with_paths(state.adapted) if p in state.memory}
+            return state._replace(adapted=params)
+        known = {path: w.role for path, w in leaves_with_paths(state.adapted) if path in state.memory}
         found = importance(loss, params, batches, select=list(known), roles=known)
-        return end_state(state, adapted=params, memory={p: jnp.asarray(v, jnp.float32) for p, v in found.items()})
+        return state._replace(adapted=params, memory={p: jnp.asarray(v, jnp.float32) for p, v in found.items()})
 
     def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
         # The frozen tree holds the singular vectors; the optimizer's state need not hold them again.
@@ -129,4 +125,6 @@ def learner(
         updates, new = projection(optimizer, frozen).update(gradients, held, trainable, frozen=frozen)
         return updates, new.inner  # pyright: ignore[reportAttributeAccessIssue]
 
-    return Learner("osf", init, start_task, make_step(loss, update), end_task, adapted_of)
+    return make_learner(
+        "osf", loss, optimizer, adapt=unsplit, memory=no_importance, start=start, end=end, update=update, tasks=tasks
+    )
