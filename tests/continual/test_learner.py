@@ -319,3 +319,17 @@ def test_bad_arguments_are_refused():
         sj.methods.osf.learner(loss, "kernle", sgd, tasks=2).init(parameters(), key)
     with pytest.raises(RoleError, match=r"heads: shape \(5, 16, 3\)"):
         sj.methods.gpm.learner(loss, "heads", sgd).init(parameters(), key)
+
+
+def test_osf_by_importance_goes_through_layers_that_turn_their_inputs_round():
+    """A kernel near -1 has a cosine near -1, by which nothing can be measured: the target share is frozen."""
+    square = lambda params, batch: sj.with_adapters(lambda p: jnp.mean((batch @ p["w"] - 1.0) ** 2))(params)
+    learner = sj.methods.osf.learner(square, "w", optax.sgd(0.01), tasks=2, preserved="importance", target=0.5)
+    state = learner.init({"w": -jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))}, jax.random.key(0))
+    state = learner.start_task(state, 0, jax.random.key(1))
+    state, _ = learner.step(state, jnp.eye(4), jax.random.key(2))
+    state = learner.end_task(state, 0, [jnp.eye(4)])
+    assert float(state.memory["w"]) < 0
+    with pytest.warns(UserWarning, match="mean importance"):
+        state = learner.start_task(state, 1, jax.random.key(1))
+    assert int(jnp.sum(state.adapted["w"].live)) == 2

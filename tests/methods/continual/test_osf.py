@@ -145,6 +145,16 @@ def test_importance_of_scanned_layers_is_by_layer():
         np.testing.assert_allclose(found[i], expected, rtol=1e-4)
 
 
+def test_without_a_positive_mean_every_layer_keeps_the_target_share():
+    """Cosines of inputs and outputs are negative in most random networks; ranks stay inside 1..q for all of them."""
+    params = {"v": jnp.zeros((10, 30)), "w": jnp.zeros((10, 10))}
+    with pytest.warns(UserWarning, match="mean importance is -0.1"):
+        found = sj.methods.osf.ranks({"v": 0.1, "w": -0.3}, params, target=0.6)
+    assert (found["v"], found["w"]) == (6, 6)
+    found = sj.methods.osf.ranks({"v": 0.3, "w": -0.2}, params)  # mean 0.05: ratios 4.3 and -2.7
+    assert (found["v"], found["w"]) == (10, 1)
+
+
 def test_ranks_follow_importance():
     params = {"v": jnp.zeros((20, 20)), "w": jnp.zeros((3, 20, 30)), "u": jnp.zeros((20, 20))}
     importance = {"v": 0.2, "w": np.array([0.1, 0.4, 0.2])}
@@ -172,7 +182,7 @@ def test_bad_options_are_refused_by_name():
         sj.methods.osf.schedule(0, 3)
     with pytest.raises(PatternError, match=r"v: osf\.ranks"):
         sj.methods.osf.ranks({"v": 1.0}, {"w": jnp.zeros((2, 2))})
-    with pytest.raises(RankError, match="mean importance"):
-        sj.methods.osf.ranks({"w": -1.0}, {"w": jnp.zeros((2, 2))})
+    with pytest.raises(RankError, match="w: .*not finite"):
+        sj.methods.osf.ranks({"w": np.nan}, {"w": jnp.zeros((2, 2))})
     with pytest.raises(StatisticsError, match="no batches"):
         sj.methods.osf.importance(lambda p, x: x @ p["w"], {"w": jnp.zeros((2, 2))}, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -195,7 +196,8 @@ def ranks(
     r"""Returns the ranks to preserve by the importance of each layer: the adaptive policy of the paper.
 
     \(\rho_l = \mathrm{floor} + I_l\,(\mathrm{target} - \mathrm{floor})\), where \(I_l\) is divided by its mean over all
-    layers, and \(k_l = \mathrm{clip}(\mathrm{round}(\rho_l\,q), 1, q)\).
+    layers, and \(k_l = \mathrm{clip}(\mathrm{round}(\rho_l\,q), 1, q)\). Cosines can be negative; where their mean is not
+    positive the division means nothing, and every layer counts as one of mean importance, with a warning.
 
     Args:
       importance: \(I_l\) by path, a number or `[*stack]`, from `osf.importance`.
@@ -209,7 +211,7 @@ def ranks(
 
     Raises:
       PatternError: a path is not in the tree.
-      RankError: the mean importance is not positive.
+      RankError: an importance is not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -219,8 +221,16 @@ def ranks(
     """
     values = {path: np.asarray(value, np.float64) for path, value in importance.items()}
     mean = np.mean(np.concatenate([v.ravel() for v in values.values()]))
-    if not mean > 0:
-        raise RankError(f"osf.ranks: the mean importance is {mean:.3g}; expected a positive one to divide by.")
+    if not np.isfinite(mean):
+        bad = next(path for path, value in values.items() if not np.isfinite(value).all())
+        raise RankError(f"{bad}: osf.ranks: the importance is not finite; expected the cosines of osf.importance.")
+    if mean <= 0.0:
+        warnings.warn(
+            f"osf.ranks: the mean importance is {mean:.3g}, which no importance can be measured by; every layer keeps "
+            f"target={target} of its singular values. Cosines of inputs and outputs are negative in many networks.",
+            stacklevel=2,
+        )
+        values, mean = {path: np.ones_like(value) for path, value in values.items()}, 1.0
     smaller = _smaller_sides(values, params, roles)
     ratio = {path: floor + value / mean * (target - floor) for path, value in values.items()}
     return {p: np.clip(np.round(r * smaller[p]), 1, smaller[p]).astype(np.int32) for p, r in ratio.items()}
