@@ -45,11 +45,6 @@ def number(value: float | None, digits: int = 2, absent: str = "-") -> str:
     return absent if value is None else f"{value:.{digits}f}"
 
 
-def names() -> list[str]:
-    """Returns the names of all benchmarks: the public modules of this package."""
-    return runner.names(benchmarks)
-
-
 def find(name: str) -> Benchmark:
     """Returns a benchmark.
 
@@ -57,9 +52,6 @@ def find(name: str) -> Benchmark:
       name: its name.
 
     Raises:
-      SystemExit: there is none of this name; the message has the nearest ones.
+      KeyError: there is none of this name; the message has the nearest ones.
     """
-    try:
-        return runner.find_module(name, benchmarks, "benchmark").BENCHMARK
-    except KeyError as error:
-        raise SystemExit(error.args[0]) from error
+    return runner.entry(benchmarks, name)

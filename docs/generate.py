@@ -149,10 +149,9 @@ def _listed(value: Any) -> Any:
 
 def experiments_table() -> str:
     """Returns every experiment with its claim and its command."""
-    names = [name for name in runner.names() if name not in ("quickstart", "adapters")]
-    names.sort(key=lambda name: (runner.family(name), name))
+    found = [(f, name) for f, name in runner.by_family(experiments) if name not in ("quickstart", "adapters")]
     rows = [["family", "experiment", "what it shows"]]
-    rows += [[runner.family(name).replace("_", " "), f"`{name}`", runner.find(name).claim] for name in names]
+    rows += [[family.replace("_", " "), f"`{name}`", runner.find(name).claim] for family, name in found]
     return markdown_table(rows)
 
 

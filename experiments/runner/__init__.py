@@ -1,10 +1,14 @@
 """What runs experiments and benchmarks: settings, command line, progress, results and tables."""
 
-from experiments.runner._cli import configure as configure
 from experiments.runner._cli import main as main
+from experiments.runner._commands import Settings as Settings
+from experiments.runner._commands import by_family as by_family
+from experiments.runner._commands import configure as configure
+from experiments.runner._commands import entry as entry
+from experiments.runner._commands import list_entries as list_entries
+from experiments.runner._commands import run_commands as run_commands
 from experiments.runner._experiment import Context as Context
 from experiments.runner._experiment import Experiment as Experiment
-from experiments.runner._registry import family as family
 from experiments.runner._registry import find as find
 from experiments.runner._registry import find_module as find_module
 from experiments.runner._registry import modules as modules
@@ -23,20 +27,24 @@ from experiments.runner._results import write_json as write_json
 __all__ = [
     "Context",
     "Experiment",
+    "Settings",
     "best_rates",
     "best_runs",
+    "by_family",
     "configure",
+    "entry",
     "environment",
-    "family",
     "find",
     "find_module",
     "human_bytes",
+    "list_entries",
     "main",
     "markdown_table",
     "mean_and_spread",
     "modules",
     "names",
     "read_json",
+    "run_commands",
     "terminal_table",
     "with_spread",
     "write_json",

@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+import experiments
 from experiments.runner import _registry
+from experiments.runner._commands import Settings, configure, list_entries, run_commands
 from experiments.runner._experiment import Context, Experiment
 from experiments.runner._results import environment, markdown_table, read_json, terminal_table, write_json
 
 OutFolder = Annotated[Path, tyro.conf.arg(help="Folder that receives the results, one folder per experiment.")]
-Settings = Annotated[
-    tuple[str, ...],
-    tyro.conf.arg(
-        name="set",
-        help="Settings as key=value, lists with commas: --set steps=100 seeds=0,1. `list NAME` shows the keys.",
-    ),
-]
 Resume = Annotated[bool, tyro.conf.arg(help="Keep finished parts of an earlier run with the same settings.")]
 
 
 def list_experiments(name: Annotated[str | None, tyro.conf.Positional] = None) -> None:
-    """Show all experiments with their claims, or one with its settings.
+    """Show all experiments by family with their claims, or one with its settings.
 
     Args:
       name: an experiment, to show its settings.
     """
-    console = Console()
-    if name is None:
-        table = Table("name", "what it shows", title="python -m experiments run NAME", title_justify="left")
-        for known in _registry.names():
-            table.add_row(known, _registry.find(known).claim)
-        console.print(table)
-        return
-    experiment = _registry.find(name)
-    console.print(f"[bold]{name}[/bold]: {experiment.claim}\n")
-    table = Table("setting", "default", title="--set setting=value", title_justify="left")
-    for field in dataclasses.fields(experiment.config):
-        table.add_row(field.name, repr(getattr(experiment.config(), field.name)))
-    console.print(table)
+    list_entries(experiments, name, Console())
 
 
 def run(
@@ -110,26 +91,6 @@ def fetch(names: tyro.conf.Positional[tuple[str, ...]] = ("quickstart",)) -> Non
     fetch_assets(names, progress=print)
 
 
-def configure(config: type, settings: Sequence[str]) -> Any:
-    """Returns a configuration with settings given as `key=value`, checked against the fields' types.
-
-    Args:
-      config: a dataclass with defaults.
-      settings: such as `steps=100` or `seeds=0,1,2`.
-
-    Raises:
-      SystemExit: a key or a value is unknown or of the wrong type; the message names it.
-    """
-    arguments: list[str] = []
-    known = [field.name for field in dataclasses.fields(config)]
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or key not in known:
-            raise SystemExit(f"--set {setting}: expected key=value with a key of {', '.join(known)}.")
-        arguments += [f"--{key.replace('_', '-')}", *value.split(",")]
-    return tyro.cli(tyro.conf.FlagConversionOff[config], args=arguments, prog="--set")
-
-
 def show(experiment: Experiment, results: dict[str, Any], folder: Path, console: Console) -> None:
     """Prints the table, writes it and the picture, and says where they are."""
     rows = experiment.rows(results)
@@ -155,12 +116,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "report": report,
         "fetch": fetch,
     }
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="python -m experiments",
-            description="Runnable experiments of subspace_jax: real data, baselines, several seeds.",
-            args=None if arguments is None else list(arguments),
-        )
-    except KeyError as error:
-        sys.exit(str(error.args[0]))
+    description = "Runnable experiments of subspace_jax: real data, baselines, several seeds."
+    run_commands(experiments, commands, description, arguments)

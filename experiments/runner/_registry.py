@@ -35,16 +35,6 @@ def names(package: ModuleType = experiments) -> list[str]:
     return sorted(modules(package))
 
 
-def family(name: str, package: ModuleType = experiments) -> str:
-    """Returns the folder that an experiment is in; "overview" for those that compare many methods.
-
-    >>> family("osf"), family("quickstart")
-    ('continual', 'overview')
-    """
-    parts = modules(package)[name].split(".")
-    return parts[1] if len(parts) > 2 else "overview"
-
-
 def find_module(name: str, package: ModuleType, kind: str) -> ModuleType:
     """Returns the public module of a package.
 

@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from benchmarks import _benchmark, _results
+import benchmarks
+from benchmarks import _results
 from benchmarks._charts import Chart, draw
+from experiments import runner
 
 
 def test_the_page_is_made_of_the_files():
@@ -18,7 +20,7 @@ def test_every_picture_of_the_page_is_there():
     assert all((_results.FOLDER / name).stat().st_size > 1000 for name in named)
 
 
-@pytest.mark.parametrize("name", _benchmark.names())
+@pytest.mark.parametrize("name", runner.names(benchmarks))
 def test_every_benchmark_is_recorded_on_a_cpu(name):
     assert (_results.FOLDER / f"{name}-cpu.json").exists()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import subspace_jax as sj
-from experiments import adapters
-from experiments.runner import _cli, read_json
+from experiments import adapters, runner
+from experiments.runner import read_json
 from subspace_jax.assets import is_available
 
 carried = pytest.mark.skipif(
@@ -51,7 +51,7 @@ def test_rates_are_among_those_tried():
 @carried
 def test_a_short_run(tmp_path):
     settings = ("steps=2", "seeds=0", "batch_size=4", "max_length=8", "train_size=32", "test_size=16", "rounds=2")
-    _cli.main(["run", "adapters", "--out", str(tmp_path), "--set", *settings, "methods=lora,corda"])
+    runner.main(["run", "adapters", "--out", str(tmp_path), "--set", *settings, "methods=lora,corda"])
     results = read_json(tmp_path / "adapters" / "result.json")
     assert [c["method"] for c in results["cells"]] == ["lora", "corda"]
     assert all(c["merged_difference"] < 1e-3 for c in results["cells"])

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from experiments.runner import _cli, _registry
+from experiments import runner
 
 
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as stop:
-        _cli.main(["--help"])
+        runner.main(["--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     for command in ("quickstart", "list", "run", "report", "fetch"):
@@ -19,34 +19,34 @@ def test_help_names_every_command(capsys):
 
 
 def test_list_shows_every_experiment_and_its_claim(capsys):
-    _cli.main(["list"])
+    runner.main(["list"])
     out = capsys.readouterr().out
-    for name in _registry.names():
+    for name in runner.names():
         assert name in out
-        assert _registry.find(name).claim.split()[0] in out
+        assert runner.find(name).claim.split()[0] in out
 
 
 def test_list_shows_the_settings_of_one(capsys):
-    _cli.main(["list", "quickstart"])
+    runner.main(["list", "quickstart"])
     out = capsys.readouterr().out
-    for field in dataclasses.fields(_registry.find("quickstart").config):
+    for field in dataclasses.fields(runner.find("quickstart").config):
         assert field.name in out
 
 
 def test_unknown_experiment_names_the_nearest():
     with pytest.raises(SystemExit, match="nearest: quickstart"):
-        _cli.main(["run", "quickstrt"])
+        runner.main(["run", "quickstrt"])
 
 
 @pytest.mark.parametrize("setting", ["stps=3", "steps"])
 def test_unknown_setting_lists_the_keys(setting):
     with pytest.raises(SystemExit, match="with a key of tasks"):
-        _cli.main(["run", "quickstart", "--set", setting])
+        runner.main(["run", "quickstart", "--set", setting])
 
 
 def test_settings_are_typed():
-    config = _registry.find("quickstart").config
-    made = _cli.configure(
+    config = runner.find("quickstart").config
+    made = runner.configure(
         config, ["steps=3", "seeds=4,5", "tasks=spam_assassin", "learning_rates=0.1,0.2", "tune=True"]
     )
     assert made == config(steps=3, seeds=(4, 5), tasks=("spam_assassin",), learning_rates=(0.1, 0.2), tune=True)
@@ -54,18 +54,18 @@ def test_settings_are_typed():
 
 def test_badly_typed_setting_is_refused(capsys):
     with pytest.raises(SystemExit):
-        _cli.configure(_registry.find("quickstart").config, ["steps=many"])
+        runner.configure(runner.find("quickstart").config, ["steps=many"])
     assert "steps" in capsys.readouterr().err
 
 
 def test_report_without_results_says_how_to_make_one(tmp_path):
     with pytest.raises(SystemExit, match="quickstart"):
-        _cli.main(["report", "--out", str(tmp_path)])
+        runner.main(["report", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("name", _registry.names())
+@pytest.mark.parametrize("name", runner.names())
 def test_every_experiment_is_whole(name):
-    experiment = _registry.find(name)
+    experiment = runner.find(name)
     assert experiment.name == name
     assert experiment.claim.endswith(".")
     experiment.config()

@@ -13,8 +13,9 @@ from PIL import Image
 from rich.console import Console
 
 import subspace_jax as sj
+from experiments import runner
 from experiments.continual import continual_text, continual_vision
-from experiments.runner import Context, _cli
+from experiments.runner import Context
 from experiments.tasks import streams
 from subspace_jax.assets import is_available
 from subspace_jax.data import ImageSplit, ImageTask, TextSplit, TextTask
@@ -91,7 +92,7 @@ def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(t
     plain = dataclasses.replace(continual_text.EXPERIMENT, assets=())
     monkeypatch.setattr(continual_text, "EXPERIMENT", plain)
     arguments = ["run", "continual_text", "--out", str(tmp_path), "--set", *SETTINGS, "tuning_tasks=2"]
-    _cli.main(arguments)
+    runner.main(arguments)
     folder = tmp_path / "continual_text"
     results = json.loads((folder / "result.json").read_text())
     assert [c["method"] for c in results["costs"]] == list(streams.METHODS)
@@ -114,7 +115,7 @@ def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(t
     assert [row[0] for row in rows[1:]] == list(streams.TITLES.values())
     assert Image.open(folder / "figure.png").size[0] > 500
     times = {p.name: p.stat().st_mtime_ns for p in (folder / "cells").iterdir()}
-    _cli.main([*arguments, "--resume"])
+    runner.main([*arguments, "--resume"])
     assert times == {p.name: p.stat().st_mtime_ns for p in (folder / "cells").iterdir()}
 
 

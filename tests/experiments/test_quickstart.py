@@ -7,8 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from experiments import quickstart
-from experiments.runner import _cli
+from experiments import quickstart, runner
 from subspace_jax.assets import is_available
 
 carried = pytest.mark.skipif(
@@ -52,7 +51,7 @@ def test_quickstart_end_to_end(tmp_path):
         *("quickstart", "--out", str(tmp_path), "--set", "steps=3", "tasks=rotten_tomatoes", "seeds=0"),
         *("batch_size=4", "max_length=16", "train_size=64", "test_size=24", "methods=head,dora,pissa"),
     ]
-    _cli.main(arguments)
+    runner.main(arguments)
     folder = tmp_path / "quickstart"
     results = json.loads((folder / "result.json").read_text())
     assert {c["method"] for c in results["cells"]} == {"head", "dora", "pissa"}
@@ -69,6 +68,6 @@ def test_quickstart_end_to_end(tmp_path):
     assert (folder / "figure.png").exists()
     assert (folder / "table.md").exists()
     times = {p.name: p.stat().st_mtime_ns for p in (folder / "cells").iterdir()}
-    _cli.main([*arguments, "--resume"])
+    runner.main([*arguments, "--resume"])
     assert times == {p.name: p.stat().st_mtime_ns for p in (folder / "cells").iterdir()}
     assert json.loads((folder / "result.json").read_text())["cells"] == results["cells"]
