@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+import experiments
 from experiments import runner
 
 
@@ -69,5 +70,5 @@ def test_every_experiment_is_whole(name):
     assert experiment.name == name
     assert experiment.claim.endswith(".")
     experiment.config()
-    module = __import__(f"experiments.{name}", fromlist=["x"])
+    module = runner.find_module(name, experiments, "experiment")
     assert f"python -m experiments run {name}" in module.__doc__ or name == "quickstart"
