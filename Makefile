@@ -1,6 +1,7 @@
 # Two commands do all the set-up from a fresh clone:
 #   make quickstart   the main job: fine-tune a pretrained MiniLM on real text, five ways
 #   make test         the tests
+# Contributors also use `make lint` (ruff and pyright) and `make tables`; see CONTRIBUTING.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -15,13 +16,18 @@ $(VENV)/.installed-$(EXTRAS): pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]"
 	touch "$@"
 
+# Pyright reads what the extras bring, so the linters join the environment of the tests.
+$(VENV)/.installed-lint: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/pip install --quiet --editable ".[lint]"
+	touch "$@"
+
 quickstart: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/python -m experiments quickstart
 
 test: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/python -m pytest -n 2 $(TESTS)
 
-lint:
+lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
