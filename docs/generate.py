@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchmarks
 import experiments
 import subspace_jax as sj
-from benchmarks._benchmark import find
 from experiments import runner
 from experiments.runner import human_bytes, markdown_table, read_json
 
@@ -184,7 +184,7 @@ def benchmark_table(name: str) -> str:
     path = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
     if not path.exists():
         return f"No result is recorded yet; `python -m benchmarks run {name}` makes one."
-    result, benchmark = read_json(path), find(name)
+    result, benchmark = read_json(path), runner.entry(benchmarks, name)
     tables = "\n\n".join(markdown_table(rows) for _, rows in benchmark.tables(result))
     where = result["environment"]
     note = f"`python -m benchmarks run {name}`; {where['cores']} cores, jax {where['packages']['jax']}."

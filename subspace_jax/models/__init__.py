@@ -13,8 +13,6 @@ from ._classifiers import BertClassifier as BertClassifier
 from ._classifiers import VitClassifier as VitClassifier
 from ._classifiers import mean_pool as mean_pool
 from ._classifiers import pool_tokens as pool_tokens
-from ._config import require_choice as require_choice
-from ._config import require_positive as require_positive
 from ._decode import greedy_decode as greedy_decode
 from ._gguf import GgufFile as GgufFile
 from ._gguf import GgufTensor as GgufTensor
@@ -76,8 +74,6 @@ __all__ = [
     "pool_tokens",
     "read_gguf",
     "read_onnx",
-    "require_choice",
-    "require_positive",
     "resize_positions",
     "rotary_tables",
     "small_bert",

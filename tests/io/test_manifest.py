@@ -167,7 +167,7 @@ def test_methods_are_free_words(adapted):
     assert rebuild(json.loads(text), arrays)["stacked"]["kernel"].method == "a method of the future"
 
 
-def test_rebuilds_without_adapters_and_models(adapted, tmp_path):
+def test_rebuilds_without_models_and_data(adapted, tmp_path):
     manifest, arrays = describe(adapted)
     numbers = {name: np.asarray(value).astype(np.float32) for name, value in arrays.items()}
     np.savez(tmp_path / "arrays.npz", **numbers)
@@ -188,7 +188,7 @@ def test_rebuilds_without_adapters_and_models(adapted, tmp_path):
         arrays = {n: v.astype(jnp.dtype(dtypes[n])) for n, v in np.load(folder / "arrays.npz").items()}
         tree = io.rebuild(json.loads((folder / "manifest.json").read_text()), arrays)
         loaded = [m for m in sys.modules if m.startswith("subspace_jax.")]
-        assert not any(m.startswith(("subspace_jax.adapters", "subspace_jax.models")) for m in loaded), loaded
+        assert not any(m.startswith(("subspace_jax.data", "subspace_jax.models")) for m in loaded), loaded
         assert not any(m.startswith("orbax") for m in sys.modules), "orbax is slow, and was not asked for"
         kernel = tree["stacked"]["kernel"]
         print(type(kernel).__name__, kernel.method, kernel.scale, float(kernel.materialize().sum()))

@@ -1,4 +1,4 @@
-"""Retrieval and compatibility against scikit-learn and loops."""
+"""Retrieval against scikit-learn and loops."""
 
 import numpy as np
 import pytest
@@ -94,24 +94,3 @@ def test_bad_lists_are_refused():
         metrics.retrieval_scores(queries, labels, queries, labels, ks=(5,))
     with pytest.raises(ValueError, match="same_set"):
         metrics.retrieval_scores(queries[:2], labels[:2], queries, labels, ks=(1,), same_set=True)
-
-
-C = np.array([[0.5, np.nan, np.nan], [0.6, 0.7, np.nan], [0.4, 0.8, 0.9]])
-
-
-def test_compatibility_by_hand():
-    assert metrics.is_compatible(C).tolist() == [[False] * 3, [True, False, False], [False, True, False]]
-    np.testing.assert_allclose(metrics.average_compatibility(C), 2 / 3, rtol=1e-6)
-    np.testing.assert_allclose(metrics.average_multimodel_score(C), (0.5 + 0.6 + 0.7 + 0.4 + 0.8 + 0.9) / 6, rtol=1e-6)
-    np.testing.assert_allclose(metrics.update_gain(C, 1, 0), 0.5, rtol=1e-5)
-    assert np.isnan(metrics.update_gain(np.array([[0.5, 0.0], [0.6, 0.4]]), 1, 0))
-    assert metrics.average_compatibility([[0.3]]) == 1.0
-    assert metrics.average_compatibility(np.full((3, 3), 0.4)) == 0.0
-
-
-def test_backfilling_is_the_area():
-    curve = [0.2, 0.5, 0.6, 0.9]
-    np.testing.assert_allclose(metrics.backfilling_score(curve), np.trapezoid(curve, dx=1 / 3), rtol=1e-6)
-    np.testing.assert_allclose(metrics.backfilling_score([0.4] * 11), 0.4, rtol=1e-6)
-    with pytest.raises(ValueError, match="two shares"):
-        metrics.backfilling_score([0.5])

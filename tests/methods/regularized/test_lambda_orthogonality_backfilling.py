@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import subspace_jax.methods.regularized.lambda_orthogonality as backfilling
 from subspace_jax import metrics
 
 
@@ -21,7 +22,7 @@ def test_order_is_descending_by_the_distance_from_the_class_mean(distance):
         mean = features[labels == label].astype(np.float64).mean(0)
         cosine = row @ mean / np.linalg.norm(row) / np.linalg.norm(mean)
         far.append(np.linalg.norm(row - mean) if distance == "euclidean" else 1 - cosine)
-    found = jax.jit(metrics.backfill_order, static_argnames=("num_classes", "distance"))(
+    found = jax.jit(backfilling.backfill_order, static_argnames=("num_classes", "distance"))(
         features, labels, num_classes=6, distance=distance
     )
     np.testing.assert_array_equal(found, np.argsort(-np.array(far), kind="stable"))
@@ -32,7 +33,7 @@ def test_order_is_descending_by_the_distance_from_the_class_mean(distance):
 def test_items_at_their_class_mean_come_last_and_ties_keep_their_order():
     features = jnp.array([[0.0], [5.0], [1.0], [-1.0], [5.0]])
     labels = jnp.array([0, 1, 0, 0, 1])
-    assert metrics.backfill_order(features, labels, 2).tolist() == [2, 3, 0, 1, 4]
+    assert backfilling.backfill_order(features, labels, 2).tolist() == [2, 3, 0, 1, 4]
 
 
 @pytest.mark.parametrize("score", ["cmc", "map"])
@@ -40,7 +41,7 @@ def test_curve_replaces_the_first_of_the_order(score):
     queries, query_labels = gallery(12, seed=3)
     (old, labels), new = gallery(23), gallery(23, seed=1)[0]
     order = np.random.default_rng(2).permutation(23)
-    found = metrics.backfilling_curve(
+    found = backfilling.backfilling_curve(
         queries, query_labels, old, new, labels, jnp.asarray(order), points=5, score=score
     )
     expected = []
@@ -55,7 +56,7 @@ def test_curve_replaces_the_first_of_the_order(score):
 def test_a_query_does_not_find_itself():
     features, labels = gallery()
     order = jnp.arange(30)
-    found = metrics.backfilling_curve(features, labels, features, features, labels, order, points=3, same_set=True)
+    found = backfilling.backfilling_curve(features, labels, features, features, labels, order, points=3, same_set=True)
     expected = metrics.retrieval_scores(features, labels, features, labels, ks=(1,), same_set=True).cmc[0]
     np.testing.assert_allclose(found, [expected] * 3)
     assert expected < 1.0
@@ -64,10 +65,10 @@ def test_a_query_does_not_find_itself():
 def test_bad_input_is_refused():
     features, labels = gallery()
     with pytest.raises(ValueError, match=r"labels \(29,\)"):
-        metrics.backfill_order(features, labels[1:], 4)
+        backfilling.backfill_order(features, labels[1:], 4)
     with pytest.raises(ValueError, match="distance='manhattan'"):
-        metrics.backfill_order(features, labels, 4, distance="manhattan")
+        backfilling.backfill_order(features, labels, 4, distance="manhattan")
     with pytest.raises(ValueError, match=r"new \(30, 4\)"):
-        metrics.backfilling_curve(features, labels, features, features[:, :4], labels, jnp.arange(30))
+        backfilling.backfilling_curve(features, labels, features, features[:, :4], labels, jnp.arange(30))
     with pytest.raises(ValueError, match="points=1"):
-        metrics.backfilling_curve(features, labels, features, features, labels, jnp.arange(30), points=1)
+        backfilling.backfilling_curve(features, labels, features, features, labels, jnp.arange(30), points=1)

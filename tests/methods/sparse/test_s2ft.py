@@ -148,7 +148,7 @@ def test_layouts_and_parameterizations_train_alike():
         order = sj.methods.s2ft.coupled_order(masks[up], masks[down])
         coupling = sj.methods.s2ft.Coupling(axes={up: 1, f"block_{i}/bias": 0, down: 0}, units=24)
         permuted = sj.methods.s2ft.co_permute(permuted, coupling, order)
-        placed |= {path: sj.weights.reordered(masks[path], order) for path in (up, down)}
+        placed |= {path: sj.methods.s2ft.reordered(masks[path], order) for path in (up, down)}
 
     def rules(selected, parameterization):
         options = {"selected": selected, "parameterization": parameterization}

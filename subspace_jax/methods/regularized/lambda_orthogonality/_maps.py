@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from subspace_jax.core import check_choice, check_int
 from subspace_jax.linalg import cayley, skew, skew_size
-from subspace_jax.models import require_choice, require_positive
 
 BackwardKind = Literal["lambda", "affine", "orthogonal", "cayley"]
 StrictKind = Literal["orthogonal", "cayley"]
@@ -39,7 +39,7 @@ def orthogonal_kernel(entries: jax.Array, size: int, kind: StrictKind = "orthogo
         >>> orthogonal_kernel(jnp.array([jnp.pi / 2]), 2).round(4).tolist()
         [[0.0, 1.0], [-1.0, 0.0]]
     """
-    require_choice("orthogonal_kernel", "kind", kind, STRICT)
+    check_choice("orthogonal_kernel: kind", kind, STRICT)
     if entries.shape != (skew_size(size),):
         raise ValueError(f"orthogonal_kernel: entries {entries.shape}; expected ({skew_size(size)},) for size={size}")
     generator = skew(entries.astype(jnp.promote_types(entries.dtype, jnp.float32)), size)
@@ -88,7 +88,7 @@ class BackwardMap(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         """Mapped features `[*batch, width]`, in at least float32, of features `[*batch, width]`."""
-        require_choice("BackwardMap", "kind", self.kind, ("lambda", "affine", *STRICT))
+        check_choice("BackwardMap.kind", self.kind, ("lambda", "affine", *STRICT))
         width = features.shape[-1]
         if self.kind in STRICT:
             entries = self.param("entries", nn.initializers.zeros, (skew_size(width),))
@@ -114,8 +114,8 @@ class NNXBackwardMap(nnx.Module):
 
     def __init__(self, width: int, kind: BackwardKind = "lambda", *, rngs: nnx.Rngs) -> None:
         self.width, self.kind = width, kind
-        require_positive(self, "width")
-        require_choice("NNXBackwardMap", "kind", kind, ("lambda", "affine", *STRICT))
+        check_int(f"{type(self).__name__}.width", self.width)
+        check_choice("NNXBackwardMap.kind", kind, ("lambda", "affine", *STRICT))
         if kind in STRICT:
             self.entries = nnx.Param(jnp.zeros((skew_size(width),)))
         else:
@@ -154,7 +154,7 @@ class ForwardMap(nn.Module):
     @nn.compact
     def __call__(self, old: jax.Array) -> jax.Array:
         """Mapped features `[*batch, features]` of old features `[*batch, old width]`."""
-        require_positive(self, "features")
+        check_int(f"{type(self).__name__}.features", self.features)
         for i, width in enumerate(self.hidden):
             old = nn.relu(nn.Dense(width, name=f"hidden_{i}")(old))
         return nn.Dense(self.features, name="out")(old)
@@ -178,7 +178,8 @@ class NNXForwardMap(nnx.Module):
 
     def __init__(self, width: int, features: int, hidden: Sequence[int] = (), *, rngs: nnx.Rngs) -> None:
         self.width, self.features, self.depth = width, features, len(hidden)
-        require_positive(self, "width", "features")
+        for name in ("width", "features"):
+            check_int(f"{type(self).__name__}.{name}", getattr(self, name))
         for i, size in enumerate(hidden):
             setattr(self, f"hidden_{i}", nnx.Linear(width, size, rngs=rngs))
             width = size

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from subspace_jax.core import check_int
 from subspace_jax.manifolds import Grassmann
-from subspace_jax.models import require_positive
 
 
 def grassmann_logits(features: jax.Array, subspaces: jax.Array, gamma: float = 25.0) -> jax.Array:
@@ -85,7 +85,8 @@ class GrassmannHead(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         """Logits `[*batch, num_classes]` in float32 of features `[*batch, width]`."""
-        require_positive(self, "num_classes", "subspace_dim")
+        for name in ("num_classes", "subspace_dim"):
+            check_int(f"{type(self).__name__}.{name}", getattr(self, name))
         subspaces = self.param("subspaces", _draw, self.num_classes, features.shape[-1], self.subspace_dim)
         return grassmann_logits(features, subspaces, self.gamma)
 
@@ -111,7 +112,8 @@ class NNXGrassmannHead(nnx.Module):
         self, width: int, num_classes: int, subspace_dim: int = 8, gamma: float = 25.0, *, rngs: nnx.Rngs
     ) -> None:
         self.num_classes, self.subspace_dim, self.gamma = num_classes, subspace_dim, gamma
-        require_positive(self, "num_classes", "subspace_dim")
+        for name in ("num_classes", "subspace_dim"):
+            check_int(f"{type(self).__name__}.{name}", getattr(self, name))
         self.subspaces = nnx.Param(_draw(rngs.params(), num_classes, width, subspace_dim))
 
     def __call__(self, features: jax.Array) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import optax
 
 from subspace_jax.manifolds import Grassmann
-from subspace_jax.optim import riemannian
+from subspace_jax.optim import is_zero, riemannian
 
 
 def grassmann_sgd(
@@ -35,7 +35,16 @@ def grassmann_sgd(
       transport: "project" is the paper's form above; "none" the authors' code, which sums Euclidean gradients and
         projects their sum. They differ at second order in the step.
       retraction: "exponential" is the method; "qr" is cheaper and first-order.
-      renormalize_every: steps from one QR factorization to the next; the authors' 5, and 1 beside AdamW and LAMB.
+      renormalize_every: steps from one QR factorization to the next; the authors' 5, and 1 beside AdamW and LAMB. With
+        `optax.inject_hyperparams` it is of `static_args`.
+
+    Returns:
+      A transformation whose `update` needs `params`; its updates have the dtype of the points.
+
+    Raises:
+      ValueError: an unknown option, or `update` without parameters.
+      PatternError: a glob matches nothing.
+      StructureError: a leaf is no point of the Grassmannian.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
@@ -62,7 +71,7 @@ def grassmann_sgd(
         )
     return riemannian(
         Grassmann() if globs is None else dict.fromkeys(globs, Grassmann()),
-        optax.sgd(learning_rate, momentum or None),
+        optax.sgd(learning_rate, None if is_zero(momentum) else momentum),
         retraction=retraction,
         transport=transport,
         renormalize_every=renormalize_every,
