@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from subspace_jax.core import StructureError, Weight, is_weight, map_with_paths
+from subspace_jax.core import StructureError, Weight, is_weight, map_with_paths, path_string
 
 
 def shardings(adapted: Any, base: Any, mesh: Mesh | None = None) -> Any:
@@ -102,7 +102,7 @@ def _base_leaves(base: Any) -> list[tuple[str, Any]]:
         return is_weight(value) or isinstance(value, (PartitionSpec, NamedSharding))
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(base, is_leaf=is_leaf)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), value) for path, value in leaves]
+    return [(path_string(path), value) for path, value in leaves]
 
 
 def _named(path: str, value: Any, mesh: Mesh | None) -> NamedSharding:

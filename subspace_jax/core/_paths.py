@@ -10,9 +10,15 @@ import jax
 
 from subspace_jax.core._weight import is_weight
 
+# A dict's key of this name is another one.
+_VARIABLE = jax.tree_util.GetAttrKey("value")
+
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """Returns a key path as names joined by slashes.
+    """Returns a key path as names joined by slashes; the `.value` of a variable of Flax NNX is no name of its own.
+
+    `nnx.state(model)` holds variables, whose arrays are attributes `value`; `nnx.Optimizer` initializes with it, and
+    updates with trees without variables. Both have one path here.
 
     Example:
       >>> import jax
@@ -20,6 +26,8 @@ def path_string(path: tuple[Any, ...]) -> str:
       >>> path_string(leaves[0][0])
       'head/kernel'
     """
+    if path and path[-1] == _VARIABLE:
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

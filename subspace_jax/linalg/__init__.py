@@ -29,6 +29,7 @@ from subspace_jax.linalg._orthogonal import cayley as cayley
 from subspace_jax.linalg._orthogonal import cayley_neumann as cayley_neumann
 from subspace_jax.linalg._orthogonal import skew as skew
 from subspace_jax.linalg._orthogonal import skew_size as skew_size
+from subspace_jax.linalg._sharding import by_compiler as by_compiler
 from subspace_jax.linalg._sharding import whole_matrices as whole_matrices
 from subspace_jax.linalg._spectrum import Combine as Combine
 from subspace_jax.linalg._spectrum import allocate_terms as allocate_terms
@@ -65,6 +66,7 @@ __all__ = [
     "allocate_terms",
     "balanced_split",
     "best_cosine_terms",
+    "by_compiler",
     "cayley",
     "cayley_neumann",
     "chosen_columns",

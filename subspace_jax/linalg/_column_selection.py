@@ -10,6 +10,7 @@ import jax.scipy.fft
 from jax import lax
 
 from subspace_jax.linalg._cosine_transform import cosine_matrix
+from subspace_jax.linalg._sharding import by_compiler, whole_rows
 from subspace_jax.linalg._subspace import wide_matmul
 
 FixedBasis = Literal["dct", "random_qr"]
@@ -54,7 +55,8 @@ def transform_rows(matrix: jax.Array, *, basis: FixedBasis = "dct", transform: T
       transform: "matmul" or "fft".
     """
     if transform == "fft":
-        return jax.scipy.fft.dct(matrix.astype(jnp.float32), type=2, norm="ortho", axis=-1)
+        rows = whole_rows(matrix).astype(jnp.float32)
+        return by_compiler(lambda v: jax.scipy.fft.dct(v, type=2, norm="ortho", axis=-1), rows)
     return wide_matmul(matrix, fixed_basis(matrix.shape[-1], basis), split=(-2, None))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.core import Tracer
@@ -29,6 +31,20 @@ def whole_matrices(matrix: jax.Array) -> jax.Array:
     return jax.sharding.reshard(matrix, PartitionSpec(*sharding.spec[:-2], None, None))
 
 
+def whole_rows(matrix: jax.Array) -> jax.Array:
+    """Returns the array with its last axis whole on every device, where mesh axes are explicit.
+
+    Args:
+      matrix: `[*stack, m, n]`.
+    """
+    sharding = jax.typeof(matrix).sharding
+    if not sharding.mesh.explicit_axes:
+        return matrix
+    return jax.sharding.reshard(
+        matrix, PartitionSpec(*(*sharding.spec, *(None,) * matrix.ndim)[: matrix.ndim - 1], None)
+    )
+
+
 def layers_apart(matrix: jax.Array) -> jax.Array:
     """Returns the array with its stack split over the mesh, in a program for a mesh with automatic axes.
 
@@ -52,3 +68,41 @@ def layers_apart(matrix: jax.Array) -> jax.Array:
         if matrix.shape[0] % math.prod(mesh.shape[n] for n in (*kept, name)) == 0:
             kept.append(name)
     return jax.lax.with_sharding_constraint(matrix, PartitionSpec(tuple(kept))) if kept else matrix
+
+
+def without_repeats(entries: Sequence[Any]) -> list[Any]:
+    """Returns entries of a partition spec in which each mesh axis splits one axis only, the first that names it.
+
+    Args:
+      entries: names of mesh axes, tuples of them, or None.
+
+    Example:
+      >>> without_repeats(["data", None, "data"])
+      ['data', None, None]
+    """
+    used: set[Any] = set()
+    kept: list[Any] = []
+    for entry in entries:
+        names = set(entry if isinstance(entry, tuple) else (entry,)) - {None, PartitionSpec.UNCONSTRAINED}
+        kept.append(None if names & used else entry)
+        used |= names
+    return kept
+
+
+def by_compiler(function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+    """Returns a function of an array that JAX refuses where the array is split over explicit mesh axes.
+
+    Args:
+      function: keeps the shape; the result is placed as the array.
+      array: of any placement.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> by_compiler(jnp.negative, jnp.ones(2)).tolist()
+      [-1.0, -1.0]
+    """
+    sharding = jax.typeof(array).sharding
+    if not sharding.mesh.explicit_axes:
+        return function(array)
+    placed: Any = jax.sharding.auto_axes(function, axes=sharding.mesh.explicit_axes, out_sharding=sharding.spec)
+    return placed(array)

@@ -6,7 +6,7 @@ can grow inside an array of one shape. Nothing here forms a `d x d` projector.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from subspace_jax.linalg._sharding import whole_matrices
+from subspace_jax.linalg._sharding import whole_matrices, without_repeats
 
 Side = Literal["in", "out"]
 Mode = Literal["remove", "keep"]
@@ -107,17 +107,40 @@ def wide_matmul(left: jax.Array, right: jax.Array, *, split: tuple[int | None, i
     """
     wide = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
     left, right = left.astype(wide), right.astype(wide)
-    specs = [jax.typeof(v).sharding for v in (left, right)]
-    sharding = None
-    if any(s.mesh.explicit_axes for s in specs):
-        entries = [(*s.spec, *(None,) * (v.ndim - len(s.spec))) for s, v in zip(specs, (left, right), strict=True)]
-        row = entries[0][-2] if split[0] is not None else None
-        column = entries[1][-1] if split[1] is not None else None
-        depth = max(left.ndim, right.ndim) - 2
-        stacks = [(*(None,) * (depth + 2 - len(e)), *e[:-2]) for e in entries]  # one matrix may serve a whole stack
-        stack = [a if a is not None else b for a, b in zip(*stacks, strict=True)]
-        sharding = PartitionSpec(*stack, row, None if column == row else column)
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST, out_sharding=sharding)
+    if any(jax.typeof(v).sharding.mesh.explicit_axes for v in (left, right)):
+        return _placed_matmul(left, right, split)
+    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
+
+
+def _placed_matmul(left: jax.Array, right: jax.Array, split: tuple[int | None, int | None]) -> jax.Array:
+    """A product over explicit mesh axes.
+
+    Not by `jnp.matmul`: it takes the result's sharding for axes in an order that broadcast or unit axes of the stack
+    change. Here both operands get the whole stack first.
+    """
+    entries = [(*s.spec, *(None,) * (v.ndim - len(s.spec))) for v in (left, right) for s in [jax.typeof(v).sharding]]
+    depth = max(left.ndim, right.ndim) - 2
+    padded = [(*(None,) * (depth + 2 - len(e)), *e[:-2]) for e in entries]  # one matrix may serve a whole stack
+    stack = [a if a is not None else b for a, b in zip(*padded, strict=True)]
+    shape = jnp.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+
+    def stacked(array: jax.Array, own: tuple[Any, ...]) -> jax.Array:
+        if array.shape[:-2] == shape and list(own[:-2]) == stack:
+            return array
+        spec = without_repeats([*stack, *own[-2:]])
+        return jnp.broadcast_to(array, (*shape, *array.shape[-2:]), out_sharding=PartitionSpec(*spec))
+
+    left, right = stacked(left, entries[0]), stacked(right, entries[1])
+    row = entries[0][-2] if split[0] is not None else None
+    column = entries[1][-1] if split[1] is not None else None
+    batch = tuple(range(depth))
+    return lax.dot_general(
+        left,
+        right,
+        (((depth + 1,), (depth,)), (batch, batch)),
+        precision=lax.Precision.HIGHEST,
+        out_sharding=PartitionSpec(*without_repeats([*stack, row, column])),
+    )
 
 
 def complete(basis: jax.Array) -> jax.Array:

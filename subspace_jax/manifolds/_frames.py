@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import expm
 
-from subspace_jax.linalg import whole_matrices, wide_dtype, wide_matmul
+from subspace_jax.linalg import by_compiler, whole_matrices, wide_dtype, wide_matmul
 
 
 def widened(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -37,16 +34,7 @@ def gram(left: jax.Array, right: jax.Array) -> jax.Array:
 
 def exponential(matrix: jax.Array) -> jax.Array:
     """Returns the matrix exponential of whole stacked matrices, also where the stack is split."""
-    return _by_compiler(expm, matrix)
-
-
-def _by_compiler(function: Callable[[jax.Array], jax.Array], matrix: jax.Array) -> jax.Array:
-    """Returns a function of stacked matrices that JAX refuses where the stack is split over explicit axes."""
-    sharding = jax.typeof(matrix).sharding
-    if not sharding.mesh.explicit_axes:
-        return function(matrix)
-    placed: Any = jax.sharding.auto_axes(function, axes=sharding.mesh.explicit_axes, out_sharding=sharding.spec)
-    return placed(matrix)
+    return by_compiler(expm, matrix)
 
 
 def symmetric(matrix: jax.Array) -> jax.Array:
@@ -64,7 +52,7 @@ def qr_frame(matrix: jax.Array) -> jax.Array:
 
     Without the rule for signs LAPACK may flip a column, against which a stored momentum would then run.
     """
-    return _by_compiler(_qr_frame, matrix)
+    return by_compiler(_qr_frame, matrix)
 
 
 def _qr_frame(matrix: jax.Array) -> jax.Array:

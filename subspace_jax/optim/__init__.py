@@ -1,5 +1,9 @@
 """Gradient transformations for optax that know subspaces and stand-in weights."""
 
+from subspace_jax.optim._holes import Leaves as Leaves
+from subspace_jax.optim._holes import filled as filled
+from subspace_jax.optim._holes import is_hole as is_hole
+from subspace_jax.optim._holes import like_updates as like_updates
 from subspace_jax.optim._in_subspace import InSubspaceState as InSubspaceState
 from subspace_jax.optim._in_subspace import in_complement as in_complement
 from subspace_jax.optim._in_subspace import in_subspace as in_subspace
@@ -15,22 +19,30 @@ from subspace_jax.optim._project import SandwichState as SandwichState
 from subspace_jax.optim._project import project_orthogonal as project_orthogonal
 from subspace_jax.optim._project import replace_basis as replace_basis
 from subspace_jax.optim._project import sandwich as sandwich
+from subspace_jax.optim._rates import is_zero as is_zero
+from subspace_jax.optim._rates import with_rate as with_rate
 from subspace_jax.optim._riemannian import RiemannianState as RiemannianState
 from subspace_jax.optim._riemannian import riemannian as riemannian
+from subspace_jax.optim._rounding import without_rounding as without_rounding
 from subspace_jax.optim._subspace_map import SubspaceMap as SubspaceMap
 from subspace_jax.optim._subspace_map import matrix_shape as matrix_shape
 from subspace_jax.optim._subspace_map import subspace_map as subspace_map
 
 __all__ = [
     "InSubspaceState",
+    "Leaves",
     "MatrixView",
     "ProjectState",
     "RiemannianState",
     "SandwichState",
     "SubspaceMap",
     "check_paths",
+    "filled",
     "in_complement",
     "in_subspace",
+    "is_hole",
+    "is_zero",
+    "like_updates",
     "map_matrices",
     "matrix_shape",
     "matrix_views",
@@ -42,4 +54,6 @@ __all__ = [
     "riemannian",
     "sandwich",
     "subspace_map",
+    "with_rate",
+    "without_rounding",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from subspace_jax.core import Role, StructureError, leaves_with_paths
+from subspace_jax.core import Role, StructureError, leaves_with_paths, path_string
 from subspace_jax.optim._matrix_views import MatrixView, check_paths, matrix_views, refuse_unseen
 
 Side = Literal["in", "out", "both"]
@@ -21,7 +21,7 @@ def bases_by_path(basis: Any, side: Side) -> dict[str, Any]:
     if side != "both":
         return dict(leaves_with_paths(basis))
     pairs = jax.tree_util.tree_leaves_with_path(basis, is_leaf=lambda v: isinstance(v, tuple))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): value for path, value in pairs}
+    return {path_string(path): value for path, value in pairs}
 
 
 def of_sides(basis: Any, side: Side) -> dict[str, jax.Array]:
@@ -29,26 +29,38 @@ def of_sides(basis: Any, side: Side) -> dict[str, jax.Array]:
     return {"in": basis[0], "out": basis[1]} if side == "both" else {side: basis}
 
 
-def check_bases(bases: Mapping[str, Any], tree: Any, side: Side, roles: Mapping[str, Role] | None) -> None:
+def check_bases(
+    bases: Mapping[str, Any],
+    tree: Any,
+    side: Side,
+    roles: Mapping[str, Role] | None,
+    *,
+    gradients: bool = False,
+) -> list[MatrixView | None]:
     """Refuses bases that do not fit the matrices of a tree; nothing of the tree is computed with.
 
     Args:
       bases: by path.
       tree: parameters or updates.
       side: which axes the bases lie in.
-      roles: as for `views`.
+      roles: as for `matrix_views`.
+      gradients: the tree may have None where there is no gradient.
+
+    Returns:
+      The tree's `matrix_views`.
 
     Raises:
       PatternError: a basis is for no leaf.
       RoleError: an array with a basis is not known to be a matrix.
       StructureError: a basis does not fit its array, or its dtype is not a wide one.
     """
-    check_paths(bases, tree, "basis")
+    check_paths(bases, tree, "basis", gradients=gradients)
     seen = matrix_views(tree, roles)
     refuse_unseen(tree, seen, bases)
     for leaf, view in zip(jax.tree.leaves(tree), seen, strict=True):
         if view is not None and view.path in bases:
             _check(jax.eval_shape(view.unfold, leaf).shape, view, of_sides(bases[view.path], side))
+    return seen
 
 
 def _check(shape: tuple[int, ...], view: MatrixView, bases: Mapping[str, jax.Array]) -> None:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from subspace_jax.core import RankError, Role, leaves_with_paths, select_paths
+from subspace_jax.core import Role, check_choice, check_int, leaves_with_paths, select_paths
 from subspace_jax.linalg import Side, complete
 from subspace_jax.optim._bases import bases_by_path, check_bases, check_orthonormal
+from subspace_jax.optim._holes import Leaves
 from subspace_jax.optim._matrix_views import matrix_views
 from subspace_jax.optim._subspace_map import (
     Moments,
@@ -93,7 +94,8 @@ def in_subspace(
       roles: how the model uses plain arrays with more than two axes, from `sj.roles`; without it those pass.
 
     Returns:
-      A transformation that keeps structure, shapes and dtypes.
+      A transformation that keeps structure, shapes and dtypes. With `optax.inject_hyperparams` name `inner`, `rank`,
+      `every`, `seed` and a predicate `select` in `static_args`.
 
     Raises:
       ValueError: neither or both of `basis` and `rank`, an unknown option, or an inner optimizer that needs parameters.
@@ -152,8 +154,8 @@ def in_subspace(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, InSubspaceState]:
         del params
-        leaves, treedef = jax.tree.flatten(updates)
-        bases = treedef.flatten_up_to(state.basis)
+        held = Leaves(updates)
+        bases = held.of(state.basis)
         places = places_of(updates, bases, rule, roles)
 
         def refresh() -> tuple[list[Any], Any]:
@@ -162,27 +164,26 @@ def in_subspace(
                 columns
                 if place is None
                 else place.leading(leaf, columns, None if key is None else jax.random.fold_in(key, i))
-                for i, (leaf, columns, place) in enumerate(zip(leaves, bases, places, strict=True))
+                for i, (leaf, columns, place) in enumerate(zip(held.arrays, bases, places, strict=True))
             ]
             moved = [None if p is None else Move(p.side, *c) for p, *c in zip(places, bases, new, strict=True)]
-            return new, moved_moments(state.inner, moved, treedef, moments)
+            return new, moved_moments(state.inner, moved, held, moments)
 
-        held = state.inner
+        inside = state.inner
         if rank is not None:
-            bases, held = lax.cond(state.count % every == 0, refresh, lambda: (bases, state.inner))
+            bases, inside = lax.cond(state.count % every == 0, refresh, lambda: (bases, state.inner))
         coordinates = [
-            leaf if place is None else place.coordinates(leaf, columns)
-            for leaf, columns, place in zip(leaves, bases, places, strict=True)
+            # A fixed subspace may hold nothing of a gradient; a refreshed one holds the most of it.
+            leaf if place is None else place.coordinates(leaf, columns, drop_rounding=rank is None)
+            for leaf, columns, place in zip(held.arrays, bases, places, strict=True)
         ]
-        directions, held = extended.update(jax.tree.unflatten(treedef, coordinates), held, None, **extra)
+        directions, inside = extended.update(held.tree(coordinates), inside, None, **extra)
         lifted = [
             direction if place is None else place.lifted(direction, columns, scale, leaf)
-            for direction, columns, place, leaf in zip(
-                treedef.flatten_up_to(directions), bases, places, leaves, strict=True
-            )
+            for direction, columns, place, leaf in zip(held.of(directions), bases, places, held.arrays, strict=True)
         ]
         count = jnp.asarray(optax.safe_increment(state.count))
-        return jax.tree.unflatten(treedef, lifted), InSubspaceState(count, jax.tree.unflatten(treedef, bases), held)
+        return held.tree(lifted), InSubspaceState(count, held.kept(bases, state.basis), inside)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -202,11 +203,11 @@ def in_complement(
     that is too large, `sandwich` needs the subspace's own alone.
 
     Args:
-      inner: as for `in_subspace`.
+      inner: the optimizer of coordinates, which cannot use parameters.
       basis: \(U\) by path, `[*stack, d, k]`, concrete.
       side: which axis the subspaces lie in.
-      scale: as for `in_subspace`.
-      roles: as for `in_subspace`.
+      scale: multiplies the updates of arrays with a subspace; a number or scalar array.
+      roles: how the model uses plain arrays with more than two axes, from `sj.roles`; without it those pass.
 
     Returns:
       A transformation like that of `in_subspace`.
@@ -234,8 +235,8 @@ def _check_options(
             f"subspaces; got {'neither' if rank is None else 'both'}."
         )
     for name, value in (("rank", rank), ("every", every)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise RankError(f"in_subspace: {name}={value!r}; expected a positive Python int.")
+        if value is not None:
+            check_int(f"in_subspace: {name}", value)
     choices = {
         "side": (side, (None, "in", "out") if rank is None else (None, "shorter", "longer", "in", "out")),
         "moments": (moments, ("carry", "reset", "transport")),
@@ -243,8 +244,7 @@ def _check_options(
         "decomposition": (decomposition, ("exact", "randomized")),
     }
     for name, (value, known) in choices.items():
-        if value not in known:
-            raise ValueError(f"in_subspace: {name}={value!r}; choose from {known}.")
+        check_choice(f"in_subspace: {name}", value, known)
 
 
 def _refuse_params(inner: optax.GradientTransformationExtraArgs, coordinates: Any, state: Any) -> None:

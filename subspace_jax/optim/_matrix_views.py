@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ class MatrixView:
 
 
 def matrix_views(tree: Any, roles: Mapping[str, Role] | None = None) -> list[MatrixView | None]:
-    """Returns how to see each of `jax.tree.leaves(tree)`; None for what is no matrix.
+    """Returns how to see each of `jax.tree.leaves(tree)`; None if the leaf cannot be read as a matrix with entries.
 
     Args:
       tree: gradients, updates or parameters, with stand-in weights or without.
@@ -79,7 +79,9 @@ def _of_weight(path: str, weight: Weight) -> list[MatrixView | None]:
             continue
         words = weight.axes[name].split()
         for leaf in jax.tree.leaves(value):
-            if words == ["array"]:
+            if not getattr(leaf, "size", 1):
+                seen = None
+            elif words == ["array"]:
                 seen = MatrixView(path, ("in", "out"), leaf.shape, weight.role) if weight.role.is_matrix else None
             elif words[-2:] == ["in", "rank"]:
                 seen = MatrixView(path, ("in",), leaf.shape)
@@ -94,6 +96,8 @@ def _of_weight(path: str, weight: Weight) -> list[MatrixView | None]:
 
 
 def _of_array(path: str, leaf: Any, roles: Mapping[str, Role] | None) -> MatrixView | None:
+    if not getattr(leaf, "size", 1):
+        return None
     ndim = getattr(leaf, "ndim", 0)
     role = next((r for pattern, r in (roles or {}).items() if pattern == path or matches(pattern, path)), None)
     if role is None:
@@ -101,29 +105,31 @@ def _of_array(path: str, leaf: Any, roles: Mapping[str, Role] | None) -> MatrixV
     return MatrixView(path, ("in", "out"), leaf.shape, role) if role.is_matrix else None
 
 
-def check_paths(given: Mapping[str, Any], params: Any, what: str) -> None:
-    """Raises PatternError where a path is neither a leaf of `params` nor masked there.
+def check_paths(given: Mapping[str, Any], tree: Any, what: str, *, gradients: bool = False) -> None:
+    """Raises PatternError where a path is neither a leaf of a tree nor masked there.
 
     Args:
       given: what was given by path.
-      params: the tree that an optimizer is initialized with; `optax.MaskedNode` where another one serves.
+      tree: what an optimizer is initialized with, or its updates; `optax.MaskedNode` where another one serves.
       what: what to call the given things.
+      gradients: None in the tree, which of a gradient means that there is none, is masked too.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_whole)
-    known = [path_string(path) for path, _ in leaves]
+
+    def is_masked(value: Any) -> bool:
+        return isinstance(value, optax.MaskedNode) or (gradients and value is None)
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda v: is_weight(v) or is_masked(v))
+    known = {path_string(path): is_masked(leaf) for path, leaf in leaves}
     if not known:  # optax stands a placeholder without leaves for the parameters, to tell what of a state is like them
         return
-    inside = [p for p in known if any(p == g or g.startswith(f"{p}/") for g in given)]
+    masked = [f"{path}/" for path, hidden in known.items() if hidden]
     for path in given:
-        if not any(path == p or path.startswith(f"{p}/") for p in inside):
+        # What is masked may be a whole layer.
+        if path not in known and not any(path.startswith(prefix) for prefix in masked):
             raise PatternError(
-                f"{path}: there is a {what} for it and no such leaf among the parameters; nearest are "
-                f"{nearest(path, known)}. Give the paths of the tree that the optimizer trains."
+                f"{path}: there is a {what} for it and no such leaf in the tree; nearest are "
+                f"{nearest(path, list(known))}. Give the paths of the tree that the optimizer trains."
             )
-
-
-def _is_whole(value: Any) -> bool:
-    return is_weight(value) or isinstance(value, optax.MaskedNode)
 
 
 def map_matrices(
@@ -131,22 +137,26 @@ def map_matrices(
     updates: Any,
     roles: Mapping[str, Role] | None = None,
     paths: Any = None,
+    *,
+    seen: Sequence[MatrixView | None] | None = None,
 ) -> Any:
     """Maps `function(matrix, view)` over the arrays that are matrices; it returns one of the same shape.
 
     Args:
       function: gets `[*stack, in, out]`; its result gets the array's dtype and layout.
       updates: a tree.
-      roles: as for `views`.
+      roles: as for `matrix_views`.
       paths: a container of the paths to map; all of them if None.
+      seen: the tree's `matrix_views`, where they are known and checked already.
 
     Raises:
       RoleError: a wanted array is no matrix, as far as can be told.
     """
     leaves, treedef = jax.tree.flatten(updates)
-    seen = matrix_views(updates, roles)
-    if paths is not None:
-        refuse_unseen(updates, seen, paths)
+    if seen is None:
+        seen = matrix_views(updates, roles)
+        if paths is not None:
+            refuse_unseen(updates, seen, paths)
     mapped = [
         leaf
         if view is None or (paths is not None and view.path not in paths)
@@ -156,11 +166,11 @@ def map_matrices(
     return jax.tree.unflatten(treedef, mapped)
 
 
-def refuse_unseen(updates: Any, seen: list[MatrixView | None], paths: Any) -> None:
+def refuse_unseen(updates: Any, seen: Sequence[MatrixView | None], paths: Any) -> None:
     """Raises RoleError where a leaf of `paths` has no array that is seen as a matrix."""
     visible = {view.path for view in seen if view is not None}
     for path, leaf in leaves_with_paths(updates):
-        if path in paths and path not in visible and jax.tree.leaves(leaf):
+        if path in paths and path not in visible and any(getattr(v, "size", 1) for v in jax.tree.leaves(leaf)):
             raise RoleError(
                 f"{path}: shape {jnp.shape(leaf) if not is_weight(leaf) else leaf.shape} is not known to be a matrix "
                 "from inputs to outputs. Pass roles=sj.roles(fn, params, *example_inputs), or leave this path out."

@@ -5,20 +5,18 @@ Gradient Projection Memory for Continual Learning (Saha, Garg, Roy, 2021) is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Role, StructureError
+from subspace_jax.core import Role, StructureError, check_choice
 from subspace_jax.linalg import Mode, project
 from subspace_jax.optim._bases import Side, bases_by_path, check_bases, check_orthonormal, of_sides
 from subspace_jax.optim._matrix_views import MatrixView, map_matrices
-
-# What a projection leaves of a gradient inside the removed subspace is rounding of about this size.
-ROUNDING = 32 * float(jnp.finfo(jnp.float32).eps)
+from subspace_jax.optim._rounding import ROUNDING, without_rounding
 
 
 class ProjectState(NamedTuple):
@@ -78,7 +76,7 @@ def project_orthogonal(
       step.
 
     Raises:
-      PatternError: at `init`, a basis is for no leaf.
+      PatternError: at `init` or `update`, a basis is for no leaf.
       StructureError: a basis does not fit its array, or is not in float32.
       RoleError: an array is not known to be a matrix.
 
@@ -93,14 +91,10 @@ def project_orthogonal(
     References:
       Saha, Garg, Roy, Gradient Projection Memory for Continual Learning, 2021.
     """
-    if mode not in ("remove", "keep") or side not in ("in", "out", "both"):
-        raise ValueError(
-            f'project_orthogonal: mode={mode!r} is "remove" or "keep", side={side!r} "in", "out" or "both".'
-        )
-    if renorm not in (None, "rms"):
-        raise ValueError(f'project_orthogonal: renorm={renorm!r} is None or "rms".')
+    check_choice("project_orthogonal: mode", mode, ("remove", "keep"))
+    check_choice("project_orthogonal: side", side, ("in", "out", "both"))
+    check_choice("project_orthogonal: renorm", renorm, (None, "rms"))
     given = bases_by_path(basis, side)
-    tolerance = ROUNDING if rtol is None else rtol
 
     def init(params: Any) -> ProjectState:
         check_bases(given, params, side, roles)
@@ -112,16 +106,29 @@ def project_orthogonal(
     ) -> tuple[Any, ProjectState]:
         del params, extra
         bases = state.basis if basis is None else bases_by_path(basis, side)
-        check_bases(bases, updates, side, roles)
-        bases = jax.lax.stop_gradient(bases)
-
-        def one(matrix: jax.Array, view: MatrixView) -> jax.Array:
-            found = _projected(matrix, view, of_sides(bases[view.path], side), mode)
-            return _scaled(found, matrix, tolerance, renorm is not None)
-
-        return map_matrices(one, updates, roles, bases), state
+        seen = check_bases(bases, updates, side, roles, gradients=True)
+        return _project_tree(updates, bases, seen, side, mode, rtol, renorm), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _project_tree(
+    updates: Any,
+    bases: Mapping[str, Any],
+    seen: Sequence[MatrixView | None],
+    side: Side,
+    mode: Mode,
+    rtol: float | None,
+    renorm: Any,
+) -> Any:
+    """A tree whose matrices with a basis are projected; `seen` are its matrix views."""
+    bases = jax.lax.stop_gradient(bases)
+
+    def one(matrix: jax.Array, view: MatrixView) -> jax.Array:
+        found = _projected(matrix, view, of_sides(bases[view.path], side), mode)
+        return without_rounding(found, matrix, ROUNDING if rtol is None else rtol, renorm=renorm is not None)
+
+    return map_matrices(one, updates, None, bases, seen=seen)
 
 
 def _copied(bases: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,19 +145,6 @@ def _projected(matrix: jax.Array, view: MatrixView, bases: Mapping[str, jax.Arra
             for _ in range(times):
                 wide = project(wide, columns, mode=mode, side=side)  # pyright: ignore[reportArgumentType]
     return wide
-
-
-def _scaled(projected: jax.Array, matrix: jax.Array, tolerance: float, renorm: bool) -> jax.Array:
-    """Zero where what is left of a matrix is no more than rounding; else as long as the matrix, if that is wanted."""
-    largest = jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True).astype(projected.dtype)
-    unit = jnp.where(largest == 0, 1.0, largest)  # squares of very small or large entries leave the range of floats
-    left, whole = (
-        jnp.sqrt(jnp.sum(jnp.square(v.astype(projected.dtype) / unit), (-2, -1), keepdims=True))
-        for v in (projected, matrix)
-    )
-    empty = left <= tolerance * whole
-    factor = whole / jnp.where(left == 0, 1.0, left) if renorm else 1.0
-    return jnp.where(empty, 0.0, factor * projected)
 
 
 class SandwichState(NamedTuple):
@@ -182,12 +176,20 @@ def sandwich(
 
     Args:
       inner: the optimizer; weight decay inside it is projected too.
-      basis: as for `project_orthogonal`.
-      mode: as for `project_orthogonal`.
-      side: as for `project_orthogonal`.
-      rtol: as for `project_orthogonal`.
-      renorm: as for `project_orthogonal`, of the update only.
-      roles: as for `project_orthogonal`.
+      basis: bases by path, or a tree with holes, as for `project_orthogonal`.
+      mode: "remove" the subspaces, or "keep" them alone.
+      side: which axis the subspaces lie in: "in", "out" or "both".
+      rtol: a matrix of which less than this share is left becomes zero; \(32\,\epsilon\) if None.
+      renorm: "rms" gives what is left of each update the norm that the whole had.
+      roles: how the model uses plain arrays with more than two axes, from `sj.roles`.
+
+    Returns:
+      A transformation that keeps structure, shapes and dtypes. `update` takes `basis=` to override the state's for one
+      step.
+
+    Raises:
+      PatternError: at `init` or `update`, a basis is for no leaf.
+      StructureError: a basis does not fit its array, or is not in float32.
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
@@ -197,18 +199,24 @@ def sandwich(
       >>> updates["w"][0].tolist()
       [0.0, 0.0]
     """
-    before = project_orthogonal(basis, mode, side, rtol=rtol, roles=roles)
     after = project_orthogonal(basis, mode, side, rtol=rtol, renorm=renorm, roles=roles)
     extended = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SandwichState:
-        first: Any = before.init(params)
+        first: Any = after.init(params)
         return SandwichState(first, extended.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SandwichState]:
-        projected, _ = before.update(updates, state.projection, params, **extra)
+    def update(
+        updates: Any, state: Any, params: Any = None, *, basis: Any = None, **extra: Any
+    ) -> tuple[Any, SandwichState]:
+        bases = state.projection.basis if basis is None else bases_by_path(basis, side)
+        seen = check_bases(bases, updates, side, roles, gradients=True)
+        projected = _project_tree(updates, bases, seen, side, mode, rtol, None)
         directions, held = extended.update(projected, state.inner, params, **extra)
-        return after.update(directions, state.projection, params, **extra)[0], SandwichState(state.projection, held)
+        if jax.tree.structure(directions) != jax.tree.structure(updates):  # the views are of another tree
+            seen = check_bases(bases, directions, side, roles, gradients=True)
+        steps = _project_tree(directions, bases, seen, side, mode, rtol, renorm)
+        return steps, SandwichState(state.projection, held)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

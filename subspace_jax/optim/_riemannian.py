@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.core import Tracer
+from jax.tree_util import tree_leaves_with_path
 
 from subspace_jax.core import (
     Full,
     PatternError,
-    RankError,
     StructureError,
+    check_choice,
+    check_int,
     is_weight,
     leaves_with_paths,
     matches,
@@ -29,7 +31,9 @@ from subspace_jax.core import (
 )
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.manifolds import Manifold, Retraction
+from subspace_jax.optim._holes import like_updates
 from subspace_jax.optim._moments import FIRST_MOMENTS, map_moments
+from subspace_jax.optim._rounding import without_rounding
 
 Transport = Literal["project", "isometric", "none"]
 
@@ -77,7 +81,9 @@ def riemannian(
       tolerance: largest error of a point that `init` accepts, where it sees concrete arrays.
 
     Returns:
-      A transformation whose `update` needs `params`; structure, shapes and dtypes are kept.
+      A transformation whose `update` needs `params`. Structure and shapes are kept, and dtypes but for a narrower
+      gradient's: an update on a manifold has the dtype of its point. With `optax.inject_hyperparams` name `inner`,
+      `manifold` and `renormalize_every` in `static_args`.
 
     Raises:
       ValueError: an unknown option, or `update` without parameters.
@@ -115,14 +121,15 @@ def riemannian(
         if params is None:
             raise ValueError("riemannian: update needs params; call optimizer.update(gradients, state, params).")
         count = jnp.asarray(optax.safe_increment(state.count))
+        params = like_updates(updates, params)
         points = _points(params, manifold)
         if transport != "none":
-            updates = _map_points(lambda p, space, g: space.to_tangent(p, g), updates, points)
+            updates = _map_points(_tangent, updates, points)
         directions, held = masked.update(updates, state.inner, params, **extra)
         moved: dict[str, jax.Array] = {}
 
         def step(point: jax.Array, space: Manifold, direction: jax.Array, path: str) -> jax.Array:
-            new = space.retract(point, space.to_tangent(point, direction), retraction)
+            new = space.retract(point, _tangent(point, space, direction), retraction)
             if retraction == "exponential":
                 new = _renormalized(new, space, count % renormalize_every == 0, renormalize_every == 1)
             moved[path] = new
@@ -134,12 +141,19 @@ def riemannian(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _tangent(point: jax.Array, space: Manifold, vector: jax.Array, path: str = "") -> jax.Array:
+    """The tangent part of a vector at a point, in the point's dtype; zero where that is rounding alone."""
+    del path
+    return without_rounding(space.to_tangent(point, vector), vector).astype(point.dtype)
+
+
 def _names(tree: Any) -> list[str]:
     """A path for each of `jax.tree.leaves(tree)`; fields of stand-in weights have the weight's path before theirs."""
     found: list[str] = []
     for path, leaf in leaves_with_paths(tree):
         if is_weight(leaf) and not isinstance(leaf, Full):
-            found.extend(f"{path}/{path_string(p)}" for p, _ in jax.tree_util.tree_leaves_with_path(leaf))
+            fields = (jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in tree_leaves_with_path(leaf))
+            found.extend(f"{path}/{field}" for field in fields)
         else:
             found.extend(path for _ in jax.tree.leaves(leaf))
     return found
@@ -175,13 +189,16 @@ def _map_points(
     *,
     with_path: bool = False,
 ) -> Any:
-    """Maps `function(point, manifold, leaf)` over the leaves that have a point; others stay."""
+    """Maps `function(point, manifold, leaf)` over the leaves that have a point; others stay.
+
+    What it returns is in the point's dtype: a step in a gradient's narrower one would leave the manifold.
+    """
     leaves, treedef = jax.tree.flatten(tree)
     mapped = []
     for path, leaf in zip(_names(tree), leaves, strict=True):
         if path in points:
             new = function(*points[path], leaf, *([path] if with_path else []))
-            mapped.append(placed_like(new.astype(leaf.dtype), leaf))
+            mapped.append(placed_like(new, leaf))
         else:
             mapped.append(leaf)
     return jax.tree.unflatten(treedef, mapped)
@@ -203,8 +220,10 @@ def _transported(
 
     def one(point: jax.Array, space: Manifold, vector: jax.Array, path: str) -> jax.Array:
         if transport == "project":
-            return space.to_tangent(moved[path], vector)
-        return space.transport(point, vector, moved[path])
+            found = without_rounding(space.to_tangent(moved[path], vector), vector)
+        else:
+            found = space.transport(point, vector, moved[path])
+        return found.astype(vector.dtype)
 
     def moments(tree: Any) -> Any:
         return _map_points(one, tree, points, with_path=True)
@@ -234,7 +253,7 @@ def _check_on_manifold(path: str, space: Manifold, leaf: Any, tolerance: float) 
 
 def _check_patterns(manifold: Manifold | Mapping[str, Manifold], params: Any) -> None:
     """Refuses a pattern that matches neither a leaf nor what optax masks because another optimizer serves it."""
-    hidden = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda v: isinstance(v, optax.MaskedNode))
+    hidden = tree_leaves_with_path(params, is_leaf=lambda v: isinstance(v, optax.MaskedNode))
     known = [*_names(params), *(path_string(p) for p, v in hidden if isinstance(v, optax.MaskedNode))]
     if isinstance(manifold, Manifold) or not known:
         return
@@ -246,10 +265,6 @@ def _check_patterns(manifold: Manifold | Mapping[str, Manifold], params: Any) ->
 
 
 def _check_options(retraction: Any, transport: Any, renormalize_every: Any) -> None:
-    if retraction not in ("exponential", "qr", "polar") or transport not in ("project", "isometric", "none"):
-        raise ValueError(
-            f'riemannian: retraction={retraction!r} is "exponential", "qr" or "polar", transport={transport!r} '
-            '"project", "isometric" or "none".'
-        )
-    if isinstance(renormalize_every, bool) or not isinstance(renormalize_every, int) or renormalize_every < 1:
-        raise RankError(f"riemannian: renormalize_every={renormalize_every!r}; expected a positive Python int.")
+    check_choice("riemannian: retraction", retraction, ("exponential", "qr", "polar"))
+    check_choice("riemannian: transport", transport, ("project", "isometric", "none"))
+    check_int("riemannian: renormalize_every", renormalize_every)

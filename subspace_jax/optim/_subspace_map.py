@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from subspace_jax.core import Role, placed_like
 from subspace_jax.linalg import Side, from_coordinates, randomized_svd, to_coordinates, transport, truncated_svd
+from subspace_jax.optim._holes import Leaves, is_hole
 from subspace_jax.optim._matrix_views import MatrixView, matrix_views
 from subspace_jax.optim._moments import FIRST_MOMENTS, SECOND_MOMENTS, map_moments
+from subspace_jax.optim._rounding import without_rounding
 
 SideRule = Literal["shorter", "longer", "in", "out"]
 Moments = Literal["carry", "reset", "transport"]
@@ -26,8 +27,10 @@ class SubspaceMap:
     view: MatrixView
     side: Side
 
-    def coordinates(self, array: jax.Array, basis: jax.Array) -> jax.Array:
-        return to_coordinates(self.view.unfold(array), basis, side=self.side).astype(array.dtype)
+    def coordinates(self, array: jax.Array, basis: jax.Array, *, drop_rounding: bool = False) -> jax.Array:
+        matrix = self.view.unfold(array)
+        found = to_coordinates(matrix, basis, side=self.side)
+        return (without_rounding(found, matrix) if drop_rounding else found).astype(array.dtype)
 
     def lifted(self, coordinates: jax.Array, basis: jax.Array, scale: Any, like: jax.Array) -> jax.Array:
         whole = scale * from_coordinates(coordinates, basis, side=self.side)
@@ -35,10 +38,17 @@ class SubspaceMap:
 
     def leading(self, gradient: jax.Array, old: jax.Array, key: jax.Array | None) -> jax.Array:
         """The leading singular vectors of a gradient, placed as the basis was."""
-        matrix, rank = self.view.unfold(gradient), old.shape[-1]
+        matrix, rank = self.on_side(self.view.unfold(gradient)), old.shape[-1]
         found = truncated_svd(matrix, rank) if key is None else randomized_svd(key, matrix, rank)
-        columns = found.u if self.side == "in" else jnp.swapaxes(found.vt, -1, -2)
-        return placed_like(columns.astype(old.dtype), old)
+        return placed_like(found.u.astype(old.dtype), old)
+
+    def on_side(self, matrix: jax.Array) -> jax.Array:
+        """The matrix, transposed if need be, so that the subspace's own side comes first.
+
+        Decompositions fix the signs of left singular vectors. A basis of right ones would have signs that vectors which
+        nobody sees decide, and moments would be carried over flips.
+        """
+        return matrix if self.side == "in" else jnp.swapaxes(matrix, -1, -2)
 
     def empty(self, array: jax.Array, size: int, *, basis: bool) -> jax.Array:
         """Zeros for a basis in float32, or for coordinates in the array's dtype, split over devices as the array is."""
@@ -58,7 +68,7 @@ def matrix_shape(array: jax.Array, view: MatrixView) -> tuple[int, ...]:
 
 
 def subspace_map(view: MatrixView | None, array: jax.Array, rule: SideRule) -> SubspaceMap | None:
-    """The side of an array that a rule chooses; None for what is no matrix, or has no such side."""
+    """Returns the map of the side that a rule chooses; None if the leaf is no matrix, or has no such side."""
     if view is None or view.is_vector:
         return None
     if rule in ("in", "out"):
@@ -72,7 +82,7 @@ def places_of(
 ) -> list[SubspaceMap | None]:
     """The place of each array that has a basis."""
     found = zip(matrix_views(tree, roles), jax.tree.leaves(tree), bases, strict=True)
-    return [None if isinstance(b, optax.MaskedNode) else subspace_map(view, leaf, rule) for view, leaf, b in found]
+    return [None if is_hole(b) else subspace_map(view, leaf, rule) for view, leaf, b in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +102,14 @@ class Move:
         return placed_like(moved.astype(value.dtype), value)
 
 
-def moved_moments(state: Any, moves: list[Move | None], treedef: Any, moments: Moments) -> Any:
+def moved_moments(state: Any, moves: list[Move | None], held: Leaves, moments: Moments) -> Any:
     """The inner optimizer's state in the new coordinates."""
     if moments == "carry":
         return state
 
     def mapped(tree: Any, squares: bool) -> Any:
         try:
-            values = treedef.flatten_up_to(tree)
+            values = held.of(tree)
         except ValueError:  # a moment that is not like the parameters, of a factored optimizer for instance
             return tree
 
@@ -108,7 +118,7 @@ def moved_moments(state: Any, moves: list[Move | None], treedef: Any, moments: M
                 return value
             return jnp.zeros_like(value) if moments == "reset" else move.apply(value, squares)
 
-        return jax.tree.unflatten(treedef, [one(v, m) for v, m in zip(values, moves, strict=True)])
+        return held.kept([one(v, m) for v, m in zip(values, moves, strict=True)], tree)
 
     functions = {
         **dict.fromkeys(FIRST_MOMENTS, lambda tree: mapped(tree, False)),
