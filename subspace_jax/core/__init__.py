@@ -16,8 +16,10 @@ from subspace_jax.core._catalogue import Source as Source
 from subspace_jax.core._catalogue import catalogue as catalogue
 from subspace_jax.core._catalogue import register as register
 from subspace_jax.core._checks import check_choice as check_choice
+from subspace_jax.core._checks import check_dtype as check_dtype
 from subspace_jax.core._checks import check_int as check_int
 from subspace_jax.core._checks import check_number as check_number
+from subspace_jax.core._checks import check_probability as check_probability
 from subspace_jax.core._checks import check_rank as check_rank
 from subspace_jax.core._errors import MaterializeError as MaterializeError
 from subspace_jax.core._errors import NonFiniteError as NonFiniteError
@@ -93,8 +95,10 @@ __all__ = [
     "capture",
     "catalogue",
     "check_choice",
+    "check_dtype",
     "check_int",
     "check_number",
+    "check_probability",
     "check_rank",
     "combine",
     "dense",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -25,7 +25,7 @@ from subspace_jax.core._paths import leaves_with_paths, map_with_paths, matches
 from subspace_jax.core._role import Role
 from subspace_jax.core._weight import Weight, is_weight
 
-Selector = str | Callable[[str, jax.Array], bool]
+Selector = str | Callable[[str, jax.Array], bool] | tuple[Any, ...]
 
 
 class InitFn(Protocol):
@@ -77,15 +77,18 @@ class Method(NamedTuple):
       needs: fields of `Statistics` that `init` asks for, such as "gram".
       plan: for methods whose leaves depend on each other (shared bases, a budget over all layers, a bias that
         follows its kernel): gives each leaf its own `init`.
+      settings: what makes two methods of one name the same: those of equal settings plan their leaves together. None
+        where each call plans for itself alone.
     """
 
     name: str
     init: InitFn
     needs: tuple[str, ...] = ()
     plan: PlanFn | None = None
+    settings: Hashable = None
 
 
-Rules = Mapping[str, Method | None] | Sequence[tuple[Selector, Method | None]]
+Rules = Mapping[Any, Method | None] | Sequence[tuple[Selector, Method | None]]
 
 
 def full() -> Method:
@@ -122,18 +125,20 @@ def adapt(
       params: any tree of arrays: Flax Linen, `nnx.to_pure_dict`, hand-made. Arrays may be abstract under
         `jax.eval_shape`.
       rules: ordered pairs, or a dict, of a selector and a method. A selector is a glob over slash-joined paths
-        (`*` within a name, `**` any depth) or a predicate of path and array. The first rule that matches a leaf
-        decides; None as the method leaves the leaf as it is.
+        (`*` within a name, `**` any depth), a predicate of path and array, or a tuple of these, each of which must
+        match something. The first rule that matches a leaf decides, and every rule must decide on a leaf; None as
+        the method leaves the leaf as it is.
       key: a random key, consumed; each leaf's own key depends on its path only.
       roles: what `sj.roles` found, or parts of it written by hand, by path or glob. Without it two-dimensional
-        arrays are `(in, out)`.
+        arrays are `(in, out)`. Every entry must be of a leaf; entries of other collections than "params" may stay.
       stats: what `sj.capture` gathered, for methods that need it.
 
     Returns:
       A tree of the structure of `params` in which stand-in weights are leaves.
 
     Raises:
-      PatternError: a rule selects nothing, everything is left as it was, or a selected leaf cannot learn.
+      PatternError: a rule selects nothing or nothing that earlier rules left over, an entry of `roles` is of no leaf,
+        everything is left as it was, or a selected leaf cannot learn.
       RoleError: a method needs a matrix and how the model uses the leaf is not known.
       NonFiniteError: a selected leaf holds NaN or infinity.
       StatisticsError: a method's statistics are missing.
@@ -147,6 +152,7 @@ def adapt(
     """
     ordered: list[tuple[Any, Method | None]] = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     leaves = leaves_with_paths(params)
+    _check_roles(roles or {}, [path for path, _ in leaves])
     chosen = _choose(ordered, leaves)
     known = {path: _role(path, leaf, roles) for path, leaf in leaves if path in chosen}
     for path, leaf in leaves:
@@ -171,52 +177,109 @@ def adapt(
 
 
 def _choose(rules: list[tuple[Selector, Method | None]], leaves: list[tuple[str, Any]]) -> dict[str, Method]:
-    """The method of each leaf that gets one. Every selector must match something."""
+    """The method of each leaf that gets one. Every selector must match something, and every rule win something."""
     if not rules:
         raise PatternError('No rules were given. Pass, for instance, {"**/kernel": sj.lora(rank=8)}.')
-    hits = [0] * len(rules)
+    for selector, _ in rules:
+        _check_selector(selector, leaves, "Rule ")
+    matching = {path: [i for i, (s, _) in enumerate(rules) if _selects(s, path, leaf)] for path, leaf in leaves}
+    _check_winners(rules, matching)
     chosen: dict[str, Method] = {}
-    for path, leaf in leaves:
-        matching = [i for i, (selector, _) in enumerate(rules) if _selects(selector, path, leaf)]
-        for i in matching:
-            hits[i] += 1
-        if matching and (method := rules[matching[0]][1]) is not None:
+    for path, hits in matching.items():
+        if hits and (method := rules[hits[0]][1]) is not None:
             if not isinstance(method, Method):
                 raise TypeError(
                     f"{path}: the rule gives {type(method).__name__} {method!r}; expected a method such as "
                     "sj.lora(rank=8), or None to leave the leaf as it is."
                 )
             chosen[path] = method
-    paths = [path for path, _ in leaves]
-    for (selector, _), count in zip(rules, hits, strict=True):
-        if not count:
-            hint = (
-                f"nearest paths: {nearest(selector.replace('**/', ''), paths)}"
-                if isinstance(selector, str)
-                else (f"the tree has {len(paths)} leaves, the first is {paths[0] if paths else None!r}")
-            )
-            raise PatternError(
-                f"Rule {selector!r} matches no leaf; {hint}. `*` stays within one name, `**` crosses any depth."
-            )
     if not chosen:
         raise PatternError(
-            "Nothing would be adapted: every leaf that the rules match is given None or an earlier None rule "
-            "takes it. The first matching rule wins; put exceptions after what they should not hide."
+            "Nothing would be adapted: every leaf that the rules match is given None. Give some of them a method."
         )
     return chosen
+
+
+def _check_winners(rules: list[tuple[Selector, Method | None]], matching: Mapping[str, list[int]]) -> None:
+    """Refuses a rule that decides on no leaf, because earlier ones took all that it matches."""
+    winners = {hits[0] for hits in matching.values() if hits}
+    for i, (selector, _) in enumerate(rules):
+        if i in winners:
+            continue
+        taken = {path: rules[hits[0]][0] for path, hits in matching.items() if i in hits}
+        by = ", ".join(map(repr, dict.fromkeys(taken.values())))
+        raise PatternError(
+            f"Rule {selector!r} decides on no leaf: all that it matches ({_few(list(taken))}) are taken by the earlier "
+            f"{by}. The first matching rule wins: put the special rule before the general one, or drop it."
+        )
+
+
+def _few(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def _check_selector(selector: Selector, leaves: list[tuple[str, Any]], what: str = "") -> None:
+    """Refuses a selector, or a part of a tuple of them, that matches nothing."""
+    if isinstance(selector, tuple):
+        for one in selector:
+            _check_selector(one, leaves, what)
+        if selector:
+            return
+    elif not isinstance(selector, str) and not callable(selector):
+        raise TypeError(
+            f"{what}{selector!r} is a {type(selector).__name__}; expected a glob such as '**/kernel', a predicate of "
+            "path and array, or a tuple of these."
+        )
+    elif any(_selects(selector, path, leaf) for path, leaf in leaves):
+        return
+    paths = [path for path, _ in leaves]
+    hint = (
+        f"nearest paths: {nearest(selector.replace('**/', ''), paths)}"
+        if isinstance(selector, str)
+        else (f"the tree has {len(paths)} leaves, the first is {paths[0] if paths else None!r}")
+    )
+    raise PatternError(
+        f"{what}{selector!r} matches no leaf; {hint}. `*` stays within one name, `**` crosses any depth."
+    )
+
+
+def _check_roles(roles: Mapping[str, Role], paths: list[str]) -> None:
+    """Refuses a role for a path that the tree does not have: a misspelt one would leave the leaf without."""
+    known = {*paths, *(f"params/{path}" for path in paths)}
+    # What `roles` found in {"params": ..., "batch_stats": ...} serves for the parameters alone.
+    collections = any(name in known and name not in paths for name in roles)
+    for pattern in roles:
+        if pattern in known or any(matches(pattern, path) for path in paths):
+            continue
+        if collections and not pattern.startswith("params/"):
+            continue
+        raise PatternError(
+            f"roles: {pattern!r} matches no leaf; nearest paths: {nearest(pattern.replace('**/', ''), paths)}. Take "
+            "roles from sj.roles(fn, params, ...) of this tree, or mend the path."
+        )
 
 
 def _plan(key: jax.Array, leaves: Mapping[str, Leaf], chosen: Mapping[str, Method]) -> dict[str, InitFn]:
     """The `init` of each leaf; a method with a plan sees all its leaves at once."""
     inits = {path: method.init for path, method in chosen.items()}
-    for method in {id(method): method for method in chosen.values()}.values():
+    groups: dict[Any, list[str]] = {}
+    for path in leaves:
+        groups.setdefault(_identity(chosen[path]), []).append(path)
+    for paths in groups.values():
+        method = chosen[paths[0]]
         if method.plan is not None:
-            own = {path: leaf for path, leaf in leaves.items() if chosen[path] is method}
-            inits |= method.plan(key_for(key, method.name), own)
+            inits |= method.plan(key_for(key, method.name), {path: leaves[path] for path in paths})
     return inits
 
 
+def _identity(method: Method) -> Hashable:
+    """What methods that plan together have in common: name and settings; else a method plans for itself."""
+    return id(method) if method.settings is None else (method.name, method.settings)
+
+
 def _selects(selector: Selector, path: str, leaf: Any) -> bool:
+    if isinstance(selector, tuple):
+        return any(_selects(one, path, leaf) for one in selector)
     return matches(selector, path) if isinstance(selector, str) else bool(selector(path, leaf))
 
 
@@ -286,14 +349,6 @@ def select_paths(tree: Any, selector: Selector | Iterable[str]) -> list[str]:
       PatternError: a glob matches nothing.
     """
     leaves = leaves_with_paths(tree)
-    if isinstance(selector, str):
-        selectors: list[Selector] = [selector]
-    elif callable(selector):
-        selectors = [selector]
-    else:
-        selectors = list(selector)
-    found = [path for path, leaf in leaves if any(_selects(s, path, leaf) for s in selectors)]
-    for one in selectors:
-        if not any(_selects(one, path, leaf) for path, leaf in leaves):
-            raise PatternError(f"{one!r} matches no leaf; nearest paths: {nearest(str(one), [p for p, _ in leaves])}.")
-    return found
+    selectors = (selector,) if isinstance(selector, str) or callable(selector) else tuple(selector)
+    _check_selector(selectors, leaves)
+    return [path for path, leaf in leaves if _selects(selectors, path, leaf)]

@@ -6,6 +6,9 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from subspace_jax.core._errors import RankError
 
 
@@ -91,3 +94,38 @@ def check_number(
         number = float("nan")
     if not (abs(number) < float("inf") and all(test(number) for _, _, test in given)):
         raise ValueError(f"{what}={value!r}: expected {expected}.")
+
+
+def check_probability(what: str, value: Any) -> None:
+    """Refuses a dropout that is not a probability below 1.
+
+    Raises:
+      ValueError: it is not in [0, 1).
+    """
+    check_number(what, value, least=0.0, below=1.0)
+
+
+def check_dtype(what: str, dtype: Any) -> np.dtype:
+    """Returns the dtype of trained values: float32, bfloat16 or float64, in which optimizers work.
+
+    float16 is refused. Adam squares gradients, and below 2.4e-4 their squares are zero in float16, as its epsilon of
+    1e-8 is: a zero gradient then gives 0 / 0, and the adapter is NaN at the next step.
+
+    Raises:
+      ValueError: it is another dtype.
+
+    Example:
+      >>> check_dtype("demo: dtype", "bfloat16").name
+      'bfloat16'
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating) or found == jnp.float16 or found.itemsize < 2:
+        why = " (Adam's squares and its epsilon underflow in float16: NaN)" if found == jnp.float16 else ""
+        raise ValueError(
+            f"{what}={found.name if found is not None else repr(dtype)}: expected jnp.float32, or jnp.bfloat16 where "
+            f"memory is short{why}. The model's own arrays may stay as they are."
+        )
+    return found

@@ -85,15 +85,68 @@ def test_every_rule_must_match_and_the_error_lists_nearest_paths():
         sj.adapt({}, {"**": lora()}, key=KEY)
 
 
-def test_a_rule_hidden_by_an_earlier_one_still_matches():
-    rules = [("**/kernel", lora()), ("head/kernel", sj.full())]
-    assert methods(sj.adapt(tree(), rules, key=KEY))["head/kernel"] == "lora"
+def test_a_rule_that_earlier_ones_leave_nothing_is_an_error_that_names_them():
+    for rules in (
+        {"**/kernel": lora(), "head/kernel": sj.lora(4)},
+        [("**/query/*", lora()), ("**/kernel", None), ("**/layer_0/out/kernel", sj.full())],
+        [("**/kernel", None), ("head/*", lora())],
+    ):
+        (*_, last) = [selector for selector, _ in (rules.items() if isinstance(rules, dict) else rules)]
+        with pytest.raises(PatternError) as found:
+            sj.adapt(tree(), rules, key=KEY)
+        assert f"Rule {last!r} decides on no leaf" in str(found.value)
+        assert "'**/kernel'. The first matching rule wins" in str(found.value)
+    rules = {"head/kernel": sj.lora(4), "**/kernel": sj.lora(2)}
+    assert {row.path: row.rank for row in sj.summary(sj.adapt(tree(), rules, key=KEY))}["head/kernel"] == 4
+
+
+def test_a_tuple_of_selectors_is_one_rule_and_each_of_them_must_match():
+    rules = {("head/*", "**/layer_1/**/kernel", lambda path, array: path.endswith("bias")): sj.full()}
+    adapted = sj.adapt(tree(), rules, key=KEY)
+    assert sorted(methods(adapted)) == sorted(
+        ["head/kernel", *(f"encoder/layer_1/{n}/kernel" for n in ("query", "out"))]
+        + [f"encoder/layer_{i}/query/bias" for i in range(2)]
+    )
+    with pytest.raises(PatternError, match=r"Rule 'haed/\*' matches no leaf.*'head/kernel'"):
+        sj.adapt(tree(), {("haed/*", "**/kernel"): sj.full()}, key=KEY)
+    with pytest.raises(TypeError, match=r"Rule 3 is a int; expected a glob"):
+        sj.adapt(tree(), {3: sj.full()}, key=KEY)
+
+
+def test_a_role_for_no_leaf_is_refused_but_other_collections_may_be_there():
+    role = sj.Role.dense()
+    with pytest.raises(PatternError, match=r"roles: 'haed/kernel' matches no leaf; nearest paths: 'head/kernel'"):
+        sj.adapt(tree(), {"head/kernel": lora()}, key=KEY, roles={"haed/kernel": role})
+    with pytest.raises(PatternError, match=r"roles: '\*\*/kernl'"):
+        sj.adapt(tree(), {"head/kernel": lora()}, key=KEY, roles={"**/kernel": role, "**/kernl": role})
+    variables = {"params/head/kernel": role, "batch_stats/norm/mean": sj.Role("other")}
+    assert methods(sj.adapt(tree(), {"head/kernel": lora()}, key=KEY, roles=variables))
+    with pytest.raises(PatternError, match=r"roles: 'params/haed/kernel'"):
+        sj.adapt(tree(), {"head/kernel": lora()}, key=KEY, roles={**variables, "params/haed/kernel": role})
+
+
+def test_methods_of_equal_settings_plan_together_and_others_apart():
+    def planned(settings):
+        def plan(key, leaves):
+            def init(key, array, role, stats):
+                return sj.full().init(key, array * len(leaves), role, stats)
+
+            return dict.fromkeys(leaves, init)
+
+        return sj.Method("planned", sj.full().init, plan=plan, settings=settings)
+
+    def counts(*settings):
+        rules = dict(zip("ab", map(planned, settings), strict=True))
+        adapted = sj.adapt({"a": jnp.ones(1), "b": jnp.ones(1)}, rules, key=KEY)
+        return [float(adapted[name].value[0]) for name in "ab"]
+
+    assert counts((1, 2), (1, 2)) == [2, 2]
+    assert counts((1, 2), (1, 3)) == counts(None, None) == [1, 1]
 
 
 def test_nothing_adapted_is_an_error():
-    for rules in ({"**": None}, [("**/kernel", None), ("head/*", lora())]):
-        with pytest.raises(PatternError, match="Nothing would be adapted"):
-            sj.adapt(tree(), rules, key=KEY)
+    with pytest.raises(PatternError, match="Nothing would be adapted"):
+        sj.adapt(tree(), {"**": None}, key=KEY)
     for rules in ({}, []):
         with pytest.raises(PatternError, match="No rules"):
             sj.adapt(tree(), rules, key=KEY)
