@@ -51,7 +51,7 @@ def loldu(
     Operations of a step are those of `svfit` of the same rank.
 
     Args:
-      rank: \(r\), at most the weight's smaller side, which None stands for.
+      rank: \(r\), at most the weight's smaller side; that side if None.
       alpha: \(\sigma = \alpha / r\). The authors' code has 8 and, in its shortcuts, 1.
       sigma: \(\sigma\) itself. With neither, 1 where `rank` is the smaller side and 8 / `rank` elsewhere.
       start: of \(z\), with \(z_0\) the pivots, \(m\) their mean and \(d\) their standard deviation: "ldu" \(z_0\),

@@ -93,7 +93,7 @@ def qpissa(
     order: Literal["out_in", "in_out"] = "out_in",
     dtype: Any = jnp.float32,
 ) -> Method:
-    r"""PiSSA over a 4-bit base: the factors take what quantization loses as well.
+    r"""Trains the principal part of a weight over a base in 4 bits, and makes up for part of the quantization error.
 
     From \(E_0 = W\), for \(t = 1 \dots T\): \((a_t, b_t)\) are the principal factors of \(E_{t-1}\), \(Q_t\) is the
     quantized \(W - a_t b_t\), and \(E_t = W - Q_t\). The base is \(Q_T\) in NF4, dequantized where it is used.
@@ -101,9 +101,9 @@ def qpissa(
     Args:
       rank: \(r\), at most the weight's smaller side.
       steps: \(T\); 1 quantizes the residual of PiSSA once.
-      svd: as for `pissa`.
-      iterations: as for `pissa`.
-      oversample: as for `pissa`.
+      svd: "randomized" finds the leading part by power iterations, "exact" by a full decomposition.
+      iterations: power iterations of the randomized decomposition.
+      oversample: its extra columns.
       order: order of consecutive entries in a block; see `NF4`.
       dtype: dtype of the factors.
 

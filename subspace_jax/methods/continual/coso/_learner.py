@@ -1,4 +1,4 @@
-"""CoSO as a learner: low-rank Adam at right angles to sketches of what earlier tasks used."""
+"""CoSO as a learner: low-rank Adam orthogonal to sketches of the gradients of earlier tasks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def learner(
     rules_optimizer: optax.GradientTransformation | None = None,
     roles: Mapping[str, Role] | None = None,
 ) -> Learner:
-    """Returns the learner of CoSO, whole kernels.
+    """Returns a learner that trains kernels by low-rank Adam, orthogonal to what earlier tasks used (CoSO).
 
-    At the end of a task the leading directions of its sketch join the history, see `coso.next_task`, and no later
-    update has anything of them.
+    At the end of a task the leading directions of its sketch join the history, see `coso.next_task`; later updates
+    have no component along them.
 
     Args:
       loss: `loss(params, batch)`, a scalar; call the model by `with_adapters`.
@@ -37,7 +37,7 @@ def learner(
       optimizer: `sj.coso(...)`, with `tasks=` of the stream.
       energy_threshold: share of a task's energy that is protected.
       min_new: least number of new directions of a task.
-      rules: what else learns, as for `adapt`: heads. Biases and norms that learn would forget.
+      rules: what else learns, heads for instance, as rules of `adapt`. Biases and norms that learn would forget.
       rules_optimizer: of what `rules` select; its state begins anew with every task.
       roles: how the model uses arrays with more than two axes, from `sj.roles`.
 

@@ -1,4 +1,4 @@
-"""What CoSO keeps of a task that is over."""
+"""Adds a finished task's leading directions to CoSO's history."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from subspace_jax.methods.continual.coso._transform import CosoState, CosoSubspa
 
 
 def next_task(state: Any, energy_threshold: float = 0.98, *, min_new: int = 1) -> Any:
-    r"""Returns the optimizer state after a task: its leading directions join the history, all else starts again.
+    r"""Adds a task's leading gradient directions to the history in the optimizer's state; all else starts again.
 
     Of the sketch's singular values \(\sigma\) the first \(k\) count, as many as have a cumulative share of
     \(\sum \sigma^2\) strictly below `energy_threshold`: the direction that crosses it stays unprotected.

@@ -1,4 +1,4 @@
-"""`coso`: Adam in subspaces that keep away from a history."""
+"""`coso`: Adam in low-rank subspaces orthogonal to a history of earlier tasks."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def coso(
       A transformation that keeps structure, shapes and dtypes.
 
     Raises:
-      RankError: a rank, `gap` or `tasks` is no positive integer, or `r2` is below `r1`.
+      RankError: a rank, `gap` or `tasks` is not a positive integer, or `r2` is below `r1`.
       PatternError: a glob matches nothing.
 
     Example:

@@ -1,4 +1,4 @@
-"""GPM as a learner: updates without the directions that the inputs of earlier tasks need."""
+"""GPM as a learner: updates orthogonal to the inputs of earlier tasks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def learner(
     roles: Mapping[str, Role] | None = None,
     mask: Callable[[Any], jax.Array] | None = None,
 ) -> Learner:
-    r"""Returns the learner of gradient projection memory, whole kernels and any optimizer.
+    r"""Returns a learner that keeps updates of kernels orthogonal to the inputs of earlier tasks, for any optimizer.
 
     At the end of a task the Gram matrices of the selected kernels' inputs are captured and the directions that hold
-    the share `threshold` of their energy join the memory, see `gpm.next_task`. From then on gradients and updates go
-    without them, see `sandwich`: \(x W\) stays as it is for inputs in the span of the memory. Everything of `rules`
-    learns without projection.
+    the share `threshold` of their energy join the memory, see `gpm.next_task`. From then on gradients and updates are
+    projected onto their complement, see `sandwich`: \(x W\) stays as it is for inputs in the span of the memory. What
+    `rules` select learns without projection.
 
     A projection with c columns costs \(8\,c\,d_{in} d_{out}\) operations a step, whether they are in use or not.
 
@@ -42,9 +42,10 @@ def learner(
         and 0.99, rising slowly.
       columns: share of a kernel's input dimensions that the memory has room for, in (0, 1]. A full memory takes no
         more: compare `state.memory[path].rank` with it.
-      rules: what else learns, as for `adapt`: heads. Biases and norms that learn would forget; the authors freeze them.
+      rules: what else learns, heads for instance, as rules of `adapt`. Biases and norms that learn would forget; the
+        authors freeze them.
       roles: how the model uses arrays with more than two axes, from `sj.roles`.
-      mask: gives, of a batch, which rows count, as for `capture`: without padding.
+      mask: tells which rows of a batch count when inputs are captured, so that padding does not.
 
     Returns:
       A learner whose memory is a `GPMMemory` by path. Its `end_task` reads all batches that it is given.

@@ -1,4 +1,4 @@
-"""O-LoRA as a learner: a new adapter for every task, held at right angles to those of earlier tasks."""
+"""O-LoRA as a learner: a new adapter for every task, kept orthogonal to those of earlier tasks."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def learner(
     rules: Any = None,
     roles: Mapping[str, Role] | None = None,
 ) -> Learner:
-    """Returns the learner of O-LoRA: see `o_lora`, `o_lora.penalty` and `o_lora.next_task`.
+    """Returns a learner that trains a new low-rank adapter for every task, orthogonal to earlier ones (O-LoRA).
 
-    When a task starts, the factors that the last one trained are put beside those of earlier tasks, frozen, and new
-    ones take their place. The metrics of a step have the penalty beside the loss.
+    When a task starts, the factors that the last one trained are frozen beside those of earlier tasks, and new ones
+    take their place; see `o_lora.next_task`. The metrics of a step have `o_lora.penalty` beside the loss.
 
     Args:
       loss: `loss(params, batch)`, a scalar; call the model by `with_adapters`.
@@ -38,16 +38,16 @@ def learner(
       optimizer: any optax transformation; its state begins anew with every task.
       tasks: number of tasks in the stream.
       rank: of each task's adapter.
-      alpha: as for `o_lora`.
-      dropout: as for `o_lora`.
+      alpha: an adapter is scaled by alpha / rank.
+      dropout: probability of dropping an input of the adapter that learns; published: 0.1.
       overlap_weight: weight of the overlap with earlier tasks' input sides.
       norm_weight: weight of the factors' norms.
-      rules: what else learns, as for `adapt`: heads.
+      rules: what else learns, heads for instance, as rules of `adapt`.
       roles: how the model uses arrays with more than two axes, from `sj.roles`.
 
     Raises:
-      StreamError: `tasks` is no positive int.
-      RankError: `rank` is none either.
+      StreamError: `tasks` is not a positive integer.
+      RankError: `rank` is not a positive integer.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj

@@ -27,7 +27,7 @@ NAME = "o_lora"
 
 
 def o_lora(rank: int = 8, *, tasks: int, alpha: float = 32.0, dropout: float = 0.0, dtype: Any = jnp.float32) -> Method:
-    r"""Returns low-rank adapters for a sequence of tasks, of which the last one learns.
+    r"""Trains one low-rank adapter for each task of a sequence, beside the frozen adapters of earlier tasks.
 
     \(W + s \sum_{i<t} A_i B_i + s\,A_t B_t\).
 
@@ -47,7 +47,7 @@ def o_lora(rank: int = 8, *, tasks: int, alpha: float = 32.0, dropout: float = 0
       around a frozen `LowRank` (`[*stack, in, tasks * rank]` and `[*stack, tasks * rank, out]`, zero where unused).
 
     Raises:
-      RankError: `rank` or `tasks` is no positive integer.
+      RankError: `rank` or `tasks` is not a positive integer.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -108,7 +108,7 @@ def _is_ours(weight: Any) -> bool:
 
 
 def penalty(adapted: Any, overlap_weight: float = 0.5, norm_weight: float = 0.0) -> jax.Array:
-    r"""Returns what O-LoRA adds to the loss.
+    r"""Returns the overlap of the adapter's input side with those of earlier tasks, which O-LoRA adds to the loss.
 
     \(\lambda_1 \sum_{i<t} \sum |A_i^T A_t| + \lambda_2\,(\|A_t\|_F + \|B_t\|_F)\), summed over weights: absolute
     entries, on the side of the inputs, as the authors' code has it; the paper writes the other side.
@@ -147,7 +147,7 @@ def _norm(array: jax.Array) -> jax.Array:
 
 
 def next_task(adapted: Any, task: Any, *, key: jax.Array) -> Any:
-    """Returns the tree with the adapter that learned put beside those of earlier tasks, and a new one in its place.
+    """Freezes the adapter that learned beside those of earlier tasks, and puts a new one in its place.
 
     The model's outputs stay as they are; shapes do too. Start the optimizer's moments anew: see `reset_moments`.
 

@@ -38,11 +38,12 @@ def learner(
     rules: Any = None,
     roles: Mapping[str, Role] | None = None,
 ) -> Learner:
-    r"""Returns the learner of OSF: see `osf` and `osf.projection`.
+    r"""Returns a learner that trains every task orthogonal to the large singular directions of the weights (OSF).
 
-    When a task starts, every selected kernel is split by its singular values; what belongs to the large ones is frozen
-    and what learns stays at right angles to it. When the task ends, the kernels are merged. The factors have room for
-    every rank, so that no task compiles again, for more operations a step than the exact split.
+    When a task starts, every selected kernel is split by its singular values, see `osf`; the part of the large ones is
+    frozen, and what learns stays orthogonal to it, see `osf.projection`. When the task ends, the kernels are merged.
+    The factors have room for every rank, so that no task compiles again, for more operations a step than the exact
+    split.
 
     Args:
       loss: `loss(params, batch)`, a scalar; call the model by `with_adapters`.
@@ -53,9 +54,9 @@ def learner(
         zero. "importance": by layer, the policy of the paper, from batches of the task before (`osf.importance`,
         `osf.ranks`); nothing before the first task. Or a function of the number of the task, from zero, whose result
         is what `osf` takes.
-      floor: as for `osf.ranks`, of "importance".
-      target: as for `osf.ranks`, of "importance".
-      rules: what else learns, as for `adapt`: heads.
+      floor: least share of a layer's singular values that "importance" freezes.
+      target: share that "importance" freezes of a layer of mean importance.
+      rules: what else learns, heads for instance, as rules of `adapt`.
       roles: how the model uses arrays with more than two axes, from `sj.roles`.
 
     Returns:
@@ -63,7 +64,7 @@ def learner(
       with "importance" does `end_task` read batches.
 
     Raises:
-      StreamError: `tasks` is no positive int, or `preserved` no policy.
+      StreamError: `tasks` is not a positive integer, or `preserved` is not a policy.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj

@@ -1,4 +1,4 @@
-"""OSF: Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning (Nayak et al., 2025)."""
+"""Keeps OSF's trained factors orthogonal to its frozen singular vectors, around any optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class High(NamedTuple):
     Attributes:
       left: \(L_h\), `[*stack, in, high]`.
       right: \(R_h\), `[*stack, high, out]`.
-      live: 1 for the triples that learn, `[*stack, low]`, or None for all.
+      live: 1 for the triples that learn, 0 for padding, `[*stack, low]`; None where all learn.
     """
 
     left: jax.Array

@@ -1,4 +1,4 @@
-"""`matryoshka` and what cuts an adapter to a rank."""
+"""`matryoshka`, and functions that cut its adapters to a smaller rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def matryoshka(
     normalize: bool = False,
     a_init: Literal["official", "lora"] = "official",
 ) -> Method:
-    r"""Trains one LoRA of which the leading \(r\) columns and rows are an adapter for every \(r\) of a set.
+    r"""Trains one LoRA whose leading \(r\) columns and rows are an adapter of rank \(r\), for every \(r\) of a set.
 
     \(W + a\,\mathrm{diag}(p)\,b\) with \(p_i = \sum_{r \in S,\, r \ge i} s(r)\): one product gives the sum of the
     adapters of every rank in \(S\), at the cost of LoRA. `at_rank` uses one of them, `truncate_rank` cuts it out as
@@ -47,7 +47,7 @@ def matryoshka(
 
     Raises:
       RankError: no rank is left, or one is not a positive integer.
-      TypeError: `method` is no method, or, from `adapt`, makes no `LowRank` that starts at zero.
+      TypeError: `method` is not a method, or, from `adapt`, its weights are not `LowRank` ones that start at zero.
 
     Warning:
       In training the ranks add up; alone, each is smaller than what was trained. `at_rank(..., inference="keep_p")`
@@ -123,7 +123,7 @@ def training_gains(ranks: Sequence[int], largest: int, rank_scale: RankScale, no
     Args:
       ranks: ascending, none above `largest`.
       largest: length of the diagonal.
-      rank_scale: as for `matryoshka`.
+      rank_scale: scale of a rank r used alone: "none" is 1, "rank" 1 / r, "sqrt" one over the root of r.
       normalize: divide by the number of ranks.
 
     Returns:
@@ -236,7 +236,7 @@ def truncate_rank(adapted: Any, rank: int, *, inference: Inference = "published"
     Args:
       adapted: a tree with `NestedLowRank` weights; other leaves stay as they are.
       rank: a Python int, as shapes depend on it.
-      inference: as for `at_rank`.
+      inference: "published" uses the scale of the rank itself; "keep_p" keeps the gains of training.
 
     Returns:
       The tree with `LowRank` weights of `a` `[*stack, in, rank]`; the gains are multiplied into `b`.

@@ -18,9 +18,9 @@ from subspace_jax.weights import LowRankCore
 class SplitSVD(LowRankCore):
     r"""\(K_h + L\,\mathrm{diag}(s)\,R\) with a frozen part \(K_h\) of large singular values and trainable factors.
 
-    The singular vectors of the frozen part are kept beside it, for those who keep the factors at right angles to them.
-    Columns of zeros fill up where there are fewer triples than columns: of stacked layers with unequal ranks, or where
-    room is left for other ranks.
+    The singular vectors of the frozen part are kept beside it, so that the factors can be kept orthogonal to them.
+    Columns of zeros pad the factors where there are fewer triples than columns: stacked layers with unequal ranks, or
+    room for other ranks.
 
     The factors together are as large as the weight, so on a mesh `sj.shardings` splits their rank as well: a device
     holds as small a share of them as of the weight. A use gathers the rank of one layer, whose product with the other
@@ -34,8 +34,8 @@ class SplitSVD(LowRankCore):
       left: \(L\), `[*stack, in, low]`, trainable.
       core: \(s\), `[*stack, low]`, trainable.
       right: \(R\), `[*stack, low, out]`, trainable.
-      live: 1 where a triple of the factors is one, 0 where it only fills up, `[*stack, low]`; None where all are.
-      route: as for `LowRankCore`.
+      live: 1 for a triple in use, 0 for padding, `[*stack, low]`; None where all are in use.
+      route: "factored" multiplies with the factors, "materialized" forms the sum first, "auto" takes the cheaper.
     """
 
     high_left: jax.Array
@@ -61,7 +61,7 @@ class SplitSVD(LowRankCore):
         return LowRankCore.contract(self.masked().with_whole_rank(), x, operation)
 
     def masked(self) -> SplitSVD:
-        """Returns the weight with zeros for the values that only fill up: then nothing of them learns."""
+        """Returns the weight with zeros for the values of padding, so that padding does not learn."""
         if self.live is None:
             return self
         return dataclasses.replace(self, core=self.core * jax.lax.stop_gradient(self.live), live=None)
@@ -71,7 +71,7 @@ class SplitSVD(LowRankCore):
         return dataclasses.replace(self, left=whole_axis(self.left, -1), right=whole_axis(self.right, -2))
 
     def _forming_is_cheaper(self, x: jax.Array, operation: Operation) -> bool:
-        """As for `LowRankCore`, but the factors learn too, so that both routes pay for their gradients."""
+        """Compares operations of both routes; the factors learn too, so that both pay for their gradients."""
         inputs, outputs = self.role.sizes(self.shape)
         if not isinstance(operation, Dot) or not operation.contracts_inputs:
             return False

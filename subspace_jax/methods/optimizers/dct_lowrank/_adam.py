@@ -70,7 +70,7 @@ def scale_by_dct_adam(
     largest: int = 32000,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformation:
-    r"""Runs Adam in the few columns of a cosine basis that the gradient has most of itself in.
+    r"""Runs Adam in the few columns of a cosine basis that hold most of the gradient.
 
     With the gradient as \(B\) `[N, n]`, \(n\) the shorter side: the \(r\) columns of largest \(\|(B Q)_{:,j}\|\) give
     \(g = B Q_r\); Adam runs on \(g\), and its step is lifted by \(Q_r^T\). No decomposition, and of the subspace only

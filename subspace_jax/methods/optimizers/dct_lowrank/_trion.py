@@ -78,13 +78,13 @@ def scale_by_trion(
       scale: by the sides of a matrix: "kj" \(\sqrt{\max(1, out / in)}\), "kimi" \(0.2 \sqrt{\max(out, in)}\), "dion"
         \(\sqrt{out / in}\), or "none".
       coefficients: of the Newton-Schulz steps.
-      transform: as for `scale_by_dct_adam`, and so are `norm`, `basis` and `largest`.
-      norm: see there.
-      basis: see there.
-      largest: see there.
-      b1: of Adam, which everything that is no matrix has.
-      b2: likewise.
-      eps: likewise.
+      transform: "matmul", or "fft" by fast transforms of the rows.
+      norm: 1 or 2, by which columns are ranked.
+      basis: "dct", or "random_qr" to compare with.
+      largest: matrices with a longer side than this, as embeddings, have plain Adam.
+      b1: decay of the first moment of Adam, which serves everything that is not a matrix.
+      b2: decay of its second moment.
+      eps: added to the root of its second moment.
       vector_scale: Adam's step is multiplied by this; the published rate there is 3e-4 beside 0.02.
       roles: how the model uses plain arrays with more than two axes.
 

@@ -1,4 +1,4 @@
-"""Replacing the features of a gallery bit by bit: in which order, and what is found meanwhile."""
+"""Backfilling: the order in which a gallery's features are renewed, and retrieval scores on the way."""
 
 from __future__ import annotations
 

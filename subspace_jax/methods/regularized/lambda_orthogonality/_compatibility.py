@@ -150,8 +150,8 @@ def compatibility_loss(
       labels: `[batch]` integers; None for each row its own class.
       kernel: of the relaxed backward map, to regularize; None for a strictly orthogonal one, or where
         `sj.methods.lambda_orthogonality.add_lambda_orthogonality` adds the gradient.
-      lam: as for `lambda_orthogonality`.
-      alpha: as for `lambda_orthogonality`.
+      lam: \(\lambda\), the allowed distance of `kernel` from orthogonal; \(0.375 \sqrt{n}\) if None.
+      alpha: steepness of the gate of the regularizer; positive.
       weights: \((w_1, w_2, w_3, w)\).
       temperature: \(\tau\) of the contrastive loss.
       reduction: of the alignment losses over coordinates.

@@ -102,7 +102,7 @@ class NNXBackwardMap(nnx.Module):
 
     Args:
         width: of the features.
-        kind: as for `BackwardMap`.
+        kind: "lambda", "affine", "orthogonal" or "cayley"; `BackwardMap` describes each.
         rngs: draws the kernel of an `"affine"` one, with its stream `params`.
 
     Example:

@@ -1,4 +1,4 @@
-"""The penalty and its gradient."""
+"""Penalizes matrices that are further than a given distance from orthogonal; the penalty and its gradient."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def lambda_orthogonality(
       A scalar in float32 (float64 if the array is that).
 
     Raises:
-      ValueError: `alpha` is no positive number.
+      ValueError: `alpha` is not a positive number.
       StructureError: fewer than two axes.
       RoleError: the role is not that of a matrix.
 
@@ -88,8 +88,8 @@ def lambda_orthogonality_gradient(
 
     Args:
       matrix: \(W\), `[*stack, in, out]`.
-      lam: as for `lambda_orthogonality`.
-      alpha: as for `lambda_orthogonality`.
+      lam: \(\lambda\), the allowed distance; \(0.375 \sqrt{n}\) if None, with n the smaller side.
+      alpha: \(\alpha\), steepness of the gate; positive.
 
     Returns:
       An array like `matrix` in float32 (float64 if it is that); zero where \(x = 0\).

@@ -1,4 +1,4 @@
-"""The penalty as a term of the gradient."""
+"""Adds the penalty's gradient to updates, as a transformation for optax."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def add_lambda_orthogonality(
     r"""Adds the gradient of `sj.lambda_orthogonality` at the parameters, as `optax.add_decayed_weights` adds decay.
 
     \(G \mapsto G + w\,\nabla_W\,\sigma(\alpha (x - \lambda))\,x\) with \(x = \|W^T W - I\|_F\): matrices are free up
-    to a distance \(\lambda\) from orthogonality and pulled back beyond. In front of an optimizer it is the same as the
-    term in the loss; behind Adam, in front of the learning rate, it is decoupled.
+    to a distance \(\lambda\) from orthogonality and pulled back beyond. Before an optimizer it is the same as the term
+    in the loss; after Adam and before the learning rate it is decoupled.
 
     Of stand-in weights every factor that learns is held on its own, LoRA's `a` near orthonormal columns and `b` near
     orthonormal rows; to hold the array that they stand for, put `sj.lambda_orthogonality` of the weight into the loss.
@@ -58,7 +58,7 @@ def add_lambda_orthogonality(
       A transformation whose `update` needs `params`; structure, shapes and dtypes are kept.
 
     Raises:
-      ValueError: `update` without parameters, or `alpha` is no positive number.
+      ValueError: `update` without parameters, or `alpha` is not a positive number.
       PatternError: a glob matches nothing.
       RoleError: a selected array is not known to be a matrix.
 

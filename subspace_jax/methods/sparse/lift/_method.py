@@ -21,7 +21,7 @@ def lift(
     blocks: tuple[int, int] = (1, 1),
     keep_formed: bool = False,
 ) -> Method:
-    r"""Trains the entries of a weight that are largest after the weight was replaced by its best low-rank fit.
+    r"""Trains the entries of a weight that are largest in its best low-rank approximation.
 
     With \(W_r = U_r\,\mathrm{diag}(s_r)\,V_r^T\), the \(k = \min(B\,(d_{in} + d_{out}),\; d_{in} d_{out})\) entries
     of largest \(|W_r|\) learn; of equal ones those that come first row by row. Every stacked layer has its own.

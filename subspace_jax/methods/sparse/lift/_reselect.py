@@ -1,4 +1,4 @@
-"""Selects the trained entries of sparse weights anew, and takes the optimizer's state along."""
+"""Selects the trained entries of sparse weights anew, and moves the optimizer's state with them."""
 
 from __future__ import annotations
 

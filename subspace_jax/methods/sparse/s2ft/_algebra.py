@@ -1,4 +1,4 @@
-"""What adapters made of slices allow: adding them up, exchanging them in a merged model, serving many at once."""
+"""Fuses adapters made of slices, exchanges them in a merged model, and serves many of them in one batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from subspace_jax.methods.sparse.s2ft._weight import DenseSlice
 
 
 def fuse_slices(*adapted: Any) -> Any:
-    """Returns one adapter that does what several of one base do together: the sum of their changes.
+    """Returns one adapter whose change is the sum of those of several adapters of one base.
 
     Slots are put one after the other, so selections that do not meet keep their values exactly, and rows that two
     adapters both change get both changes.
@@ -58,7 +58,7 @@ def fuse_slices(*adapted: Any) -> Any:
 
 
 def switch_slices(params: Any, old: Any, new: Any) -> Any:
-    """Returns a merged model with one adapter taken out and another put in.
+    """Replaces the adapter that is merged into a model by another one.
 
     Args:
       params: tree of arrays with `old` merged into it.

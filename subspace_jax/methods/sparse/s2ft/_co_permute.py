@@ -1,4 +1,4 @@
-"""Reorders heads or channels through every array that they run through, so that a selection becomes contiguous."""
+"""Permutes heads or channels in all arrays that share them, so that a selection becomes contiguous."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from subspace_jax.core import PatternError, RoleError, leaves_with_paths, map_wi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coupling:
-    """The axes through which one layer's heads or channels run.
+    """The axes of several arrays that run over one layer's heads or channels.
 
     Reordering all of them alike changes no function: columns of the query, key and value kernels, their biases and
     the rows of the output kernel for heads; columns of gate and up, their biases and the rows of down for channels.

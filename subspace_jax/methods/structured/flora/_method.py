@@ -54,7 +54,7 @@ def flora(
 
     Raises:
       RankError: a rank is not a positive integer, or the number of `window_ranks` is not that of the window's axes.
-      ValueError: `dropout` is not in [0, 1), or `factor_init` is none of those.
+      ValueError: `dropout` is not in [0, 1), or `factor_init` is not one of those.
 
     Note:
       The input features are the last input axis of a convolution kernel, as in Flax.

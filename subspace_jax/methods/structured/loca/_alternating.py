@@ -1,4 +1,4 @@
-"""Turns for two groups of parameters: LoCA's coefficients and their locations.
+"""Alternates between two groups of parameters: LoCA's coefficients and their locations.
 
 LoCA: Location-Aware Cosine Adaptation for Parameter-Efficient Fine-Tuning (Du et al., 2025).
 """
@@ -43,12 +43,12 @@ def alternating(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains LoCA's coefficients and locations in turns, and after a cut-off the coefficients alone.
 
-    Each turn advances one optimizer: what rests keeps its values, moments and step count bit for bit, and neither
-    decays nor counts in a norm that the other clips by. The first turn is the coefficients', as locations learn nothing
-    while those are zero.
+    Each turn advances one optimizer. The other group keeps its values, moments and step count bit for bit; it neither
+    decays nor counts in a norm that the active one clips by. The first turn is the coefficients', since locations have
+    no gradient while those are zero.
 
     Args:
-      coefficients: optimizer of every array that is no location, other methods' and a head's included.
+      coefficients: optimizer of every array but the locations, those of other methods and of a head included.
       locations: optimizer of the locations, `optax.adam(1e-4)` as published.
       cutoff_step: locations rest from this step on; about a tenth of all steps.
       coefficient_steps: length of a turn of the coefficients.

@@ -1,4 +1,4 @@
-"""`loca`: places coefficients and draws their start."""
+"""`loca`: draws the locations at which coefficients start."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def located_vectors(location: jax.Array, size: int, highest: float) -> jax.Array
     Args:
       location: `[..., n]`.
       size: length of a vector.
-      highest: as for `cell`.
+      highest: larger locations count as this.
 
     Returns:
       `[..., n, size]`.
@@ -237,7 +237,7 @@ def located_sum(
       coefficients: `[n]`; those in one cell add up.
       locations: `[2, n]`.
       sizes: of the result.
-      highest: as for `cell`.
+      highest: larger locations count as this.
       fft: by fast Fourier transforms; else by two products.
     """
     cells = jnp.stack([cell(u, size, highest) for u, size in zip(locations, sizes, strict=True)])

@@ -155,7 +155,7 @@ def randlora(
 
     def plan(key: jax.Array, leaves: Mapping[str, Leaf]) -> dict[str, InitFn]:
         del key
-        # Of leaves that are no matrices `make` says so, with their path.
+        # `make` refuses leaves that are not matrices, with their path.
         served = {path: leaf for path, leaf in leaves.items() if _is_matrix(leaf)}
         shapes = {path: leaf.role.sizes(leaf.array.shape) for path, leaf in served.items()}
         if not shapes:

@@ -1,4 +1,4 @@
-"""SoKA's terms, counted and taken out of the residual form."""
+"""Counts SoKA's terms, and rewrites them on the original weight in place of the residual."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to SoKA's Kronecker terms between steps: pruning, and norms moved into scales.
+"""Prunes SoKA's Kronecker terms between steps, and moves the norms of their factors into scales.
 
 SoKA: Singular Value Decomposition (SVD) on Kronecker Adaptation for Large Language Models (Chong, Qu, 2025).
 """
@@ -26,9 +26,9 @@ def prune_terms(
 
     Args:
       adapted: the whole adapted tree (`combine` it first).
-      energy: as for `soka`.
-      combine: as for `soka`.
-      least: as for `soka`.
+      energy: share of the sum of squared norms that the terms in use hold.
+      combine: "min" (or "max") of the number of terms by energy and of that before the elbow, or one of them alone.
+      least: at least so many terms stay.
       most: at most so many terms stay.
 
     Returns:

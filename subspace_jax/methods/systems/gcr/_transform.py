@@ -1,4 +1,4 @@
-"""SGD on the Grassmannian."""
+"""Riemannian SGD on subspaces."""
 
 from __future__ import annotations
 
