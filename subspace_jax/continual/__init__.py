@@ -1,4 +1,4 @@
-"""Learning task after task without forgetting: what to remember of each, and what to keep free of it."""
+"""Continual learning: learners, the loop over a stream of tasks, and its scores."""
 
 from subspace_jax.continual._learner import Learner as Learner
 from subspace_jax.continual._learner import LearnerState as LearnerState

@@ -1,4 +1,4 @@
-"""What a learner of a stream of tasks is: pure functions around one step that is compiled once."""
+"""The interface of a learner of a stream of tasks: pure functions around one step that is compiled once."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def check_start(name: str, state: LearnerState, task: int, tasks: int | None = N
 
 
 def check_end(name: str, state: LearnerState, task: int) -> None:
-    """Refuses to end a task that does not run."""
+    """Refuses to end a task that is not running."""
     if state.opt_state is None:
         raise StreamError(
             f"{name}: end_task({task}), but no task is running: {concrete_int(state.task)} have ended. A task ends "
@@ -200,7 +200,7 @@ def rules_of(select: Selector | Iterable[str], method: Method, rules: Any) -> li
 
 
 def check_tasks(name: str, tasks: Any) -> None:
-    """Refuses a number of tasks that is none."""
+    """Refuses a number of tasks that is not a positive integer."""
     if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
         raise StreamError(f"{name}: tasks={tasks!r}; expected the number of tasks in the stream, a positive int.")
 

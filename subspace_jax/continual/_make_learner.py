@@ -1,4 +1,4 @@
-"""What all learners share: checks of the order of calls, the compiled step, and fresh moments for every task."""
+"""Makes a learner from its own parts, with what all share: order of calls, the step, fresh moments for every task."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def make_learner(
     penalty: Callable[[Any], jax.Array] | None = None,
     tasks: int | None = None,
 ) -> Learner:
-    """Makes a learner of what is its own; the order of calls, the step and the moments are the same for all.
+    """Makes a learner from the parts that are its own: how it adapts, remembers and updates.
+
+    Checks of the order of calls, the compiled step, and moments that begin anew with every task are the same for all.
 
     Args:
       name: what reports call it; errors begin with it.

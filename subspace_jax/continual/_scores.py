@@ -1,4 +1,4 @@
-"""The usual numbers of a finished stream."""
+"""Scores of a finished stream: accuracy, transfer and forgetting."""
 
 from __future__ import annotations
 

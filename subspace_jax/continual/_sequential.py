@@ -1,4 +1,4 @@
-"""Learning task after task without any care for earlier ones, and learning all tasks at once."""
+"""The two baselines of continual learning: sequential training, which forgets, and joint training, the ceiling."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from subspace_jax.core import Role, adapt
 def sequential_learner(
     loss: Loss, rules: Any, optimizer: optax.GradientTransformation, *, roles: Mapping[str, Role] | None = None
 ) -> Learner:
-    """Returns a learner that goes on with every task from where the last one ended: the baseline that forgets.
+    """Returns a learner that trains on one task after the other without any measure against forgetting.
 
     With `{"**": sj.full()}` it is sequential fine-tuning, with `sj.lora` sequential LoRA, whose one adapter learns all
     tasks; any other method of adaptation fits.
 
     Args:
       loss: `loss(params, batch)`, a scalar; `params` may hold stand-in weights, so call the model by `with_adapters`.
-      rules: what learns and how, as for `adapt`; the same in all tasks.
+      rules: what learns and how, as rules of `adapt`; the same in all tasks.
       optimizer: any optax transformation. Its state begins anew with every task, schedules included.
       roles: how the model uses arrays with more than two axes, from `sj.roles`.
 
@@ -47,16 +47,16 @@ def sequential_learner(
 def joint_learner(
     loss: Loss, rules: Any, optimizer: optax.GradientTransformation, *, roles: Mapping[str, Role] | None = None
 ) -> Learner:
-    """Returns a learner for which the boundaries of tasks do not exist: the ceiling, fed with examples of all tasks.
+    """Returns a learner that ignores the boundaries of tasks: joint training, the ceiling, on examples of all tasks.
 
     Its stream has as many tasks as that of the others and the batches of each are drawn from all of them: equal
     steps, and a row of the accuracy matrix after every share of them.
 
     Args:
-      loss: as for `sequential_learner`.
-      rules: as for `sequential_learner`.
+      loss: `loss(params, batch)`, a scalar; call the model by `with_adapters`.
+      rules: what learns and how, as rules of `adapt`.
       optimizer: any optax transformation; its state goes on through all tasks, so that a schedule spans the stream.
-      roles: as for `sequential_learner`.
+      roles: how the model uses arrays with more than two axes, from `sj.roles`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj

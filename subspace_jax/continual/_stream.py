@@ -1,4 +1,4 @@
-"""Runs a learner over a stream of tasks: training, evaluation, checkpoints, and going on from one."""
+"""Runs a learner over a stream of tasks: training, evaluation, checkpoints, and resuming from one."""
 
 from __future__ import annotations
 
@@ -91,9 +91,8 @@ def run_stream(
     """Trains on one task after the other, and evaluates after each.
 
     The step is compiled once, for all tasks and for every stream with the same learner. Given a checkpointer, the
-    stream is saved after every task and, with `save_every`, within tasks; called again with the same arguments it goes
-    on from the latest checkpoint, and what comes out is the same to the bit as without the interruption. Every random
-    key depends on `key`, the task and the step alone.
+    stream is saved after every task and, with `save_every`, within tasks; called again with the same arguments it
+    resumes bit-identically from the latest checkpoint. Every random key depends on `key`, the task and the step alone.
 
     Args:
       learner: such as `gpm.learner(...)`.
@@ -191,7 +190,7 @@ def _evaluated(tasks: Sequence[StreamTask], evaluate: str, params: Any, number: 
 
 
 def _identity(learner: Learner, tasks: Sequence[StreamTask], key: jax.Array) -> dict[str, Any]:
-    """What a checkpoint must agree in with the stream that goes on from it."""
+    """What a checkpoint and the stream that resumes from it must have in common."""
     words = np.asarray(jax.random.key_data(key)).ravel().tolist()
     return {"learner": learner.name, "tasks": [task.name for task in tasks], "key": words}
 

@@ -273,7 +273,7 @@ def dense(factors: Sequence[jax.Array], role: Role, shape: tuple[int, ...]) -> j
     """Returns the array of `shape` that a chain of factors multiplies to.
 
     Args:
-      factors: as for `Operation.product`.
+      factors: matrices `[*stack, m, n]`, and vectors `[*stack, n]` that stand for diagonal matrices between them.
       role: the role that folds the product to `shape`.
       shape: shape of the result.
     """

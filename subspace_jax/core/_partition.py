@@ -18,8 +18,8 @@ def partition(adapted: Any) -> tuple[Any, Any]:
     """Splits a tree into its trainable and its frozen arrays.
 
     Trainable are the fields that each stand-in weight names as such; frozen is everything else, plain arrays
-    included. Differentiate the first tree and give it alone to the optimizer: gradients, clipping norms and
-    optimizer states of frozen weights then never exist.
+    included. Differentiate the first tree and give it alone to the optimizer, so nothing is ever allocated for frozen
+    weights: no gradients, no clipping norms, no optimizer states.
 
     Args:
       adapted: a tree with stand-in weights.

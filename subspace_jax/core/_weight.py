@@ -105,13 +105,13 @@ class Weight(abc.ABC):
         """
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
-        """Returns what the model's operation `use` gives for input `x` and this weight.
+        """Returns what an operation of the model gives for input `x` and this weight.
 
         The base class forms the array. A weight overrides this where its parts give the same result for less.
 
         Args:
           x: the other operand: activations, or indices of a lookup.
-          use: the model's operation.
+          operation: the product, convolution or lookup that the model applies to the weight.
         """
         return operation.apply(x, self.materialize(operation.dtype))
 

@@ -51,7 +51,7 @@ def transform_rows(matrix: jax.Array, *, basis: FixedBasis = "dct", transform: T
 
     Args:
       matrix: `[*stack, N, n]`.
-      basis: as for `fixed_basis`.
+      basis: "dct", or "random_qr".
       transform: "matmul" or "fft".
     """
     if transform == "fft":
@@ -68,7 +68,7 @@ def select_columns(
     transform: Transform = "matmul",
     norm: Literal[1, 2] = 1,
 ) -> Selected:
-    r"""Returns the columns of a fixed basis that a matrix has most of itself in.
+    r"""Returns the columns of a fixed basis that hold most of a matrix.
 
     With `norm=2` no other `rank` columns approximate the matrix better, and the squared error is at most
     \((1 - r / n)\,\|B\|^2\).
@@ -76,8 +76,8 @@ def select_columns(
     Args:
       matrix: \(B\), `[*stack, N, n]`.
       rank: \(r\), at most n.
-      basis: as for `fixed_basis`.
-      transform: as for `transform_rows`.
+      basis: "dct", or "random_qr".
+      transform: "matmul", or "fft" by fast transforms of the rows.
       norm: of the columns of \(B Q\), by which they are ranked.
 
     Example:
@@ -98,6 +98,6 @@ def chosen_columns(indices: jax.Array, size: int, basis: FixedBasis = "dct") -> 
     Args:
       indices: `[*stack, rank]`.
       size: of the basis.
-      basis: as for `fixed_basis`.
+      basis: "dct", or "random_qr".
     """
     return jnp.swapaxes(jnp.take(fixed_basis(size, basis).T, indices, axis=0), -1, -2)

@@ -83,12 +83,12 @@ def count_terms(
 
     Args:
       values: singular values `[*stack, k]`, largest first.
-      share: as for `energy_terms`.
+      share: of the sum of squares that the terms hold at least.
       combine: "min" and "max" of both criteria, or one of them alone.
       least: at least so many.
       most: at most so many.
-      total: as for `energy_terms`.
-      count: as for `elbow_terms`.
+      total: sum of squares where `values` are not all, `[*stack]`.
+      count: number of values that count, the others being padding, `[*stack]`; all if None.
 
     Returns:
       `[*stack]` int32.

@@ -43,7 +43,7 @@ def average_accuracy(matrix: Any, weights: Any = None) -> jax.Array:
 
     Args:
       matrix: \(R\), last row needed.
-      weights: as for `accuracy_curve`.
+      weights: numbers of test examples by task, for accuracy over all of them pooled; equal weights if None.
     """
     return accuracy_curve(matrix, weights)[-1]
 
@@ -53,7 +53,7 @@ def incremental_accuracy(matrix: Any, weights: Any = None) -> jax.Array:
 
     Args:
       matrix: \(R\), lower triangle needed.
-      weights: as for `accuracy_curve`.
+      weights: numbers of test examples by task, for accuracy over all of them pooled; equal weights if None.
     """
     return jnp.mean(accuracy_curve(matrix, weights))
 

@@ -37,13 +37,13 @@ def check_bases(
     *,
     gradients: bool = False,
 ) -> list[MatrixView | None]:
-    """Refuses bases that do not fit the matrices of a tree; nothing of the tree is computed with.
+    """Refuses bases that do not fit the matrices of a tree; looks at shapes only.
 
     Args:
       bases: by path.
       tree: parameters or updates.
       side: which axes the bases lie in.
-      roles: as for `matrix_views`.
+      roles: how the model uses plain arrays, by path or glob; two axes are (in, out) without it.
       gradients: the tree may have None where there is no gradient.
 
     Returns:
@@ -52,7 +52,7 @@ def check_bases(
     Raises:
       PatternError: a basis is for no leaf.
       RoleError: an array with a basis is not known to be a matrix.
-      StructureError: a basis does not fit its array, or its dtype is not a wide one.
+      StructureError: a basis does not fit its array, or is in a narrower dtype than float32.
     """
     check_paths(bases, tree, "basis", gradients=gradients)
     seen = matrix_views(tree, roles)

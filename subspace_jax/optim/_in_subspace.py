@@ -64,14 +64,14 @@ def in_subspace(
     r"""Runs an optimizer in the coordinates of a subspace: GaLore, or a subspace that is given.
 
     \(u = s\,U\,\mathrm{inner}(U^T G)\) for side "in", \(u = s\,\mathrm{inner}(G U)\,U^T\) for "out". The inner
-    optimizer's state has the size of the coordinates. What of a gradient lies outside the subspace is dropped.
+    optimizer's state has the size of the coordinates. The part of a gradient outside the subspace is dropped.
 
     With `rank`, \(U\) are the leading singular vectors of the gradient, found anew every `every` steps, the first one
     included; every matrix has a subspace. With `basis`, subspaces are fixed and arrays without one pass as they are.
     Arrays that pass go to the same inner optimizer in full, and are not scaled.
 
     The inner optimizer sees coordinates, so it cannot use parameters: give `optax.scale_by_adam()`, not `optax.adamw`,
-    and chain `optax.add_decayed_weights` behind this. Adam is not invariant to rotations, so its path depends on the
+    and chain `optax.add_decayed_weights` after this. Adam is not invariant to rotations, so its path depends on the
     basis within the subspace, not on the subspace alone.
 
     Args:
@@ -99,7 +99,7 @@ def in_subspace(
 
     Raises:
       ValueError: neither or both of `basis` and `rank`, an unknown option, or an inner optimizer that needs parameters.
-      RankError: `rank` or `every` is no positive integer.
+      RankError: `rank` or `every` is not a positive integer.
       PatternError: a basis is for no leaf, or a glob matches nothing.
       RoleError: an array with a basis is not known to be a matrix.
       StructureError: a basis does not fit its array.
@@ -196,7 +196,7 @@ def in_complement(
     scale: Any = 1.0,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs an optimizer in coordinates of everything orthogonal to given subspaces.
+    r"""Runs an optimizer in the coordinates of the complement of given subspaces.
 
     The exact way to keep an adaptive optimizer out of a subspace: \(U^T u = 0\) whatever the inner optimizer does, and
     its moments know nothing of the removed directions. It stores a basis of the complement, `[*stack, d, d - k]`; where

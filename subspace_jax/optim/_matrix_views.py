@@ -145,12 +145,12 @@ def map_matrices(
     Args:
       function: gets `[*stack, in, out]`; its result gets the array's dtype and layout.
       updates: a tree.
-      roles: as for `matrix_views`.
+      roles: how the model uses plain arrays, by path or glob; two axes are (in, out) without it.
       paths: a container of the paths to map; all of them if None.
       seen: the tree's `matrix_views`, where they are known and checked already.
 
     Raises:
-      RoleError: a wanted array is no matrix, as far as can be told.
+      RoleError: a wanted array is not known to be a matrix.
     """
     leaves, treedef = jax.tree.flatten(updates)
     if seen is None:

@@ -1,4 +1,4 @@
-"""What becomes of an optimizer's moments when the subspace changes."""
+"""Projects or resets an optimizer's moments when the subspace changes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def project_momentum(
 
     Args:
       state: any optax state; fields called `mu`, `trace`, `momentum` or `m` are first moments.
-      basis: as for `project_orthogonal`.
-      mode: as for `project_orthogonal`.
-      side: as for `project_orthogonal`.
-      roles: as for `project_orthogonal`.
+      basis: orthonormal columns by path, `[*stack, d, k]`, or a tree with holes; a pair of them for side "both".
+      mode: "remove" the subspaces, or "keep" them alone.
+      side: which axis the subspaces lie in: "in", "out" or "both".
+      roles: how the model uses plain arrays with more than two axes, from `sj.roles`.
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj

@@ -38,11 +38,11 @@ def project_orthogonal(
     renorm: Literal["rms"] | None = None,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Removes a subspace from what passes, or keeps that alone.
+    r"""Projects updates onto a subspace or its complement.
 
     \(G \mapsto G - U U^T G\) for side "in", so that for inputs in the span of \(U\) a linear layer's outputs do not
     change; \(G - G U U^T\) for "out"; both one after the other for "both". With `mode="keep"` what would be removed
-    stays. In front of an optimizer it projects the gradient, behind it the update.
+    stays. Before an optimizer it projects the gradient, after it the update.
 
     **Before, after or both.** For anything linear in the gradient (SGD, momentum, accumulation, schedules) the places
     are one; clipping by the global norm gives one direction, but what comes first decides the norm. Adam scales every
@@ -56,7 +56,7 @@ def project_orthogonal(
       those of the whole gradient, and the update need not descend.
     - both, which is `sandwich`: \(U^T u = 0\), and without momentum \(\langle g, u \rangle \ge 0\).
 
-    Other ways back into the subspace: weight decay that is chained behind the last projection, and parameters in
+    Other ways back into the subspace: weight decay that is chained after the last projection, and parameters in
     bfloat16, which are rounded by up to \(2^{-9}\) of their size at every step; keep a float32 copy where that matters.
 
     Args:
@@ -169,14 +169,14 @@ def sandwich(
     renorm: Literal["rms"] | None = None,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Projects the gradient before and the update after an optimizer: the place to choose for adaptive ones.
+    r"""Projects the gradient before and the update after an optimizer, as adaptive optimizers need.
 
     The update has nothing of the removed directions, and without momentum
     \(\langle g, u \rangle = (P g)^T D (P g) \ge 0\) for the step \(-u\).
 
     Args:
       inner: the optimizer; weight decay inside it is projected too.
-      basis: bases by path, or a tree with holes, as for `project_orthogonal`.
+      basis: orthonormal columns by path, `[*stack, d, k]`, or a tree with holes; a pair of them for side "both".
       mode: "remove" the subspaces, or "keep" them alone.
       side: which axis the subspaces lie in: "in", "out" or "both".
       rtol: a matrix of which less than this share is left becomes zero; \(32\,\epsilon\) if None.

@@ -1,7 +1,6 @@
-"""Optimizers on manifolds, and the one that trains class subspaces.
+"""Runs optimizers on manifolds: tangent gradients, retracted updates, transported moments.
 
-Optimization Algorithms on Matrix Manifolds (Absil, Mahony, Sepulchre, 2008) has the scheme; Get the Best of Both
-Worlds: Improving Accuracy and Transferability by Grassmann Class Representation (Wang, Li, Zhang, 2023) the SGD.
+Optimization Algorithms on Matrix Manifolds (Absil, Mahony, Sepulchre, 2008) has the scheme.
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ def riemannian(
 
     The gradient is projected onto the tangent space at \(X\), the inner optimizer makes a direction of it, which is
     projected again to a tangent vector \(V\), and the update is \(\mathrm{retract}(X, V) - X\), so that
-    `optax.apply_updates` lands on the manifold. It has to be the last for its leaves: scaling, clipping or decay behind
-    it leaves the manifold. What comes earlier in a chain is free, clipping by the global norm for one.
+    `optax.apply_updates` lands on the manifold. It has to be the last for its leaves: scaling, clipping or decay after it
+    leaves the manifold. What comes earlier in a chain is free, clipping by the global norm for one.
 
     First moments (momentum, Adam's `mu`) are vectors at \(X\); with the parameters they move to the new point. Second
     moments are scales and stay, so that Adam depends on the basis of a subspace, as in the plane it depends on axes.

@@ -1,4 +1,4 @@
-"""How arrays go into the coordinates of subspaces, and what becomes of moments there as the subspaces change."""
+"""Maps arrays to the coordinates of subspaces and back, and moments from one subspace to the next."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def subspace_map(view: MatrixView | None, array: jax.Array, rule: SideRule) -> S
 def places_of(
     tree: Any, bases: list[Any], rule: SideRule, roles: Mapping[str, Role] | None
 ) -> list[SubspaceMap | None]:
-    """The place of each array that has a basis."""
+    """The map of each array that has a basis; None for the others."""
     found = zip(matrix_views(tree, roles), jax.tree.leaves(tree), bases, strict=True)
     return [None if is_hole(b) else subspace_map(view, leaf, rule) for view, leaf, b in found]
 

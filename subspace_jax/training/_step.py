@@ -1,4 +1,4 @@
-"""One training step: gradients of what learns, over micro-batches if wanted, in the memory of the last state."""
+"""One training step: gradients of what learns, over micro-batches if wanted, reusing the previous state's buffers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_train_step(
       what `has_aux` adds. The state that goes in is consumed, except for its frozen arrays.
 
     Raises:
-      ValueError: `accumulate` is no positive integer.
+      ValueError: `accumulate` is not a positive integer.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj

@@ -165,13 +165,13 @@ class SparseBlocks(SparseDelta):
     gradients send nothing.
 
     Attributes:
-      base: as for `SparseDelta`; a matrix.
+      base: \(W\), a matrix or a stack of matrices.
       indices: positions in the block, row by row, ascending, `[*stack, rows, cols, k]` int32; padding is the number of
         a block's entries.
       values: `[*stack, rows, cols, k]` float32.
       active: `[*stack, rows, cols, k]` bool, or None.
-      mode: as for `SparseDelta`.
-      keep_formed: as for `SparseDelta`.
+      mode: "set" or "add".
+      keep_formed: keep the formed array for the backward pass; right under rematerialization.
     """
 
     axes: ClassVar[Mapping[str, str]] = {

@@ -64,7 +64,7 @@ def average_multimodel_score(matrix: Any) -> jax.Array:
 
 
 def update_gain(matrix: Any, new: int, old: int) -> jax.Array:
-    r"""Returns the share of a new model's gain that needs no new gallery: \((C_{t,k} - C_{k,k}) / (C_{t,t} - C_{k,k})\).
+    r"""Returns the share of a model's gain that needs no new gallery: \((C_{t,k} - C_{k,k}) / (C_{t,t} - C_{k,k})\).
 
     Args:
       matrix: the compatibility matrix.
