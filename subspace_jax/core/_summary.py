@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
+from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._paths import leaves_with_paths
 from subspace_jax.core._weight import Weight, is_weight
 
@@ -22,7 +24,7 @@ class SummaryRow:
       method: the method that stands there, empty for an ordinary frozen array.
       shape: shape of the array stood for.
       rank: rank of the trainable part, where there is one.
-      trainable: number of values that learn.
+      trainable: number of values that learn, padding left out.
       size: number of values of the array stood for.
     """
 
@@ -90,14 +92,26 @@ class Summary:
 
 
 def trainable_size(weight: Weight) -> int:
-    """Returns the number of values of a weight that learn."""
+    """Returns the number of values of a weight that learn.
+
+    Padding, such as the spare slots of stacked layers with unequal ranks, does not count where arrays have values;
+    where they are abstract, every value of a trainable field does.
+    """
     total = 0
     for name, value in weight.data_items():
         if isinstance(value, Weight):
             total += trainable_size(value)
         elif name in weight.trainable:
-            total += sum(v.size for v in jax.tree.leaves(value))
+            total += _learning(weight, name, value)
     return total
+
+
+def _learning(weight: Weight, name: str, value: Any) -> int:
+    """The values of one field that learn; all of them where only their shapes are known."""
+    arrays = [leaf for _, item in weight.data_items() for leaf in jax.tree.leaves(item)]
+    known = all(isinstance(v, (jax.Array, np.ndarray)) and not is_tracer(v) for v in arrays)
+    size = weight.learning_size(name) if known else None
+    return sum(v.size for v in jax.tree.leaves(value)) if size is None else size
 
 
 def summary(adapted: Any) -> Summary:

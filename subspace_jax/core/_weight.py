@@ -123,6 +123,13 @@ class Weight(abc.ABC):
         matrix = self.role.matrix(self.materialize(jnp.promote_types(self.dtype, jnp.float32)))
         return jnp.sum(matrix * matrix, axis=-2)
 
+    def learning_size(self, name: str) -> int | None:
+        """Returns how many values of a trainable field learn, or None for all that the field holds.
+
+        A weight overrides this where a field holds padding. It may read arrays, so it is no part of a program.
+        """
+        del name
+
     def regenerate(self) -> dict[str, jax.Array]:
         """Returns the fields named in `regenerated`, made of static fields alone, whatever they hold now."""
         return {}

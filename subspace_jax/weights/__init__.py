@@ -21,6 +21,7 @@ from subspace_jax.weights._scale import lora_scale as lora_scale
 from subspace_jax.weights._sparse import SparseBlocks as SparseBlocks
 from subspace_jax.weights._sparse import SparseDelta as SparseDelta
 from subspace_jax.weights._sparse import SparseMode as SparseMode
+from subspace_jax.weights._zeros import hidden_zeros as hidden_zeros
 
 __all__ = [
     "NF4",
@@ -34,6 +35,7 @@ __all__ = [
     "drop_inputs",
     "entries_at",
     "flat_entries",
+    "hidden_zeros",
     "in_blocks",
     "largest_entries",
     "lora_scale",

@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Operation, Weight, dense, product, static
+from subspace_jax.core import Operation, Weight, dense, placed_like, product, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights._dropout import drop_inputs, step_keys
+
+# Columns of the sum below this share of its parts, in squares: expanded, they would lose more than 6 bits.
+CANCELLATION = 1.0 / 64.0
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +88,9 @@ class LowRank(Weight):
         r"""Returns \(\|W + s a b\|^2\) of every output column without forming the sum.
 
         \(\|w_j\|^2 + 2 s\,(a^T w_j) \cdot b_j + s^2\,b_j^T (a^T a)\,b_j\): the cost of one product with `a`, and
-        no intermediate larger than `b`.
+        no intermediate larger than `b`. Where a column of the sum is so much smaller than the two that they cancel,
+        below 1 / 64 in squares, the sum is formed for once: at run time, by a conditional, whose test costs one
+        comparison a column. Under `jax.vmap` over weights both ways are run.
         """
         one = self.with_frozen_stopped()
         wide = wide_dtype(one.dtype)
@@ -100,10 +105,21 @@ class LowRank(Weight):
             left_labels, right_labels, out_labels = labels
             return product(left, left_labels, right, right_labels, out_labels, precision=jax.lax.Precision.HIGHEST)
 
-        gram = times(a, "ir", a, "iq", "rq")
-        cross = 2.0 * times(a, "ir", base, "io", "ro") + times(gram, "rq", b, "qo", "ro")
+        spread = times(times(a, "ir", a, "iq", "rq"), "rq", b, "qo", "ro")
+        cross = 2.0 * times(a, "ir", base, "io", "ro")
         squares = jnp.sum(base * base, axis=-2) if one.base_squares is None else one.base_squares.astype(wide)
-        return jnp.maximum(squares + jnp.sum(cross * b, axis=-2), 0.0)
+        expanded = squares + jnp.sum((cross + spread) * b, axis=-2)
+        # What rounding of the three terms leaves is a share of the largest of them, not of their sum.
+        cancels = jnp.any(expanded < CANCELLATION * (squares + jnp.sum(spread * b, axis=-2)))
+
+        def formed() -> jax.Array:
+            total = base + times(a, "ir", b, "ro", "io")
+            return placed_like(jnp.sum(total * total, axis=-2), expanded)
+
+        value = jax.lax.stop_gradient(jax.lax.cond(cancels, formed, lambda: expanded))
+        # The derivative is that of the expanded form: linear in the sum, it loses its digits only where the sum does,
+        # and the backward pass keeps nothing of the weight's size.
+        return value + (expanded - jax.lax.stop_gradient(expanded))
 
     def with_key(self, key: jax.Array) -> LowRank:
         """Returns the weight with keys for one step of dropout, one per stacked layer."""

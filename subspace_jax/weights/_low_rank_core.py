@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 
 from subspace_jax.core import Dot, Operation, Weight, dense, static
 from subspace_jax.linalg import wide_dtype
@@ -29,6 +30,8 @@ class LowRankCore(Weight):
       scale: \(s\).
       route: "factored" multiplies with the factors one after the other, "materialized" forms the sum first, "auto"
         takes what costs fewer operations for the input at hand, backward pass included.
+      wide_only: the product cancels between the factors, so in bfloat16 and float16 the sum is always formed, in
+        float32, in place of multiplying with them; as for the triangles of an LU factorization.
       in_sizes: sizes of the role's input axes, for a weight without `base`.
       out_sizes: sizes of the role's output axes, likewise.
     """
@@ -39,6 +42,7 @@ class LowRankCore(Weight):
     right: jax.Array
     scale: float = static(default=1.0)
     route: Route = static(default="factored")
+    wide_only: bool = static(default=False)
     in_sizes: tuple[int, ...] = static(default=())
     out_sizes: tuple[int, ...] = static(default=())
 
@@ -74,7 +78,7 @@ class LowRankCore(Weight):
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on `base` plus that on the three factors, in the cheap order."""
-        if self.route == "materialized" or (self.route == "auto" and self._forming_is_cheaper(x, operation)):
+        if self._is_formed(x, operation):
             return operation.apply(x, self.materialize(operation.dtype))
         scale = None if self.scale == 1.0 else self.scale
         product = operation.product(x, (self.left, self.core, self.right), scale)
@@ -89,6 +93,18 @@ class LowRankCore(Weight):
         if found is None or self.base is not None:
             return found
         return dataclasses.replace(found, in_sizes=found.role.in_shape(shape), out_sizes=found.role.out_shape(shape))
+
+    def learning_size(self, name: str) -> int | None:
+        """Returns how many values of a diagonal core meet factors that are not zero, as padded ones are."""
+        halves = (self.left, self.right)
+        if name != "core" or any(half is None for half in halves) or self.core.ndim != self.left.ndim - 1:
+            return None
+        return int(jnp.sum(jnp.any(self.left != 0, axis=-2) & jnp.any(self.right != 0, axis=-1)))
+
+    def _is_formed(self, x: jax.Array, operation: Operation) -> bool:
+        if self.wide_only and jnp.dtype(operation.dtype).itemsize < 4:
+            return True
+        return self.route == "materialized" or (self.route == "auto" and self._forming_is_cheaper(x, operation))
 
     def _forming_is_cheaper(self, x: jax.Array, operation: Operation) -> bool:
         """Compares multiplications of both routes, forward and backward, for `x` of this size.

@@ -84,6 +84,15 @@ class SparseDelta(Weight):
         r"""\(k\), the number of slots of one layer."""
         return math.prod(self.indices.shape[len(self.role.stack_axes) :])
 
+    def learning_size(self, name: str) -> int | None:
+        """Returns the values that are active and no padding."""
+        if name != "values" or self.indices is None:
+            return None
+        depth = len(self.role.stack_axes)
+        blocks = math.prod(self.indices.shape[depth:-1])
+        real = self.indices < self.size // math.prod(self.role.stack_shape(self.shape)) // blocks
+        return int(jnp.sum(real if self.active is None else real & self.active))
+
     def materialize(self, dtype: Any = None) -> jax.Array:
         """Returns the array with the values in their places, cast once; all other entries are those of `base`."""
         one = self.with_frozen_stopped()

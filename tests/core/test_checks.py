@@ -20,7 +20,7 @@ def test_dtypes_in_which_adam_gives_nan_are_refused_with_the_mend():
     for wrong in ("float16", np.float16, "int32", np.dtype(ml_dtypes.float8_e4m3fn), "no such", bool):
         with pytest.raises(ValueError, match=r"demo: dtype=.*expected jnp.float32, or jnp.bfloat16"):
             check_dtype("demo: dtype", wrong)
-    with pytest.raises(ValueError, match="float16.*underflow"):
+    with pytest.raises(ValueError, match=r"float16.*underflow"):
         check_dtype("demo: dtype", np.float16)
 
 
@@ -31,7 +31,7 @@ def test_probabilities_and_choices():
         with pytest.raises(ValueError, match="demo: dropout="):
             check_probability("demo: dropout", wrong)
     for wrong in (float("inf"), 0.0, -1):
-        with pytest.raises(ValueError, match="demo: alpha=.*above 0"):
+        with pytest.raises(ValueError, match=r"demo: alpha=.*above 0"):
             check_number("demo: alpha", wrong, above=0.0)
     with pytest.raises(ValueError, match=r"demo: side='rows': expected one of 'in', 'out'"):
         check_choice("demo: side", "rows", ("in", "out"))

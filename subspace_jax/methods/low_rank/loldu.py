@@ -61,7 +61,8 @@ def loldu(
         the authors' code does, always takes \(z_0\) out: any other start is then another model.
       convolution_order: order of the rows of a convolution kernel `[*window, channels, out]`. "window_channels" is
         that of the array; "channels_window" is that of the authors' code, and gives other factors.
-      route: how the weight is used; see `LowRankCore`.
+      route: how the weight is used; see `LowRankCore`. In bfloat16 and float16 it is always formed: the triangles
+        cancel, and multiplied in bfloat16 they lose 12 % of the output of a 768 x 768 normal matrix, not 0.2 %.
       residual_dtype: dtype of \(W_{res}\); that of the weight if None. Where all of \(W\) is in the factors, at full
         rank with \(\sigma = 1\), \(W_{res}\) is zero and kept only if a dtype is given.
 
@@ -127,6 +128,7 @@ def loldu(
             right=factors.right,
             scale=scale,
             route=route,
+            wide_only=True,
             role=role,
             dtype=array.dtype,
             trainable=("core",),

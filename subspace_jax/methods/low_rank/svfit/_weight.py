@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from subspace_jax.core import Dot, Operation, Weight
@@ -59,6 +60,13 @@ class SplitSVD(LowRankCore):
         if not self.rank and self.base is not None and not isinstance(self.base, Weight):
             return operation.apply(x, jax.lax.stop_gradient(self.base))
         return LowRankCore.contract(self.masked().with_whole_rank(), x, operation)
+
+    def learning_size(self, name: str) -> int | None:
+        """Returns the values of the triples in use."""
+        if name not in ("left", "core", "right") or self.live is None:
+            return None
+        inputs, outputs = self.role.sizes(self.shape)
+        return int(jnp.sum(self.live != 0)) * {"left": inputs, "core": 1, "right": outputs}[name]
 
     def masked(self) -> SplitSVD:
         """Returns the weight with zeros for the values of padding, so that padding does not learn."""

@@ -66,6 +66,14 @@ class DenseSlice(Weight):
         stack = self.role.stack_shape(self.shape)
         return jnp.broadcast_to(jnp.arange(self.start, self.start + self.slots, dtype=jnp.int32), (*stack, self.slots))
 
+    def learning_size(self, name: str) -> int | None:
+        """Returns the values of the slots that are no padding."""
+        if name not in ("rows", "columns") or self.selected is None:
+            return None
+        inputs, outputs = self.role.sizes(self.shape)
+        size, width = (inputs, outputs) if name == "rows" else (outputs, inputs)
+        return int(jnp.sum(self.selected < size)) * width
+
     def change(self) -> jax.Array:
         """Returns what is added to the selected rows or columns, in float32."""
         trained = self._trained.astype(wide_dtype(self._trained.dtype))

@@ -15,7 +15,7 @@ from subspace_jax.weights import map_weights, original_arrays
 def active_values(adapted: Any) -> int:
     r"""Returns how many trained values SoKA's terms in use have, \(\sum r (m n + p q + 1)\).
 
-    `summary` counts the arrays, in which masked terms still have room.
+    What `summary` counts as trainable, of SoKA's weights alone.
 
     Args:
       adapted: an adapted tree with concrete arrays.

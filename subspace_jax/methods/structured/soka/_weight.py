@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -73,6 +74,12 @@ class KroneckerSum(Weight):
     def scales(self) -> jax.Array:
         """The scales of the terms in use, zero for the others, `[*stack, terms]`."""
         return self.sigma * jax.lax.stop_gradient(self.mask)
+
+    def learning_size(self, name: str) -> int | None:
+        """Returns the values of the terms in use."""
+        if name not in ("left", "right", "sigma") or self.mask is None:
+            return None
+        return int(jnp.sum(self.mask != 0)) * (math.prod(getattr(self, name).shape[-2:]) if name != "sigma" else 1)
 
     def importance(self) -> jax.Array:
         r"""Returns \(|\sigma_c|\,\|U_c\|_F\,\|V_c\|_F\), the Frobenius norm of every term in use, `[*stack, terms]`."""
