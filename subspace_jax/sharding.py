@@ -1,4 +1,4 @@
-"""Where the arrays of adapters and of optimizer states lie on a mesh, from where the weights lie."""
+"""Shardings for the arrays of adapters and optimizer states, from those of the weights."""
 
 from __future__ import annotations
 

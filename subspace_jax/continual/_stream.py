@@ -19,7 +19,7 @@ class StreamTask(NamedTuple):
     Attributes:
       name: what reports and errors call it.
       batches: `batches(start)` yields the training batches from number `start` on, the same at every call: a stream
-        that was stopped goes on in the middle of a task. All of one structure, shapes and dtypes, over all tasks.
+        that was stopped resumes in the middle of a task. All of one structure, shapes and dtypes, over all tasks.
       evaluate: `evaluate(params)` gives the score of a tree, higher is better.
       calibration: yields what `end_task` sees; all training batches if None.
     """
@@ -46,7 +46,7 @@ class StreamResult(NamedTuple):
 
 
 class StreamCheckpointer(Protocol):
-    """What a stream is saved with: `sj.io.Checkpointer`, or anything with these methods of it."""
+    """The interface of what saves a stream: `sj.io.Checkpointer`, or anything with these methods."""
 
     def save(self, step: int, adapted: Any, *, opt_state: Any = None, extra: Any = None) -> None:
         """Saves."""
@@ -104,9 +104,9 @@ def run_stream(
       checkpointer: an open `sj.io.Checkpointer`, of a folder of this stream's own. With its `base=params` frozen arrays
         that never change are not saved; `max_to_keep=1` keeps the latest only.
       save_every: number of steps from one checkpoint to the next within a task; none if None.
-      on_step: told the number of the task, the number of the step in it, from one, and the step's metrics, which are
-        still being computed: reading them waits.
-      on_task: told the number of the task and its row of the matrix.
+      on_step: called with the number of the task, the number of the step in it, from one, and the step's metrics, which
+        are still being computed: reading them waits.
+      on_task: called with the number of the task and its row of the matrix.
 
     Returns:
       The accuracy matrix and the last state.

@@ -44,7 +44,7 @@ class InitFn(Protocol):
 
 
 class Leaf(NamedTuple):
-    """What a method may know of a leaf before any stand-in weight is made.
+    """A leaf that a method plans for, before any stand-in weight is made.
 
     Attributes:
       array: the array.
@@ -119,7 +119,7 @@ def adapt(
     roles: Mapping[str, Role] | None = None,
     stats: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Returns the tree with stand-in weights where the rules say so.
+    """Replaces arrays of a parameter tree by stand-in weights, as ordered rules select them.
 
     Args:
       params: any tree of arrays: Flax Linen, `nnx.to_pure_dict`, hand-made. Arrays may be abstract under

@@ -1,4 +1,4 @@
-"""The one list of published methods; README's table, the pages of docs/ and the command line are made from it."""
+"""The catalogue of published methods, from which README's table, docs/methods and the command line are made."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def register(
       The entry.
 
     Raises:
-      ValueError: the slug is taken, a kind is unknown, or the module is no home of a method.
+      ValueError: the slug is taken, a kind is unknown, or the module is not the home of a method.
     """
     parts = module.split(".")
     if len(parts) != 4 or parts[1] != "methods":

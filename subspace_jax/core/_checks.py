@@ -22,7 +22,7 @@ def check_int(what: str, value: Any, least: int = 1, most: int | None = None) ->
       most: largest value allowed, if there is one.
 
     Raises:
-      RankError: it is no integer, or outside the range.
+      RankError: it is not an integer, or outside the range.
 
     Example:
       >>> import numpy as np
@@ -78,7 +78,7 @@ def check_number(
       below: the value must be smaller than this.
 
     Raises:
-      ValueError: it is no finite real number, or outside the range.
+      ValueError: it is not a finite real number, or outside the range.
     """
     from jax.core import Tracer
 

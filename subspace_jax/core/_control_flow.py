@@ -119,7 +119,7 @@ def _scan(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] 
 def _constant_carry(
     interpreter: Interpreter, carry: list[Any], first: int, forwards: dict[int, int]
 ) -> dict[int, WeightView]:
-    """Carried weights that every iteration hands on unchanged; forms the others in place."""
+    """Carried weights that every iteration passes on unchanged; forms the others in place."""
     constant: dict[int, WeightView] = {}
     for i, value in enumerate(carry):
         if isinstance(value, WeightView):

@@ -1,4 +1,4 @@
-"""A plain array that learns: what full fine-tuning puts in an array's place."""
+"""The stand-in weight of full fine-tuning: the array itself, trainable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model does with a weight: one operation, described so that the weight's parts can stand in for it."""
+"""An operation of a model on a weight, described so that the weight can answer it from its parts."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class Operation(abc.ABC):
           transposed: maps rows `[*stack, n, out]` to their product with its transpose, for a tied output.
 
         Returns:
-          The result; None where the operation is no product over all of the weight's inputs (or, tied, outputs).
+          The result; None unless the operation is a product over all of the weight's inputs (or, tied, outputs).
         """
         stack, inputs, outputs = self.role.stack_axes, self.role.in_axes, self.role.out_axes
         if not self.contracts_inputs and self.contracts_outputs:

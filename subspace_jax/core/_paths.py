@@ -15,7 +15,7 @@ _VARIABLE = jax.tree_util.GetAttrKey("value")
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """Returns a key path as names joined by slashes; the `.value` of a variable of Flax NNX is no name of its own.
+    """Returns a key path as names joined by slashes; the `.value` of a variable of Flax NNX is left out.
 
     `nnx.state(model)` holds variables, whose arrays are attributes `value`; `nnx.Optimizer` initializes with it, and
     updates with trees without variables. Both have one path here.

@@ -1,4 +1,4 @@
-"""Arrays that gather statistics of what they are multiplied with, in the backward pass.
+"""Arrays that gather statistics of their inputs in the backward pass.
 
 The statistics come as the cotangents of zeros: a custom derivative rule returns the Gram matrix of the inputs in
 place of a cotangent. What is differentiated passes through scan, remat and jit, so this does too.
@@ -26,7 +26,7 @@ ScaleExamples = Literal["max_abs", "signed_max"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Probe:
-    """Zeros whose cotangents are the statistics of the inputs that met the weight."""
+    """Zeros whose cotangents are the statistics of the weight's inputs."""
 
     count: jax.Array
     examples: jax.Array
@@ -37,7 +37,7 @@ class _Probe:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """What met the weight.
+    """Inputs of the weight.
 
     Attributes:
       rows: `[*stack, n, in]`.
@@ -185,7 +185,7 @@ def _divisor(rows: jax.Array, counts: jax.Array | None, scale: ScaleExamples) ->
 def _input_rows(x: jax.Array, operation: Operation) -> tuple[jax.Array, tuple[int, ...]] | None:
     """The rows `[*stack, n, in]` that a weight is multiplied with, and the sizes of the axes that were joined to `n`.
 
-    None where `use` is no such product.
+    None where the operation is not a product over the weight's inputs.
     """
     if isinstance(operation, Convolution):
         return _patches(x, operation)

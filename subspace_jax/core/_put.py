@@ -1,4 +1,4 @@
-"""Placing an array on a mesh that several processes share."""
+"""Places an array on a mesh that several processes share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 
 
 def put(value: Any, sharding: Sharding) -> jax.Array:
-    """Returns an array laid out by a sharding; of one that every process holds whole, each places its part.
+    """Places an array by a sharding; of an array that every process holds whole, each process places its part.
 
     Nothing is sent then, where `jax.device_put` would compare all values between processes.
 

@@ -16,14 +16,14 @@ Kind = Literal["dense", "conv", "embedding", "bias", "scale", "other", "unused"]
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """The reading of an array as matrices from inputs to outputs.
+    """How a model reads an array: as matrices from inputs to outputs, a bias, a scale, or something else.
 
     An array with role `r` is a stack of matrices: `r.matrix(array)` has shape `[*stack, in, out]`, where `in` is
     the product of the input axes and `out` that of the output axes, each in the order listed.
 
     Attributes:
       kind: how the model uses the array. "bias" is added, "scale" is multiplied elementwise, "other" is any use
-        that is none of these, "unused" means that nothing reads it.
+        use, "unused" means that nothing reads it.
       stack_axes: axes over which whole layers, experts or heads are stacked, one matrix each.
       in_axes: axes that the model contracts with its input.
       out_axes: axes that remain in the model's output.

@@ -1,4 +1,4 @@
-"""Finds how a model uses each of its parameters, by tracing it once with leaves that take notes."""
+"""Finds how a model uses each of its parameters, by tracing it once with leaves that record their uses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ELEMENTWISE = {"add": "bias", "add_any": "bias", "sub": "bias", "mul": "scale",
 
 
 class _Notes:
-    """The uses of one leaf; a place in the program that is traced twice is noted once."""
+    """The recorded uses of one leaf; a place in the program that is traced twice counts once."""
 
     def __init__(self) -> None:
         self.uses: dict[tuple[int, ...], Role] = {}
@@ -47,7 +47,7 @@ class _Notes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Observed(Weight):
-    """A leaf that notes its uses and otherwise is the array that it was.
+    """A leaf that records its uses and otherwise behaves as the array.
 
     Attributes:
       value: the array.
@@ -129,7 +129,7 @@ class _Observed(Weight):
 
 
 def roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Role]:
-    """Tells for every leaf of `params` how `fn(params, *args, **kwargs)` uses it.
+    """Finds how `fn(params, *args, **kwargs)` uses each leaf of `params`: the axes it stacks, contracts and produces.
 
     The function is traced once, abstractly: nothing is computed and nothing allocated, and arguments may be
     `jax.ShapeDtypeStruct`s.

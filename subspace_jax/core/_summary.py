@@ -1,4 +1,4 @@
-"""What `adapt` did, as a table."""
+"""Summarizes an adapted tree as a table."""
 
 from __future__ import annotations
 

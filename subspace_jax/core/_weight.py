@@ -29,7 +29,7 @@ def static(**options: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weight(abc.ABC):
-    """A small pytree that stands where a weight array stood, and is used wherever the array could be.
+    """A small pytree that takes a weight array's place in a tree, and is used wherever the array could be.
 
     A concrete weight is a frozen keyword-only dataclass registered with `jax.tree_util.register_dataclass`. Its
     data fields are arrays or weights, its other fields are declared with `static()`. The class attribute `axes`
@@ -126,7 +126,7 @@ class Weight(abc.ABC):
     def learning_size(self, name: str) -> int | None:
         """Returns how many values of a trainable field learn, or None for all that the field holds.
 
-        A weight overrides this where a field holds padding. It may read arrays, so it is no part of a program.
+        A weight overrides this where a field holds padding. It may read arrays, so it cannot be traced.
         """
         del name
 

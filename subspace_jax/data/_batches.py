@@ -1,4 +1,4 @@
-"""Order of examples: a function of seed and epoch alone, so that a killed run resumes with equal batches."""
+"""The order of examples, a function of seed and epoch alone, so that a killed run resumes with equal batches."""
 
 from collections.abc import Iterator
 

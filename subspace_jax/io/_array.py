@@ -1,4 +1,4 @@
-"""What a file says about one array, and the array as it lies in the file."""
+"""Describes one array in a file, and converts arrays to and from the form in which a file stores them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ArraySpec:
       shape: its shape; of a typed random key, that of the key's data.
       dtype: its dtype, in the same sense.
       kind: "jax", or "numpy" for an array and "scalar" for a scalar of NumPy.
-      weak: whether JAX treats its dtype as weak in promotions. A run resumes to the same bits only if that is kept.
+      weak: whether JAX treats its dtype as weak in promotions. A run resumes bit-identically only if that is kept.
       key: name of the generator of a typed random key; empty for other arrays.
     """
 
@@ -128,7 +128,7 @@ def from_stored(data: Any, spec: ArraySpec, where: str) -> Any:
       where: what to call it in errors.
 
     Raises:
-      ManifestError: this process cannot hold the dtype, or the data are no random key.
+      ManifestError: this process cannot hold the dtype, or the data are not a random key.
     """
     check_representable(spec, where)
     if spec.stored_dtype != spec.dtype:

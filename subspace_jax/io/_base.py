@@ -1,4 +1,4 @@
-"""Base arrays that a file leaves out, because the caller has them: told by their bytes."""
+"""Base arrays that a file leaves out, because the caller has them: identified by hashes of their bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: Orbax writes and commits them, a manifest beside the arrays says what they are."""
+"""Checkpoints of a training run: Orbax writes and commits the arrays, a manifest beside them describes the tree."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Checkpointer:
             sharding for all of its arrays. `abstract` gives the tree to compute them from.
 
         Returns:
-          The checkpoint, the same bits as were saved.
+          The checkpoint, bit for bit as it was saved.
 
         Raises:
           CheckpointError: there is none, it is damaged, an array is missing, extra or of another shape or dtype, or

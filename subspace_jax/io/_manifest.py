@@ -1,4 +1,4 @@
-"""What the descriptions of trees have in common: the header, the version, the words of a comparison.
+"""Parts that all descriptions of trees share: the header, the version, and the comparison with stored arrays.
 
 A description is a JSON object. Its tree consists of nodes, each with the field "node": "none", "value" (a Python
 value), "array" (shape, dtype, and where the numbers are), "dict", "list", "tuple", "namedtuple", or "weight" (class,

@@ -21,7 +21,7 @@ FORMAT_VERSION = "0.18.0"
 _MAX_CONFIG = 10_000_000  # bytes
 _MAX_PATTERN = 500  # characters
 
-# What the tensors' names tell anyway, what matters to a training run alone, or to PEFT's own machinery.
+# What follows from the tensors' names, or matters only to a training run or to PEFT's own machinery.
 _TOLD = (
     "auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode init_weights "
     "layers_pattern layers_to_transform megatron_core modules_to_save peft_type peft_version qalora_group_size "
@@ -32,7 +32,7 @@ _UNDERSTOOD = {
     "OFT": "r oft_block_size module_dropout coft eps block_share use_cayley_neumann num_cayley_neumann_terms",
     "RANDLORA": "r randlora_alpha randlora_dropout projection_prng_key save_projection sparse very_sparse",
 }
-# Recipes of a start that training has left behind, and of a layout over devices.
+# Recipes for an initialization, which training has replaced, and for a layout over devices.
 _PAST = {"LORA": ("eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_config")}
 # Anything but these values makes another function of the same tensors.
 _NEUTRAL: dict[str, dict[str, str]] = {
@@ -102,7 +102,7 @@ class Settings:
           default: the value where none fits.
 
         Raises:
-          ManifestError: a pattern is no regular expression, or one that could take for ever.
+          ManifestError: a pattern is not a regular expression, or could take for ever to match.
         """
         patterns = self.values.get(name) or {}
         if not isinstance(patterns, dict):
@@ -187,7 +187,7 @@ def check_settings(values: Mapping[str, Any]) -> Settings:
 
 
 def _start(value: Any) -> list[str]:
-    """Complains of a start that changed the base weights, which the tensors do not tell."""
+    """Refuses an initialization that changed the base weights, which the tensors do not hold."""
     name = value.lower() if isinstance(value, str) else value
     if isinstance(name, bool | str | None) and name in _STARTS:
         return []

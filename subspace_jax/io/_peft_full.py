@@ -33,7 +33,7 @@ def pack_full(
     """Returns the tensors of arrays that train as they are, and the settings that go with them.
 
     Biases of adapted modules are PEFT's `bias`; every other such array makes its whole module one of
-    `modules_to_save`, whose other arrays come along.
+    `modules_to_save`, whose other arrays are stored too.
 
     Args:
       leaves: all of the tree, by path.
@@ -98,7 +98,7 @@ def unpack_full(
     """Returns the arrays that stand in a file themselves, by path.
 
     Raises:
-      ManifestError: a tensor is misshapen, or a base weight that came along is not that of the tree.
+      ManifestError: a tensor is misshapen, or a base weight in the file is not that of the tree.
     """
     for (module, tensor), array in (found.whole | found.base).items():
         place = index[module, tensor][0]

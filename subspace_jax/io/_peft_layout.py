@@ -1,4 +1,4 @@
-"""The one place where (in, out) meets (out, in): arrays of a tree as PyTorch's tensors, and back.
+"""Converts arrays of a tree to PyTorch's layout and back; the one place where (in, out) becomes (out, in).
 
 All arrays here are NumPy's, of one module each; stacked axes are split and joined by `unstack` and `stack`.
 """

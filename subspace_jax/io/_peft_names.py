@@ -1,4 +1,4 @@
-"""What the modules of a parameter tree are called in PyTorch, as data."""
+"""Maps modules and arrays of a parameter tree to their names in PyTorch."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class TensorPlace:
 
     @property
     def role(self) -> Role:
-        """How the array is read as matrices; that of no matrix for vectors."""
+        """How the array is read as matrices; a role without matrix axes for vectors."""
         first, last = self.depth, len(self.shape)
         stack = tuple(range(first))
         match self.rule.kind:

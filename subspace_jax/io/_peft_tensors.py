@@ -51,7 +51,7 @@ class Found:
       adapters: parts of each module's adapter, by the module's name.
       shared: parts that all of them have in common.
       whole: arrays that stand in the file themselves, by module and tensor.
-      base: arrays of the base model that came along.
+      base: arrays of the base model that the file holds too.
     """
 
     adapters: dict[str, dict[str, np.ndarray]]

@@ -1,4 +1,4 @@
-"""The tree of a description, made without the code that made the first one."""
+"""Rebuilds a tree from its description, without the code that made the original."""
 
 from __future__ import annotations
 

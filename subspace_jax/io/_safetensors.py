@@ -1,4 +1,4 @@
-"""safetensors files, believed only after every claim of the header has been checked against the file."""
+"""Reads and writes safetensors files; every claim of a header is checked against the file before it is used."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray
       `(tensors, metadata)`: arrays by name, in the order of the header, and its `__metadata__`.
 
     Raises:
-      AdapterFileError: the file is missing, truncated, not of this format, or its header lies.
+      AdapterFileError: the file is missing, truncated, not of this format, or its header contradicts it.
 
     Example:
       >>> import pathlib, tempfile

@@ -1,4 +1,4 @@
-"""A few columns of one fixed orthonormal matrix in place of a decomposition."""
+"""Selects a few columns of a fixed orthonormal matrix, in place of a decomposition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Transform = Literal["matmul", "fft"]
 
 
 class Selected(NamedTuple):
-    """What a matrix is in the columns that fit it best.
+    """Coordinates of a matrix in the columns that fit it best.
 
     Attributes:
       indices: which columns, `[*stack, rank]` int32, ascending.

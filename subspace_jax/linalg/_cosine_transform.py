@@ -1,4 +1,4 @@
-"""The orthonormal discrete cosine transform (DCT-II): single basis vectors, whole matrices, and what few terms hold."""
+"""The orthonormal discrete cosine transform (DCT-II): basis vectors, transforms, and approximations by few terms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sketch of a growing set of columns."""
+"""Frequent Directions: a sketch of a growing set of columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from subspace_jax.linalg._svd import truncated_svd
 
 
 def frequent_directions(sketch: jax.Array, columns: jax.Array) -> jax.Array:
-    r"""Returns a sketch of as many columns with other columns in it: \(S S^T \approx \sum C C^T\) from below.
+    r"""Adds columns to a sketch of fixed size: \(S S^T \approx \sum C C^T\), from below.
 
     Args:
       sketch: \(S\), `[*stack, m, r]`; zeros to begin with.

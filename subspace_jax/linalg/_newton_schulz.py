@@ -1,4 +1,4 @@
-"""Orthogonalization by products alone."""
+"""Newton-Schulz orthogonalization, which needs products alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEWTON_SCHULZ_COEFFICIENTS = (
 def newton_schulz(
     matrix: jax.Array, coefficients: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ_COEFFICIENTS
 ) -> jax.Array:
-    r"""Returns a matrix with the singular vectors of the given one and singular values near 1, by products alone.
+    r"""Orthogonalizes a matrix by products alone: keeps its singular vectors and takes singular values near 1.
 
     \(X \leftarrow a X + (b\,Y + c\,Y^2)\,X\) with \(Y = X X^T\), from \(X / \|X\|\). A matrix of zeros stays zero.
 

@@ -1,4 +1,4 @@
-"""Placement of matrices for decompositions."""
+"""Places matrices over devices as decompositions need them."""
 
 from __future__ import annotations
 

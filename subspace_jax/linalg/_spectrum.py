@@ -1,4 +1,4 @@
-"""How many terms of a decomposition its singular values ask for."""
+"""Chooses how many terms of a decomposition to keep, from its singular values."""
 
 from __future__ import annotations
 

@@ -144,13 +144,13 @@ def _placed_matmul(left: jax.Array, right: jax.Array, split: tuple[int | None, i
 
 
 def complete(basis: jax.Array) -> jax.Array:
-    """Returns an orthonormal basis of everything orthogonal to the columns of `basis`.
+    """Returns an orthonormal basis of the complement of the span of `basis`.
 
     Args:
       basis: `[*stack, d, k]`, concrete; zero columns do not count.
 
     Returns:
-      `[*stack, d, d - rank]` in float32; of a stack with unequal ranks the smallest counts, and zero columns fill up.
+      `[*stack, d, d - rank]` in float32; of a stack with unequal ranks the smallest counts, padded with zero columns.
 
     Example:
       >>> import jax.numpy as jnp
@@ -165,7 +165,7 @@ def complete(basis: jax.Array) -> jax.Array:
 
 
 def orthonormalize(columns: jax.Array, tolerance: float = 1e-6) -> jax.Array:
-    """Returns the columns made orthonormal from left to right; what depends on earlier ones becomes zero.
+    """Orthonormalizes columns from left to right; columns that depend on earlier ones become zero.
 
     Args:
       columns: `[*stack, d, k]`.

@@ -1,4 +1,4 @@
-"""Curved sets of matrices that parameters can be kept on: Stiefel, Grassmann, rotations."""
+"""Matrix manifolds that parameters can be kept on: Stiefel, Grassmann, rotations."""
 
 from subspace_jax.manifolds._grassmann import Grassmann as Grassmann
 from subspace_jax.manifolds._manifold import Manifold as Manifold

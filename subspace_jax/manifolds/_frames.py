@@ -1,4 +1,4 @@
-"""Matrices with orthonormal columns: what the manifolds share."""
+"""Numerics of matrices with orthonormal columns, which the manifolds share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every manifold of matrices offers."""
+"""The interface of manifolds of matrices."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Manifold(abc.ABC):
 
         Raises:
           ValueError: another method.
-          StructureError: shapes differ or are none of this manifold.
+          StructureError: shapes differ, or no point of this manifold has them.
         """
         self._check_shapes(point, tangent)
         if method not in RETRACTIONS:
@@ -174,7 +174,7 @@ class Manifold(abc.ABC):
             raise StructureError(f"{self.name}: {reason}")
 
     def _reason(self, shape: tuple[int, ...]) -> str:
-        """Why a shape is none of this manifold; empty if it is one."""
+        """Why no point of this manifold has a shape; empty if one has."""
         if len(shape) < 2 or not 1 <= shape[-1] <= shape[-2]:
             return f"shape {shape} is no stack of matrices with at most as many columns as rows, and at least one."
         return ""

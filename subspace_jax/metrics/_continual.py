@@ -119,7 +119,7 @@ def forward_transfer(matrix: Any, base: Any) -> jax.Array:
 
 
 def intransigence(matrix: Any, single: Any) -> jax.Array:
-    r"""Returns the mean of \(s_i - R_{i,i}\), what a stream costs a task against training on it alone.
+    r"""Returns the mean of \(s_i - R_{i,i}\): the loss of a task's score in a stream against training on it alone.
 
     Args:
       matrix: \(R\), diagonal needed.

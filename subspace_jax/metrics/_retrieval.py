@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 
 class RetrievalScores(NamedTuple):
-    """Scores over the queries that have anything to find.
+    """Scores over the queries that have a match in the gallery.
 
     Attributes:
       cmc: share of queries with a match among the best k, by k, `[len(ks)]`.
       mean_average_precision: mean over queries of the area under their precision-recall steps.
-      valid: number of queries with anything to find.
+      valid: number of queries with a match in the gallery.
     """
 
     cmc: jax.Array

@@ -14,7 +14,7 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def require_divisible(config: Any, name: str, divisor: str) -> None:
-    """Refuse a configuration where one field is no multiple of another."""
+    """Refuse a configuration where one field is not a multiple of another."""
     value, by = getattr(config, name), getattr(config, divisor)
     if value % by:
         raise ValueError(f"{type(config).__name__}.{name}={value} is not a multiple of {divisor}={by}")

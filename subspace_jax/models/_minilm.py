@@ -85,7 +85,7 @@ def load_minilm(path: str | Path | None = None, **overrides: Any) -> PretrainedM
 
     Raises:
         AssetMissingError: no path is given and the carrier package is absent.
-        WeightFileError: the file is no safetensors file, or lacks, exceeds or misshapes a tensor.
+        WeightFileError: the file is not a safetensors file, or a tensor is missing, unexpected or misshapen.
         ValueError: an override that the weights decide.
 
     Source: Wenhui Wang and others, "MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of

@@ -74,7 +74,7 @@ def read_onnx(path: str | Path) -> OnnxGraph:
         The graph; its arrays map the file and are read-only.
 
     Raises:
-        ValueError: the file is truncated, is no ONNX model, or keeps weights in a form that is not read
+        ValueError: the file is truncated, is not an ONNX model, or keeps weights in a form that is not read
           (external files, packed typed fields); the message names the file and the tensor.
     """
     path = Path(path)

@@ -149,7 +149,7 @@ def load_smollm2(num_layers: int | None = None, path: str | Path | None = None, 
     Raises:
         AssetMissingError: no path is given and the carrier package is absent.
         WeightFileError: the file lacks, exceeds or misshapes a tensor.
-        ValueError: the file is no readable GGUF file, or an override that the weights decide.
+        ValueError: the file is not a readable GGUF file, or an override is of a field that the weights decide.
 
     Source: Loubna Ben Allal and others, "SmolLM2: When Smol Goes Big", 2025.
 

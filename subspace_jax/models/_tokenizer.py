@@ -35,7 +35,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises:
         ImportError: `tokenizers` is not installed.
-        ValueError: the file is no tokenizer.
+        ValueError: the file does not hold a tokenizer.
     """
     library = _tokenizers()
     text = Path(path).read_text(encoding="utf8")

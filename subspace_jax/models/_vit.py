@@ -263,7 +263,7 @@ class Vit(nn.Module):
             `[batch, 1 + patches, width]` tokens, class token first, patches row by row; `config.dtype`.
 
         Raises:
-            ValueError: wrong axes or channels, or a side that is no multiple of `patch_size`.
+            ValueError: wrong axes or channels, or a side that is not a multiple of `patch_size`.
         """
         config = self.config
         if images.ndim != 4 or images.shape[-1] != 3:

@@ -123,7 +123,7 @@ def load_vit_small(num_blocks: int = 9, path: str | Path | None = None, **overri
         num_blocks: number of blocks to keep, 1 to 12.
         path: an ONNX file; the carried one by default.
         **overrides: `final_norm`, `scan_layers`, `remat`, `dtype`, `param_dtype` of `VitConfig`. The final
-            norm was trained behind block 12, so by default only a model of all blocks has it.
+            norm was trained after block 12, so by default only a model of all blocks has it.
 
     Returns:
         The model; it has no tokenizer. Feed it `normalize_images(...)`, both sides multiples of 14.
@@ -131,7 +131,7 @@ def load_vit_small(num_blocks: int = 9, path: str | Path | None = None, **overri
     Raises:
         AssetMissingError: no path is given and the carrier package is absent.
         WeightFileError: the file lacks, exceeds or misshapes a tensor of the backbone.
-        ValueError: the file is no readable ONNX model, or an override that the weights decide.
+        ValueError: the file is not a readable ONNX model, or an override is of a field that the weights decide.
 
     Source: Maxime Oquab and others, "DINOv2: Learning Robust Visual Features without Supervision", 2023 (the
     layout; the carrier does not state where the weights come from).

@@ -20,7 +20,7 @@ def is_hole(value: Any) -> bool:
 
 
 def like_updates(updates: Any, tree: Any) -> Any:
-    """Returns a tree like the parameters with None wherever the updates have None: what has no gradient rests.
+    """Returns a tree like the parameters with None wherever the updates have None, since those do not train.
 
     Args:
       updates: gradients, None where there is none.

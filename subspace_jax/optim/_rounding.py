@@ -1,4 +1,4 @@
-"""What a projection leaves of an array that has nothing else: rounding, which adaptive optimizers blow up."""
+"""Removes what a projection leaves of an array inside the removed subspace: rounding, which Adam would amplify."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROUNDING = 32 * float(jnp.finfo(jnp.float32).eps)
 def without_rounding(
     projected: jax.Array, whole: jax.Array, tolerance: float = ROUNDING, *, renorm: bool = False
 ) -> jax.Array:
-    """Returns what is left of each matrix, or zero where that is no more than rounding of the whole.
+    """Returns projected matrices with those set to zero that hold nothing but rounding of the whole.
 
     Adam would give rounding full steps, in directions that mean nothing.
 

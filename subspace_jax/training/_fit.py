@@ -30,13 +30,12 @@ def fit(
 ) -> TrainState:
     """Trains until `steps` steps are taken in all, by this run and those before it.
 
-    With a checkpointer the run goes on from its latest checkpoint, and saves every `every` steps, at the end, and when
-    it is told to stop: at SIGTERM the step at work is finished and saved, and `fit` returns early, on all processes
-    after the same step. A run that was killed and started again ends in the same bits as one that never was, if
-    `batches` gives the same batches.
+    With a checkpointer the run resumes from its latest checkpoint, and saves every `every` steps, at the end, and when
+    it is told to stop: at SIGTERM the running step is finished and saved, and `fit` returns early, on all processes
+    after the same step. A run that was killed resumes bit-identically, if `batches` gives the same batches.
 
     Args:
-      state: from `init_train_state`. Of a run that goes on, its arrays say where those of the checkpoint are put.
+      state: from `init_train_state`. When a run resumes, arrays of the checkpoint are placed as its arrays are.
       step: from `make_train_step`.
       batches: `batches(n)`, the batches from the n-th on, counted from 0; see `shard_batch`.
       steps: how many steps the run has in all.
@@ -44,13 +43,13 @@ def fit(
       every: steps between checkpoints; None saves at the end only.
       save_frozen: False saves what learns alone, for a base that is too large to write often. The caller then answers
         for the same frozen arrays at every start.
-      on_metrics: told the number of every step taken and its metrics. To read a number waits for the step.
+      on_metrics: called with the number of every step taken and its metrics; reading a number waits for the step.
 
     Returns:
       The last state; `state.step` is below `steps` where the run was told to stop.
 
     Raises:
-      ValueError: `steps` or `every` is no such number, or the batches end too early; what was learned is saved first.
+      ValueError: `steps` or `every` is not positive, or the batches end too early; what was learned is saved first.
       StructureError: the checkpoint is of another tree.
       CheckpointError: the checkpoint is damaged, or its optimizer is another one.
 
@@ -137,6 +136,6 @@ def _paths(tree: Any) -> dict[str, str]:
 
 
 def _place(value: Any) -> Any:
-    """Where an array was put on purpose; None where it only happens to be."""
+    """The sharding of an array that was placed explicitly; None for others."""
     sharding = getattr(value, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None

@@ -1,4 +1,4 @@
-"""The start of a program that runs as one process per host."""
+"""Connects the processes of a program that runs as one process per host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notice that this run is about to be stopped: SIGTERM, or a host of the pod that got one."""
+"""Detects that this run is about to be stopped: SIGTERM, here or on another host of the pod."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and where it lies."""
+"""The state of a training run: what it carries from step to step, and how it is placed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def init_train_state(
       compute_dtype: such as `jnp.bfloat16`; None changes no dtype.
 
     Returns:
-      The state. What learns is copied, so that a step may take the memory of its state; frozen arrays are not.
+      The state. What learns is copied, so that a step may reuse its state's donated buffers; frozen arrays are not.
 
     Raises:
       StructureError: `placed` is of another tree.

@@ -1,4 +1,4 @@
-"""Parameterizations: what can stand where a weight array stood."""
+"""Stand-in weights that several methods share, and helpers to write others."""
 
 from subspace_jax.weights._draw_basis import draw_basis as draw_basis
 from subspace_jax.weights._dropout import drop_inputs as drop_inputs

@@ -1,4 +1,4 @@
-"""Random matrices that a seed gives again, to the bit."""
+"""Random matrices that follow from a seed, bit for bit on every backend."""
 
 from __future__ import annotations
 

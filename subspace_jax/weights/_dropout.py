@@ -1,4 +1,4 @@
-"""Inverted dropout on what enters the learned part of a weight."""
+"""Inverted dropout on the inputs of a weight's learned part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def drop_inputs(x: jax.Array, operation: Operation, key: jax.Array | None, rate:
 
     Args:
       x: the input; the indices of a lookup come back as they are.
-      use: the operation. Every place in the model's program has its own mask.
+      operation: of the model on the weight. Every place in the model's program has its own mask.
       key: key of this step; None outside of training.
       rate: probability of dropping an entry.
     """

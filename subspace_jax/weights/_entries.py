@@ -1,4 +1,4 @@
-"""Entries of an array by position: picked, written, and carried from one list of positions to another."""
+"""Reads and writes entries of an array by position, and moves values from one list of positions to another."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def entries_at(array: jax.Array, indices: jax.Array, role: Role, *, like: jax.Ar
 
 
 def migrate_entries(values: jax.Array, old: jax.Array, new: jax.Array, missing: jax.Array | float = 0.0) -> jax.Array:
-    r"""Carries values that belong to positions over to a new list of positions, in \(O(k \log k)\).
+    r"""Moves values from one list of positions to another, in \(O(k \log k)\).
 
     Args:
       values: one per old position, `[*stack, k]`.

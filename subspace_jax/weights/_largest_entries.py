@@ -1,4 +1,4 @@
-"""The positions of the largest entries, exactly and in a few passes over the data."""
+"""Finds the positions of the largest entries, exactly and in a few passes over the data."""
 
 from __future__ import annotations
 

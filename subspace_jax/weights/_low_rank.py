@@ -31,8 +31,7 @@ class LowRank(Weight):
       scale: \(s\).
       dropout: probability of dropping an input of the factors, where `dropout_key` is set.
       dropout_key: keys `[*stack]` for one training step, set by `with_dropout`.
-      start_a: `a` at the start, kept where `base` is a residual, so that the change can be told from the array
-        that it was made of.
+      start_a: `a` at the start, kept where `base` is a residual, so that the change from the original array is known.
       start_b: likewise `b`.
       base_squares: squared norms of the columns of `base`, `[*stack, out]`, where something needs those of the sum at
         every step.

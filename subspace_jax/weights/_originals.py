@@ -1,4 +1,4 @@
-"""The arrays that adapters were made of, for methods that give a residual base back."""
+"""Finds the original arrays of adapters, for methods that replace a residual base by them."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class SparseDelta(Weight):
     keeps only the input, the list and the reference to \(W\), forms the array anew, and picks the \(k\) entries out
     of its gradient, which is a temporary of one layer.
 
-    Positions count the entries of one layer's matrix `[in, out]` row by row (of an array that is no matrix: its
+    Positions count the entries of one layer's matrix `[in, out]` row by row (for an array that is not a matrix, its
     entries in order). A slot whose position is \(S\), the number of entries, is padding: it changes nothing.
 
     On a mesh the lists may be split over all devices (`sj.shardings` does so). A use then sends the lists, never the
@@ -85,7 +85,7 @@ class SparseDelta(Weight):
         return math.prod(self.indices.shape[len(self.role.stack_axes) :])
 
     def learning_size(self, name: str) -> int | None:
-        """Returns the values that are active and no padding."""
+        """Returns how many values are active and not padding."""
         if name != "values" or self.indices is None:
             return None
         depth = len(self.role.stack_axes)
@@ -150,7 +150,7 @@ class SparseDelta(Weight):
         return placed_as(write, base)(base, indices, values)
 
     def partition_specs(self, spec: PartitionSpec, *, exact: bool = False) -> SparseDelta:
-        """As for `Weight`; with `exact` a split matrix is refused where positions count the whole one.
+        """Returns partition specs of the parts; with `exact` refuses a split matrix where positions count all of it.
 
         Raises:
           RoleError: `exact`, and the array is split along an axis that is not stacked.
@@ -167,7 +167,7 @@ class SparseDelta(Weight):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseBlocks(SparseDelta):
-    r"""`SparseDelta` with a list of its own for every block of the matrix, so that each device needs its lists alone.
+    r"""`SparseDelta` with one list per block of the matrix, so that each device needs only its own lists.
 
     The matrix is cut into `rows` times `cols` blocks of equal shape, all with the same number of slots. Where the
     weight is split over as many devices, or a divisor of it, on each side, writing the values and picking their

@@ -1,4 +1,4 @@
-"""Bases of what earlier tasks' inputs span, grown task by task."""
+"""Memories of the subspaces that earlier tasks' inputs span, extended task by task."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def next_task(
     gram: jax.Array | None = None,
     official_off_by_one: bool = False,
 ) -> GPMMemory:
-    r"""Returns the memory after a task, with the directions added that the task's inputs need.
+    r"""Extends the memory by the leading directions of a task's inputs.
 
     With inputs \(R = [x_1 \dots x_n]\) and \(\hat R = R - U U^T R\) the leading left singular vectors of \(\hat R\) are
     added until \(\|R\|^2 - \|\hat R\|^2 + \sum_i \hat s_i^2 \ge \epsilon\,\|R\|^2\); none where that holds already.
     Shapes stay, so nothing compiles again. A memory that is full takes no more: see `rank`.
 
-    In training of the next task, `project_orthogonal({path: memory.basis})` in front of plain SGD, or `sandwich` around
+    In training of the next task, `project_orthogonal({path: memory.basis})` before plain SGD, or `sandwich` around
     an adaptive optimizer, keeps the layer's outputs for inputs in the span of the memory as they are. Biases and the
     scales of norms have no input axis; the authors freeze them after the first task.
 
@@ -138,7 +138,7 @@ def _smallest_share(size: int, squared: bool) -> float:
 
 
 def _append(memory: GPMMemory, vectors: jax.Array, count: jax.Array) -> GPMMemory:
-    """The memory with the first `count` vectors behind its live columns, as far as there is room."""
+    """The memory with the first `count` vectors after its live columns, while there is room."""
     columns = memory.basis.shape[-1]
     index = jnp.arange(columns) - memory.rank[..., None]  # of the vector that goes into a column
     count = jnp.minimum(count, columns - memory.rank)

@@ -32,7 +32,7 @@ EPSILON = 1e-8
 
 @jax.custom_vjp
 def _tap(rows: jax.Array, found: jax.Array, zeros: jax.Array) -> jax.Array:
-    """Returns the rows; in the backward pass the zeros receive what was found in place of a cotangent."""
+    """Returns the rows; in the backward pass the zeros receive the statistics in place of a cotangent."""
     del found, zeros
     return rows
 
@@ -99,7 +99,7 @@ def importance(
     select: Any = None,
     roles: Mapping[str, Role] | None = None,
 ) -> dict[str, np.ndarray]:
-    r"""Returns the mean cosine of a layer's inputs and outputs, which OSF takes for its importance.
+    r"""Returns the mean cosine similarity of a layer's inputs and outputs, OSF's measure of its importance.
 
     \(I = \frac{1}{N} \sum_n \cos(x_n, x_n K)\) over rows, where the longer of the two is cut to the shorter's length.
     Each batch is one compiled call, through scan, remat and jit as `sj.capture`; the backward pass is dead code.

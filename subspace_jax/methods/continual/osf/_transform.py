@@ -211,7 +211,7 @@ def _path(path: Any) -> str:
 
 
 def _factored(tree: Any, high: Mapping[str, High]) -> Any:
-    """The factors of every `SplitSVD` orthogonal to its frozen part, and zero where they only fill up."""
+    """The factors of every `SplitSVD` projected off its frozen part, with padding set to zero."""
 
     def one(path: Any, leaf: Any) -> Any:
         found = high.get(_path(path))

@@ -1,4 +1,4 @@
-"""The steps of two factors that change the weight most as its own gradient would."""
+"""LoRA-Pro's steps: those of two factors whose change of the weight is closest to its full gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CUTOFF = 16 * float(jnp.finfo(jnp.float32).eps)
 
 
 class Adjusted(NamedTuple):
-    """What LoRA-Pro makes of the gradients of one pair of factors.
+    """LoRA-Pro's steps for one pair of factors.
 
     Attributes:
       a: \\(a\\), like \\(A\\), in float32.
@@ -28,7 +28,7 @@ class Adjusted(NamedTuple):
 def adjust_pair(
     a: jax.Array, b: jax.Array, a_gradient: jax.Array, b_gradient: jax.Array, scale: float, *, delta: float = 1e-8
 ) -> Adjusted:
-    r"""Returns the steps of both factors that change the weight most as its own gradient would.
+    r"""Returns the steps of both factors whose change of the weight is closest to its full gradient.
 
     \(\min_{a, b} \|s\,a B + s\,A b - G\|^2\) with \(g_A = s\,G B^T\), \(g_B = s\,A^T G\) needs no \(G\):
     \(a = \frac{1}{s^2} g_A (B B^T)^{-1} + A X\), \(b = \frac{1}{s^2} (A^T A)^{-1} g_B (I - P_B) - X B\), where \(X\)

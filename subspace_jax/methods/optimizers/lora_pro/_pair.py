@@ -1,4 +1,4 @@
-"""Where the two factors of every low-rank addition are in a tree."""
+"""Finds the two factors of every low-rank addition in a tree."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from subspace_jax.optim import with_rate
 def scale_by_lora_pro(delta: float = 1e-8, *, pairs: PairFn | None = None) -> optax.GradientTransformation:
     """Replaces the gradients of LoRA's factors by LoRA-Pro's steps; see `adjust_pair`.
 
-    Chain a learning rate after it. In front of it only scalars may act on the gradients (no Adam, no clipping by leaf):
+    Chain a learning rate after it. Before it only scalars may act on the gradients (no Adam, no clipping by leaf):
     the formulas need the true ones. Other leaves pass as they are; give them another optimizer by `optax.partition`.
 
     Args:
@@ -166,7 +166,7 @@ def lora_pro(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns SGD with LoRA-Pro's steps: \(A \mapsto A - \eta\,a\), \(B \mapsto B - \eta\,b\).
 
-    Rates are those of full fine-tuning. Leaves that are no factors have plain SGD of the same rate.
+    Rates are those of full fine-tuning. Leaves that are not factors have plain SGD of the same rate.
 
     Args:
       learning_rate: \(\eta\), a number or a schedule.
@@ -205,7 +205,7 @@ def lora_pro_adam(
     r"""Returns LoRA-Pro with AdamW, the form of all published experiments with language models.
 
     Published: a rate of 2e-5 with a cosine decay and a warm-up over 3 % of the steps. Moments are as large as full
-    fine-tuning's. Leaves that are no factors have plain SGD of the same rate; give them another optimizer.
+    fine-tuning's. Leaves that are not factors have plain SGD of the same rate; give them another optimizer.
 
     Args:
       learning_rate: a number or a schedule.

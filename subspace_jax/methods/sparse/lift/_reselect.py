@@ -27,7 +27,7 @@ def reselect_principal(adapted: Any, state: S, method: Method, *, key: jax.Array
     r"""Writes the trained values of a sparse method into their weights and selects new entries from the result.
 
     A position that is selected again keeps its value in float32 and its moments; a new one starts with moments of
-    zero; those of positions that left are dropped. Counters go on, so the first step of a new position is larger by
+    zero; those of positions that left are dropped. Counters continue, so the first step of a new position is larger by
     the factor that the bias correction no longer takes away. Shapes stay: compile this once, next to the step.
 
     Args:

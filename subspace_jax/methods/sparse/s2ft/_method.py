@@ -55,7 +55,7 @@ def s2ft(
       selected: by path, masks `[*stack, units]` that were decided before; in place of `ratio`.
       parameterization: "delta" trains the change; "in_place" the rows or columns themselves. The trajectories are
         equal, but for decoupled weight decay, which acts on what is trained.
-      seed: of the draw. Counts depend on the draw, so it is no traced key.
+      seed: of the draw. Shapes depend on the draw, so it is an int and not a traced key.
 
     Returns:
       A method whose weights are `DenseSlice` with `rows` `[*stack, slots, out]` or `columns` `[*stack, in, slots]`. A

@@ -67,7 +67,7 @@ class DenseSlice(Weight):
         return jnp.broadcast_to(jnp.arange(self.start, self.start + self.slots, dtype=jnp.int32), (*stack, self.slots))
 
     def learning_size(self, name: str) -> int | None:
-        """Returns the values of the slots that are no padding."""
+        """Returns the number of values in slots that are not padding."""
         if name not in ("rows", "columns") or self.selected is None:
             return None
         inputs, outputs = self.role.sizes(self.shape)

@@ -153,7 +153,7 @@ class RandomBases(Weight):
         def run(weight: RandomBases, x: jax.Array) -> jax.Array:
             if not weight.role.stack_axes:
                 return operation.product(x, weight.factors(operation.dtype))
-            # Stacked weights share a basis, so their factors are no stack of matrices each.
+            # Stacked weights share a basis, so their factors are not each a stack of matrices.
             y = operation.linear(
                 x, lambda rows: weight.multiply(rows, operation), lambda rows: weight.multiply(rows, operation, True)
             )

@@ -22,7 +22,7 @@ def prune_terms(
 
     By the criteria of `soka`, on the terms' norms \(|\sigma_c| \|U_c\| \|V_c\|\) in place of singular values. What a
     retired term contributes goes into the frozen base; it is masked, and gets no gradient any more. Shapes and
-    structure stay, so that a compiled step goes on.
+    structure stay, so that a compiled step still serves.
 
     Args:
       adapted: the whole adapted tree (`combine` it first).

@@ -44,7 +44,7 @@ def grassmann_sgd(
     Raises:
       ValueError: an unknown option, or `update` without parameters.
       PatternError: a glob matches nothing.
-      StructureError: a leaf is no point of the Grassmannian.
+      StructureError: a leaf is not a point of the Grassmannian.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
