@@ -22,8 +22,8 @@ class Role:
     the product of the input axes and `out` that of the output axes, each in the order listed.
 
     Attributes:
-      kind: how the model uses the array. "bias" is added, "scale" is multiplied elementwise, "other" is any use
-        use, "unused" means that nothing reads it.
+      kind: how the model uses the array. "bias" is added, "scale" is multiplied elementwise, "other" is any
+        further use, "unused" means that nothing reads it.
       stack_axes: axes over which whole layers, experts or heads are stacked, one matrix each.
       in_axes: axes that the model contracts with its input.
       out_axes: axes that remain in the model's output.

@@ -62,8 +62,8 @@ def riemannian(
 
     The gradient is projected onto the tangent space at \(X\), the inner optimizer makes a direction of it, which is
     projected again to a tangent vector \(V\), and the update is \(\mathrm{retract}(X, V) - X\), so that
-    `optax.apply_updates` lands on the manifold. It has to be the last for its leaves: scaling, clipping or decay after it
-    leaves the manifold. Anything may come earlier in a chain, clipping by the global norm for one.
+    `optax.apply_updates` lands on the manifold. It has to be the last for its leaves: scaling, clipping or decay after
+    it leaves the manifold. Anything may come earlier in a chain, clipping by the global norm for one.
 
     First moments (momentum, Adam's `mu`) are vectors at \(X\); with the parameters they move to the new point. Second
     moments are scales and stay, so that Adam depends on the basis of a subspace, as in the plane it depends on axes.
@@ -87,7 +87,8 @@ def riemannian(
     Raises:
       ValueError: an unknown option, or `update` without parameters.
       PatternError: a path or glob matches nothing.
-      StructureError: at `init` or `update`, a leaf has a shape or dtype that no point has; at `init`, it is not a point.
+      StructureError: at `init` or `update`, a leaf has a shape or dtype that no point has; at `init`, it is off the
+        manifold.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj

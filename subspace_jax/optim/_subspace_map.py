@@ -68,7 +68,7 @@ def matrix_shape(array: jax.Array, view: MatrixView) -> tuple[int, ...]:
 
 
 def subspace_map(view: MatrixView | None, array: jax.Array, rule: SideRule) -> SubspaceMap | None:
-    """Returns the map of the side that a rule chooses; None if the leaf cannot be read as a matrix, or has no such side."""
+    """Returns the map of the side that a rule chooses; None if the leaf is not read as a matrix with such a side."""
     if view is None or view.is_vector:
         return None
     if rule in ("in", "out"):

@@ -32,8 +32,8 @@ def o_lora(rank: int = 8, *, tasks: int, alpha: float = 32.0, dropout: float = 0
     \(W + s \sum_{i<t} A_i B_i + s\,A_t B_t\).
 
     Adapters of finished tasks are the columns of one frozen pair that has room for all of them from the start, so that
-    no task compiles anew. `o_lora.penalty` keeps the input sides of the tasks orthogonal, `o_lora.next_task` passes on to
-    the next one, `merge` gives the plain weights for all tasks so far.
+    no task compiles anew. `o_lora.penalty` keeps the input sides of the tasks orthogonal, `o_lora.next_task` begins the
+    next one, `merge` gives the plain weights for all tasks so far.
 
     Args:
       rank: of each task's adapter.

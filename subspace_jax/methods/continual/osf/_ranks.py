@@ -196,8 +196,8 @@ def ranks(
     r"""Returns the ranks to preserve by the importance of each layer: the adaptive policy of the paper.
 
     \(\rho_l = \mathrm{floor} + I_l\,(\mathrm{target} - \mathrm{floor})\), where \(I_l\) is divided by its mean over all
-    layers, and \(k_l = \mathrm{clip}(\mathrm{round}(\rho_l\,q), 1, q)\). Cosines can be negative; where their mean is not
-    positive the division means nothing, and every layer counts as one of mean importance, with a warning.
+    layers, and \(k_l = \mathrm{clip}(\mathrm{round}(\rho_l\,q), 1, q)\). Cosines can be negative; where their mean is
+    not positive the division means nothing, and every layer counts as one of mean importance, with a warning.
 
     Args:
       importance: \(I_l\) by path, a number or `[*stack]`, from `osf.importance`.
