@@ -81,7 +81,7 @@ def step_cost(variant: Variant, tokens: Any, *, bare: bool = False, donate: bool
       variant: what to train.
       tokens: a batch, or its shape.
       bare: leave out the global-norm clip and the logged gradient norm.
-      donate: let outputs take the memory of the learned arrays and the state.
+      donate: donate the buffers of the learned arrays and the state to the outputs.
     """
     learned = shapes(variant.learned)
     state = jax.eval_shape(variant.optimizer(bare=bare).init, learned)

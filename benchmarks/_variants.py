@@ -42,7 +42,7 @@ class Variant:
     own: optax.GradientTransformation | None = None
 
     def optimizer(self, *, bare: bool = False) -> optax.GradientTransformation:
-        """Returns Adam behind a global-norm clip, as the README shows it; Adam alone if `bare`."""
+        """Returns Adam after a global-norm clip, as the README shows it; Adam alone if `bare`."""
         clip = optax.identity() if bare else optax.clip_by_global_norm(1.0)
         if self.freeze is None:
             return optax.chain(clip, self.own or optax.adam(1e-4))

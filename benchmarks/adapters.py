@@ -53,7 +53,7 @@ class Arm:
     Attributes:
       method: what adapts the kernels; None where `rules` says it.
       products: operations of its products with one kernel; None where this is not written down.
-      optimizer: makes its optimizer of the adapted tree; Adam behind a global-norm clip if None.
+      optimizer: makes its optimizer of the adapted tree; Adam after a global-norm clip if None.
       statistics: name of what it starts from.
       rules: rules of its own, in place of `method` on the adapted kernels.
       pattern: what of a layer the method takes.

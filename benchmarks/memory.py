@@ -126,7 +126,7 @@ class Compiler:
             "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setting.params)),
             **sizes,
             "argument_bytes": memory.argument_size_in_bytes,
-            # What the step returns takes the memory of the state that went in, but for a few scalars.
+            # What the step returns reuses the donated buffers of the state that went in, but for a few scalars.
             "temporary_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         }
         found["bytes"] = found["argument_bytes"] + found["temporary_bytes"]

@@ -78,7 +78,7 @@ def ways(config: Config) -> dict[str, Way]:
 
     def coso(side: Any) -> Way:
         optimizer = sj.coso(1e-3, config.r1, config.r2, config.gap, side, tasks=4)
-        # A count that is no multiple of the gap, known to the compiler: the branch that decomposes folds away.
+        # A count that is not a multiple of the gap, known to the compiler: the branch that decomposes folds away.
         return Way(params, lambda _: optimizer, lambda state: state._replace(count=jnp.ones([], jnp.int32)))
 
     return {

@@ -1,9 +1,9 @@
-"""Two connected processes fine-tune MiniLM; one is killed, both start again, and the end is the same bits.
+"""Two connected processes fine-tune MiniLM; one is killed, and both resume bit-identically.
 
 Each process stands for a host of a pod: they find each other through `jax.distributed`, each sees half of every batch,
-and gradients are summed between them. LoRA learns on all kernels of the encoder behind `project_orthogonal`, with a
+and gradients are summed between them. LoRA learns on all kernels of the encoder after `project_orthogonal`, with a
 random subspace of every value kernel's inputs kept out. Three runs: one that nobody disturbs, one in which the second
-process is killed (SIGKILL) after some steps, and one that goes on from the checkpoint of that. Compared are all bytes
+process is killed (SIGKILL) after some steps, and one that resumes from the checkpoint of that. Compared are all bytes
 of what learns, of the optimizer's state and of the frozen weights.
 
     python -m experiments run two_processes

@@ -1,6 +1,6 @@
 """CoSO on a stream of tasks: low-rank Adam beside the directions that earlier tasks used.
 
-The stream of `_latent_tasks`: 6 tasks, an orthogonal initial kernel, 300 steps each. "no history" is the same
+The stream of `latent_tasks`: 6 tasks, an orthogonal initial kernel, 300 steps each. "no history" is the same
 optimizer without what it remembers; "adam" trains the whole kernel. Every method has the same two rates.
 
     python -m experiments run coso
@@ -9,7 +9,7 @@ Many small decompositions: with OPENBLAS_NUM_THREADS=1 this takes under a minute
 
 Measured over three seeds at the better rate, final accuracy and backward transfer: Adam 75.2 and -8.1 %, no history
 78.0 and -3.2 %, CoSO on the output side 79.5 and -0.7 %, on the input side 79.9 and -1.2 %. At one rate for both the
-input side forgets 3.2 and 3.5 times less than no history, the output side 4.6 and 2.1 times less: what does not show is
+input side forgets 3.2 and 3.5 times less than no history, the output side 4.6 and 2.1 times less: not reproduced is
 the published factor for the output side at the larger rate. The output side protects 46 of 64 directions after four
 tasks and all but one after six, the input side 46: the last tasks of a longer stream could not be learned.
 """

@@ -1,6 +1,6 @@
 """OSF on a stream of tasks: what is learned orthogonal to the large singular directions does not forget.
 
-The stream of `_latent_tasks`: 5 tasks, Adam, 400 steps each. Before every task but the first, which is free and the
+The stream of `latent_tasks`: 5 tasks, Adam, 400 steps each. Before every task but the first, which is free and the
 same for all, OSF freezes the share (t - 1) / 5 of the kernel's singular triples. "gradients only" leaves out the
 projection after Adam, "no projection" both; "frozen kernel" trains heads only. Every method has the same two rates.
 
@@ -8,7 +8,7 @@ projection after Adam, "no projection" both; "frozen kernel" trains heads only. 
 
 Measured over four seeds at the better rate, final accuracy and backward transfer: full fine-tuning 76.1 and -6.9 %,
 OSF 77.9 and -1.9 %, gradients only 77.3 and -1.9 to -2.4 %, no projection 75.6 and -7.5 %, frozen kernel 64.7 and 0 %.
-What does not show: the projection after Adam gains nothing measurable here over that of gradients alone (it is ahead
+Not reproduced: a measurable gain from the projection after Adam over that of gradients alone (it is ahead
 at one rate, behind at the other), although only with it the constraint holds. The small initial kernel is necessary:
 where large singular directions are those of the initialization they hold no knowledge.
 """

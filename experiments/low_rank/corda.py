@@ -1,6 +1,6 @@
 """CorDA on turned digits: components chosen by the covariance of a kernel's inputs.
 
-The network of `_digits` is adapted to digits turned by 90 degrees; biases and its last layer are frozen. Covariances
+The network of `digits_task` is adapted to digits turned by 90 degrees; biases and its last layer are frozen. Covariances
 are those of 256 training images. Three comparisons, each with the same data, rank, learning rates and steps for all
 methods:
 
@@ -25,7 +25,7 @@ With 8 of 64 and 16 of 128 components left, the cross-entropy on upright digits 
 0.87 ± 0.59 for plain ones and 1.05 ± 0.60 for scaled ones. The factors of the first kernel have norms 36.8 and 0.27
 where knowledge is preserved, 4.4 and 10.2 where instructions are previewed.
 
-What did not show: scaling inputs by their mean size is no better than plain components here. And what is learned faster
+Not reproduced: an advantage of scaling inputs by their mean size over plain components. And what is learned faster
 is forgotten faster, so the instruction-previewed mode retains less than PiSSA.
 
 Source: Yang et al., CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware

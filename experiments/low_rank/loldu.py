@@ -1,6 +1,6 @@
 """LoLDU on turned digits: pivots of a triangular factorization against low-rank adapters of several times their size.
 
-The network of `_digits` is adapted to digits turned by 90 degrees; its last layer learns in every arm. Every method
+The network of `digits_task` is adapted to digits turned by 90 degrees; its last layer learns in every arm. Every method
 has the same data, steps and number of learning rates, of which the best counts.
 
     python -m experiments run loldu
@@ -10,7 +10,7 @@ with 64 86.1 ± 1.8, with 32 80.1 ± 0.6; LoRA of rank 1 with 448 values 87.4 ±
 94.6 ± 0.3; the last layer alone 62.5 ± 3.0. The mean loss of steps 20 to 30 is 1.51 ± 0.12 for 128 pivots and
 3.84 ± 0.66 for LoRA of rank 8. With the scale 1/64 in place of one, 128 pivots reach 74.1 % at the learning rate 0.03
 and 89.1 % at 1. A constant start with the residual of the authors' code reads 13.6 ± 3.2 % of the upright digits
-before any step, 98.5 ± 0.3 % with the exact one. What did not show: that a few pivots reach LoRA of rank 8.
+before any step, 98.5 ± 0.3 % with the exact one. Not reproduced: that a few pivots reach LoRA of rank 8.
 
 Source: Shi et al., LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning,
 2024.

@@ -1,6 +1,6 @@
 """MatryoshkaLoRA on shifted digits: one adapter, used at every rank, beside cut LoRA and DyLoRA.
 
-The network of `_digits` is adapted to digits shifted by one pixel. Every way of training has the same data, steps,
+The network of `digits_task` is adapted to digits shifted by one pixel. Every way of training has the same data, steps,
 starting factors and two learning rates, of which the one with the better area under the log rank curve counts.
 
     python -m experiments run matryoshka
@@ -8,7 +8,7 @@ starting factors and two learning rates, of which the one with the better area u
 Measured over four seeds, accuracy at rank 1 / 4 / 16 and area under the log rank curve, in percent:
 LoRA cut afterwards 56 / 68 / 97.3, area 72.5 ± 1.4; DyLoRA 83 / 93 / 96.7, area 91.9 ± 0.9; Matryoshka with the gains
 of training kept 58 / 81 / 97.7, area 80.9 ± 1.6. So at full rank it is 1.0 point above DyLoRA, and its area 8.4 above
-that of cut LoRA. What does not show here: Matryoshka used as published, with one rank's own scale, is below every other
+that of cut LoRA. Not reproduced: Matryoshka used as published, with one rank's own scale, is below every other
 arm (54 / 60 / 91, area 65.1), and DyLoRA's area is above both, because the sum of five adapters was trained and one is
 used. A loss averaged over the ranks, at five forward passes a step, is best: 87 / 95 / 97.4, area 94.5 ± 0.6.
 """

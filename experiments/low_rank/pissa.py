@@ -22,7 +22,7 @@ So PiSSA is 0.275 above LoRA, at 0.55 of its early loss. With singular values i^
 error with one step and 44.1% with five, LoftQ 14.2% and 24.0%; with Gaussian matrices 11.3% and 26.9%, LoftQ
 13.6% and 24.8%.
 
-What did not show: that PiSSA reaches fine-tuning of all weights, as the authors report for language models. And with
+Not reproduced: that PiSSA reaches fine-tuning of all weights, as the authors report for language models. And with
 one step on Gaussian matrices, which have no principal part to speak of, LoftQ is ahead.
 
 Source: Meng, Wang, Zhang, PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models,

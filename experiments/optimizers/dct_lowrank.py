@@ -8,8 +8,8 @@ without training: the share of the energy of rows from an AR(1) process with coe
 Measured over four seeds, mean training loss of the last 20 steps: Adam 0.071, an SVD at every step (moments moved
 along) 0.127, DCT 0.170 by either transform, a random basis 0.205, DCT without error feedback 0.207, GaLore with an
 SVD every 50 steps 0.261, DCT without moving its moments 0.948; spreads are 0.006 to 0.016, 0.06 for the last. Of the
-AR(1) rows the cosine columns hold 62 / 82 / 91 %, the best subspaces 66 / 84 / 94, random columns 14 / 25 / 41. What
-does not show: that it matches an SVD at every step; and with error feedback the state is two thirds of Adam's, a
+AR(1) rows the cosine columns hold 62 / 82 / 91 %, the best subspaces 66 / 84 / 94, random columns 14 / 25 / 41. Not
+reproduced: that it matches an SVD at every step; and with error feedback the state is two thirds of Adam's, a
 sixth without.
 """
 

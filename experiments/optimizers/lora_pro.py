@@ -7,7 +7,7 @@ unequal scales. Rank 4, scale 2, 300 steps of 64 examples; SGD against LoRA-Pro,
     python -m experiments run lora_pro
 
 Measured over five seeds, loss at the end: SGD at 0.01, LoRA 0.352 ± 0.044, LoRA-Pro 0.248 ± 0.044; Adam at 0.001, LoRA
-0.262 ± 0.060, LoRA-Pro 0.221 ± 0.042. The gap is 0.92 against 0.85, and 0.97 against 0.87. What does not show: an
+0.262 ± 0.060, LoRA-Pro 0.221 ± 0.042. The gap is 0.92 against 0.85, and 0.97 against 0.87. Not reproduced: an
 advantage where both have the better of their rates with Adam; at 0.003 they end level (0.222), near the best that a
 change of rank 4 can do. The adapter of LoRA-Pro with Adam has moments of the weight's own size.
 """

@@ -23,7 +23,7 @@ distance of B from orthogonality. Measured over three seeds, gain, zero-shot cha
 
 With Gaussian classes λ=6 has four fifths of the affine map's gain at two fifths of its loss, and more gain per loss in
 every seed.
-What does not show: on images the affine map loses 0.6 points only, one standard deviation, so that there is next to
+Weaker than published: on images the affine map loses 0.6 points only, one standard deviation, so that there is next to
 nothing to preserve and the bound costs gain. B/old exceeds old/old (60.3 %; on images 69.4 %) in some seeds only, on
 average by a point for the affine map and, with Gaussian classes, λ=12. Renewing outliers first is worse than a random
 order for every map, by 2 to 3 points and on images by 11. The gate is soft, so that x ends well below λ. What the

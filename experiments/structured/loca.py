@@ -2,7 +2,7 @@
 
 Three parts. The energy that approximations of one size leave of Gaussian matrices: the best cosine terms, the best
 low-rank matrix, randomly located cosine terms. A fit of 32x48 changes whose cosine spectrum is a ridge, low-pass or
-white, with 80 coefficients whose places learn in turns until a cut-off, or stay. And the network of `_digits` on digits
+white, with 80 coefficients whose places learn in turns until a cut-off, or stay. And the network of `digits_task` on digits
 turned by 90 degrees, with everything but the two hidden kernels frozen, for several lengths of the turns; all arms have
 the same data, steps and number of learning rates, of which the best counts.
 
@@ -18,7 +18,7 @@ Measured over three seeds, mean ± standard deviation. Energy left of Gaussian m
 | low-pass | 97.9 ± 0.8 | 33.9 ± 1.5 | 28.4 ± 6.8 | 7.8 | 0.0 |
 | white | 95.3 ± 0.2 | 90.5 ± 1.9 | 90.0 ± 0.4 | 70.8 | 91.0 |
 
-What did not show: a gain on the digits, where the change that is wanted has a nearly white spectrum. Accuracy is 95.5 ±
+Not reproduced: a gain on the digits, where the change that is wanted has a nearly white spectrum. Accuracy is 95.5 ±
 1.2 % with fixed places, 95.9 ± 0.4 where they learn in a tenth of the steps, 95.3 ± 0.3 in a fifth, 94.6 ± 1.0 in half:
 turns of the places are taken from the coefficients, and slow the start. Learned places stay far from the best ones.
 

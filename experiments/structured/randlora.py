@@ -1,7 +1,7 @@
 """RandLoRA: full-rank updates of few values against low-rank ones, where rank is what lacks and where it is not.
 
 First, one 64x64 matrix is fitted by the update alone, Adam with a rate that falls to zero: an orthogonal matrix, whose
-spectrum is flat, and one of rank 4. Second, the network of `_digits` is adapted to digits turned by 90 degrees through
+spectrum is flat, and one of rank 4. Second, the network of `digits_task` is adapted to digits turned by 90 degrees through
 its two hidden kernels, all else frozen; every arm has the same steps, batches and learning rates, of which the best
 counts.
 
@@ -13,7 +13,7 @@ LoRA r=8 with 1,024 values 87.5 %. Of the matrix of rank 4, RandLoRA r=4 leaves 
 Turned digits, test accuracy: RandLoRA r=32 with 832 values 96.6 ± 0.9 %, LoRA r=2 with 896 values 93.6 ± 1.7; RandLoRA
 r=8 with 2,752 values 97.9 ± 0.5, LoRA r=8 with 3,584 values 97.2 ± 0.8.
 
-What does not show: a clear lead over LoRA of twice the size. LoRA r=4 with 1,792 values reaches 95.9 ± 0.9 %, less than
+Not reproduced: a clear lead over LoRA of twice the size. LoRA r=4 with 1,792 values reaches 95.9 ± 0.9 %, less than
 one point below RandLoRA r=32, once it has its own best rate; at a rate of 3e-3 for both the lead is six points.
 """
 

@@ -1,7 +1,7 @@
 """SoKA on a planted change and on turned digits: Kronecker terms against as many values of low-rank adapters.
 
 First a change of a 64x64 weight that is a sum of three random Kronecker products, of full matrix rank, is approximated
-by Kronecker terms and by a low-rank matrix of the same size. Then the network of `_digits` is adapted to digits turned
+by Kronecker terms and by a low-rank matrix of the same size. Then the network of `digits_task` is adapted to digits turned
 by 90 degrees, with everything but the two hidden kernels frozen. Every method has the same data, steps and number of
 learning rates, of which the best counts; "random factors" starts Kronecker factors as LoRA starts its own.
 
@@ -20,7 +20,7 @@ Measured over three seeds, mean ± standard deviation; the early loss is that of
 So SoKA is 6.2 points above PiSSA at 0.77 of its early loss, and level with it at half the size. On the planted change
 three Kronecker terms (387 values) leave an error of 0.00 %, 0.95 % with 1 % of noise; rank 3 (384 values) leaves 86.8.
 
-What did not show: that the start alone makes the difference. Kronecker factors from a random start end above PiSSA too,
+Not reproduced: that the start alone makes the difference. Kronecker factors from a random start end above PiSSA too,
 and are slow at first only.
 
 Source: Chong, Qu, Singular Value Decomposition (SVD) on Kronecker Adaptation for Large Language Models, 2025.

@@ -12,7 +12,7 @@ Measured over five seeds at the better rate of each, test accuracy, angle and tr
 37.6 ± 0.2°, 93.7 ± 0.6 %; k=1 96.3 ± 0.3, 36.4 ± 1.0, 93.3 ± 1.7; k=4 96.6 ± 0.2, 36.9 ± 1.0, 92.6 ± 1.5;
 k=8 96.9 ± 0.4, 37.8 ± 1.1, 94.2 ± 1.3. From k=1 to k=8 the angle grows in nine of ten pairs of seed and rate, transfer
 in seven.
-What does not show: the angle grows by 1.4 to 2.0° only, at k=2 by less than its spread; and against softmax the gain
+Weaker than published: the angle grows by 1.4 to 2.0° only, at k=2 by less than its spread; and against softmax the gain
 of k=8, 0.6 points in accuracy and 0.5 in transfer, is about one standard deviation. On larger images the angle grows
 more: `gcr_fashion`.
 """

@@ -12,7 +12,7 @@ transfer to MNIST and to the digits. From scratch: softmax 81.7 ± 1.0 %, 43.5 �
 80.9 ± 0.8, 34.9 ± 0.9, 81.7 ± 1.0, 95.8 ± 0.5; k=8 81.2 ± 0.2, 44.0 ± 0.5, 82.7 ± 1.1, 94.8 ± 2.1. On ViT features:
 softmax 82.0 ± 0.6, 33.8 ± 0.7, 77.2 ± 0.7, 82.6 ± 1.1; k=1 82.7 ± 0.3, 28.0 ± 1.0, 79.5 ± 1.5, 86.1 ± 1.8; k=8
 82.3 ± 0.9, 33.5 ± 1.0, 80.1 ± 2.7, 86.9 ± 0.2. So classes spread with the dimension, by 9 and by 5 degrees from k=1 to
-k=8, at equal accuracy. What does not show: a gain in accuracy over softmax, and better transfer from scratch, where
+k=8, at equal accuracy. Not reproduced: a gain in accuracy over softmax, and better transfer from scratch, where
 softmax leads to MNIST; on ViT features every subspace head transfers better than softmax, and dimension hardly matters.
 """
 

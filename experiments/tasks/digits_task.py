@@ -127,7 +127,7 @@ def adapt_and_fit(
     """Adapts the pretrained network of a seed to digits turned by 90 degrees.
 
     Args:
-      rules: as for `sj.adapt`.
+      rules: what is adapted and how, as rules of `sj.adapt`.
       optimizer: an optax transformation; the same object for all seeds compiles once.
       seed: of the network, the adapter and the batches.
       steps: number of steps.

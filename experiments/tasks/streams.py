@@ -40,7 +40,7 @@ class StreamData:
       model: `model(params, batch)` gives logits; `batch["task"]` says for each example whose head is meant.
       start: makes the parameters of a seed: `backbone`, and `heads` of all tasks.
       kernels: glob of the kernels that methods adapt or project.
-      rows: gives, of a batch, which rows are no padding; None where all are inputs.
+      rows: tells which rows of a batch are not padding; None where all are inputs.
       roles: how the model uses kernels with more than two axes.
       test_model: gives the logits of evaluation; those of `model` if None.
       joint_labels: gives, of a batch, the labels that joint training compares with the logits of `test_model`; None
@@ -78,7 +78,7 @@ class StreamConfig:
       gap: steps from one of CoSO's subspaces to the next.
       calibration: batches of a task that are read at its end by GPM, and by OSF for importance.
       rounds: steps by which costs are measured, of every method in turn.
-      checkpoints: save every stream after each task, so that `--resume` goes on inside a stream.
+      checkpoints: save every stream after each task, so that `--resume` continues inside a stream.
     """
 
     methods: tuple[str, ...] = ()
