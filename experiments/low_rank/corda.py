@@ -1,7 +1,7 @@
 """CorDA on turned digits: components chosen by the covariance of a kernel's inputs.
 
-The network of `digits_task` is adapted to digits turned by 90 degrees; biases and its last layer are frozen. Covariances
-are those of 256 training images. Three comparisons, each with the same data, rank, learning rates and steps for all
+The network of `digits_task` is adapted to digits turned by 90 degrees; biases and its last layer are frozen.
+Covariances are those of 256 training images. Three comparisons, each with the same data, rank, learning rates and steps for all
 methods:
 
 - truncation: the smallest components of both hidden kernels are dropped and nothing is trained, with the components of

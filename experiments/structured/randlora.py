@@ -1,8 +1,8 @@
 """RandLoRA: full-rank updates of few values against low-rank ones, where rank is what lacks and where it is not.
 
 First, one 64x64 matrix is fitted by the update alone, Adam with a rate that falls to zero: an orthogonal matrix, whose
-spectrum is flat, and one of rank 4. Second, the network of `digits_task` is adapted to digits turned by 90 degrees through
-its two hidden kernels, all else frozen; every arm has the same steps, batches and learning rates, of which the best
+spectrum is flat, and one of rank 4. Second, the network of `digits_task` is adapted to digits turned by 90 degrees
+through its two hidden kernels, all else frozen; every arm has the same steps, batches and learning rates, of which the best
 counts.
 
     python -m experiments run randlora
