@@ -92,8 +92,8 @@ def ways(config: Config) -> dict[str, Way]:
         "sandwich around Adam": Way(params, lambda _: sj.sandwich(optax.adam(1e-3), bases)),
         "OSF": osf("exact"),
         "OSF, common width": osf("common"),
-        "CoSO, output side": coso("output"),
-        "CoSO, input side": coso("input"),
+        "CoSO, output side": coso("out"),
+        "CoSO, input side": coso("in"),
     }
 
 

@@ -40,6 +40,7 @@ from subspace_jax.io import save_adapter as save_adapter
 from subspace_jax.io import save_checkpoint as save_checkpoint
 from subspace_jax.io import save_peft as save_peft
 from subspace_jax.methods.continual.coso import coso as coso
+from subspace_jax.methods.continual.coso import scale_by_coso as scale_by_coso
 from subspace_jax.methods.continual.o_lora import o_lora as o_lora
 from subspace_jax.methods.continual.osf import osf as osf
 from subspace_jax.methods.low_rank.corda import corda as corda
@@ -52,7 +53,10 @@ from subspace_jax.methods.low_rank.pissa import pissa as pissa
 from subspace_jax.methods.low_rank.pissa import qpissa as qpissa
 from subspace_jax.methods.low_rank.pissa import to_lora as to_lora
 from subspace_jax.methods.low_rank.svfit import svfit as svfit
+from subspace_jax.methods.optimizers.dct_lowrank import dct_adam as dct_adam
+from subspace_jax.methods.optimizers.dct_lowrank import trion as trion
 from subspace_jax.methods.optimizers.galore import galore as galore
+from subspace_jax.methods.optimizers.lora_pro import lora_pro as lora_pro
 from subspace_jax.methods.regularized.lambda_orthogonality import lambda_orthogonality as lambda_orthogonality
 from subspace_jax.methods.sparse.lift import lift as lift
 from subspace_jax.methods.sparse.s2ft import s2ft as s2ft
@@ -103,6 +107,7 @@ __all__ = [
     "core",
     "coso",
     "data",
+    "dct_adam",
     "dora",
     "errors",
     "flora",
@@ -117,6 +122,7 @@ __all__ = [
     "loca",
     "loldu",
     "lora",
+    "lora_pro",
     "lora_sb",
     "manifolds",
     "matryoshka",
@@ -142,6 +148,7 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "save_peft",
+    "scale_by_coso",
     "sharding",
     "shardings",
     "soka",
@@ -151,6 +158,7 @@ __all__ = [
     "svfit",
     "to_lora",
     "training",
+    "trion",
     "weights",
     "with_adapters",
     "with_dropout",

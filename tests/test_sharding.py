@@ -119,13 +119,13 @@ OPTIMIZERS = {
         (P("data", None), P(None, "model"), P(None, "model", None)),
     ),
     "coso": (
-        sj.coso(1e-3, 2, 3, side="input", roles=ROLES),
-        lambda s: (s.subspaces["w"].history, s.mu["w"]),
+        sj.coso(1e-3, 2, 3, side="in", roles=ROLES),
+        lambda s: (s.history["w"], s.mu["w"]),
         (P("data", None), P(None, "model")),
     ),
     "dct_adam": (
         sj.methods.dct_lowrank.scale_by_dct_adam(2, roles=ROLES),
-        lambda s: (s.leaves["w"].error, s.leaves["w"].mu),
+        lambda s: (s.error["w"], s.mu["w"]),
         (P("data", "model"), P("data", None)),
     ),
 }

@@ -64,7 +64,7 @@ def make_optimizer(config: CosoConfig, method: str, rate: float) -> Any:
     """Returns the optimizer of the kernel and the head."""
     if method == "adam":
         return optax.adam(rate)
-    side = "input" if method.endswith("input side") else "output"
+    side = "in" if method.endswith("input side") else "out"
     kernel = sj.coso(rate, config.r1, config.r2, config.gap, side, tasks=config.tasks)
     return optax.multi_transform({"kernel": kernel, "head": optax.adam(rate)}, {"kernel": "kernel", "head": "head"})
 
@@ -110,7 +110,7 @@ def follow(
                 state.inner_states["kernel"]
             )
             state = start._replace(inner_states={**start.inner_states, "kernel": ended})
-            protected.append(np.asarray(ended.inner_state.subspaces["kernel"].used))
+            protected.append(np.asarray(ended.inner_state.used["kernel"]))
         else:
             state = start
     return np.stack(rows), np.array(protected, int).T.tolist() if protected else [[] for _ in config.seeds]

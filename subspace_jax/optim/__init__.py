@@ -4,6 +4,7 @@ from subspace_jax.optim._holes import Leaves as Leaves
 from subspace_jax.optim._holes import filled as filled
 from subspace_jax.optim._holes import is_hole as is_hole
 from subspace_jax.optim._holes import like_updates as like_updates
+from subspace_jax.optim._in_subspace import Decomposition as Decomposition
 from subspace_jax.optim._in_subspace import InSubspaceState as InSubspaceState
 from subspace_jax.optim._in_subspace import in_complement as in_complement
 from subspace_jax.optim._in_subspace import in_subspace as in_subspace
@@ -24,17 +25,22 @@ from subspace_jax.optim._rates import with_rate as with_rate
 from subspace_jax.optim._riemannian import RiemannianState as RiemannianState
 from subspace_jax.optim._riemannian import riemannian as riemannian
 from subspace_jax.optim._rounding import without_rounding as without_rounding
+from subspace_jax.optim._subspace_map import Moments as Moments
+from subspace_jax.optim._subspace_map import SideRule as SideRule
 from subspace_jax.optim._subspace_map import SubspaceMap as SubspaceMap
 from subspace_jax.optim._subspace_map import matrix_shape as matrix_shape
 from subspace_jax.optim._subspace_map import subspace_map as subspace_map
 
 __all__ = [
+    "Decomposition",
     "InSubspaceState",
     "Leaves",
     "MatrixView",
+    "Moments",
     "ProjectState",
     "RiemannianState",
     "SandwichState",
+    "SideRule",
     "SubspaceMap",
     "check_paths",
     "filled",

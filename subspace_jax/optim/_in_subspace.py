@@ -16,7 +16,7 @@ from jax import lax
 from subspace_jax.core import Role, check_choice, check_int, leaves_with_paths, select_paths
 from subspace_jax.linalg import Side, complete
 from subspace_jax.optim._bases import bases_by_path, check_bases, check_orthonormal
-from subspace_jax.optim._holes import Leaves
+from subspace_jax.optim._holes import Leaves, filled
 from subspace_jax.optim._matrix_views import matrix_views
 from subspace_jax.optim._subspace_map import (
     Moments,
@@ -183,7 +183,7 @@ def in_subspace(
             for direction, columns, place, leaf in zip(held.of(directions), bases, places, held.arrays, strict=True)
         ]
         count = jnp.asarray(optax.safe_increment(state.count))
-        return held.tree(lifted), InSubspaceState(count, held.kept(bases, state.basis), inside)
+        return held.tree(lifted), InSubspaceState(count, held.kept(bases, state.basis), filled(inside, state.inner))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

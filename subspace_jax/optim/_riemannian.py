@@ -30,7 +30,7 @@ from subspace_jax.core import (
 )
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.manifolds import Manifold, Retraction
-from subspace_jax.optim._holes import like_updates
+from subspace_jax.optim._holes import filled, like_updates
 from subspace_jax.optim._moments import FIRST_MOMENTS, map_moments
 from subspace_jax.optim._rounding import without_rounding
 
@@ -136,7 +136,7 @@ def riemannian(
             return placed_like(new.astype(point.dtype), point) - point
 
         found = _map_points(step, directions, points, with_path=True)
-        return found, RiemannianState(count, _transported(held, points, moved, transport))
+        return found, RiemannianState(count, filled(_transported(held, points, moved, transport), state.inner))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -53,7 +53,7 @@ def inputs(task):
 
 
 def coso(rate, tasks=TASKS):
-    return sj.coso(rate, 4, 4, 2, "input", tasks=tasks)
+    return sj.coso(rate, 4, 4, 2, "in", tasks=tasks)
 
 
 LEARNERS = {

@@ -160,7 +160,7 @@ CASES = (
         converges=False,
     ),
     Case("lift_adam", lambda rate: sj.methods.lift.lift_adam(rate)),
-    Case("coso", lambda rate: sj.coso(rate, 4, 6, 5, "input", b1=0.5, b2=0.9, roles=ROLES)),
+    Case("coso", lambda rate: sj.coso(rate, 4, 6, 5, "in", b1=0.5, b2=0.9, roles=ROLES)),
     Case(
         "dct_adam",
         lambda rate: with_rate(sj.methods.dct_lowrank.scale_by_dct_adam(4, b1=0.5, b2=0.9, roles=ROLES), rate),

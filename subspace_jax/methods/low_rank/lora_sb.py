@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Method, Role, check_rank, is_weight, register, require_matrix
+from subspace_jax.core import (
+    Method,
+    Role,
+    StructureError,
+    check_rank,
+    leaves_with_paths,
+    map_with_paths,
+    register,
+    require_matrix,
+)
 from subspace_jax.linalg import SVD, randomized_svd, truncated_svd, wide_dtype
+from subspace_jax.optim import is_hole
 from subspace_jax.weights import LowRankCore, lora_scale
 
 __all__ = [
+    "LoraSbState",
     "lora_sb",
     "lora_xs",
     "scale_by_lora_sb",
@@ -145,6 +157,28 @@ def lora_sb(
     return Method("lora_sb", make, needs=("gradient",))
 
 
+class LoraSbInverses(NamedTuple):
+    r"""Inverse Gram matrices of the factors of one weight.
+
+    Attributes:
+      left: \(\frac{1}{s^2} (P^T P)^{-1}\), `[*stack, rank, rank]` in float32.
+      right: \((Q Q^T)^{-1}\), likewise.
+    """
+
+    left: jax.Array
+    right: jax.Array
+
+
+class LoraSbState(NamedTuple):
+    """State of `scale_by_lora_sb`.
+
+    Attributes:
+      inverses: `LoraSbInverses` by path of the weight.
+    """
+
+    inverses: dict[str, Any]
+
+
 def scale_by_lora_sb(adapted: Any) -> optax.GradientTransformation:
     r"""Turns the gradients of cores into those whose steps are closest to steps along the full gradient.
 
@@ -153,10 +187,14 @@ def scale_by_lora_sb(adapted: Any) -> optax.GradientTransformation:
     identity. The inverses are made once, and are its state; gradients of everything but full cores pass unchanged.
 
     Args:
-      adapted: the whole adapted tree, frozen factors included; the transformation itself runs on the trainable tree.
+      adapted: the whole adapted tree, frozen factors included; the transformation itself runs on the trainable tree,
+        or a part of it.
 
     Returns:
-      A gradient transformation.
+      A gradient transformation that keeps structure, shapes and dtypes.
+
+    Raises:
+      StructureError: no weight of the tree is a `LowRankCore` with a full core.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
@@ -169,34 +207,41 @@ def scale_by_lora_sb(adapted: Any) -> optax.GradientTransformation:
       (2, 2)
     """
 
-    def inverses(weight: Any) -> tuple[jax.Array, jax.Array] | None:
-        if not isinstance(weight, LowRankCore) or weight.core.ndim != weight.left.ndim:
-            return None
+    cores = {
+        path: weight
+        for path, weight in leaves_with_paths(adapted)
+        if isinstance(weight, LowRankCore) and weight.core.ndim == weight.left.ndim
+    }
+
+    if not cores:
+        raise StructureError(
+            "scale_by_lora_sb: no weight of the tree is a LowRankCore with a full core. Give the whole tree that "
+            "sj.adapt made with lora_sb or lora_xs; inside another weight, such as DoRA's, other steps are the closest."
+        )
+
+    def inverses(weight: LowRankCore) -> LoraSbInverses:
         left, right = weight.left.astype(jnp.float32), weight.right.astype(jnp.float32)
-        return (
+        return LoraSbInverses(
             _ridge_inverse(_product(jnp.swapaxes(left, -1, -2), left)) / weight.scale**2,
             _ridge_inverse(_product(right, jnp.swapaxes(right, -1, -2))),
         )
 
-    def init(params: Any) -> Any:
+    def init(params: Any) -> LoraSbState:
         del params
-        return jax.tree.map(inverses, adapted, is_leaf=is_weight)
+        # By path, so that the state is of no container's kind and is the same in a part of the tree.
+        return LoraSbState({path: inverses(weight) for path, weight in cores.items()})
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
 
-        def one(gradient: Any, pair: Any) -> Any:
-            if pair is None or not is_weight(gradient):
+        def one(path: str, gradient: Any) -> Any:
+            found = state.inverses.get(path)
+            if found is None or not isinstance(gradient, LowRankCore) or is_hole(gradient.core):
                 return gradient
-            return gradient.map_fields(
-                lambda name, value: (
-                    _product(_product(pair[0], value), pair[1]).astype(value.dtype) if name == "core" else value
-                )
-            )
+            core = _product(_product(found.left, gradient.core), found.right).astype(gradient.core.dtype)
+            return dataclasses.replace(gradient, core=core)
 
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_weight)
-        pairs = treedef.flatten_up_to(state)
-        return jax.tree.unflatten(treedef, [one(g, p) for g, p in zip(leaves, pairs, strict=True)]), state
+        return map_with_paths(one, updates), state
 
     return optax.GradientTransformation(init, update)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optax
 
-from subspace_jax.core import register
-from subspace_jax.optim import in_subspace
+from subspace_jax.core import Role, register
+from subspace_jax.optim import Decomposition, Moments, SideRule, in_subspace, with_rate
 
 __all__ = [
     "galore",
@@ -23,7 +24,13 @@ def galore(
     eps: float = 1e-6,
     weight_decay: float = 0.0,
     scale: Any = 0.25,
-    **options: Any,
+    every: int = 200,
+    side: SideRule = "shorter",
+    moments: Moments = "carry",
+    decomposition: Decomposition = "exact",
+    seed: int = 0,
+    select: Callable[[str, Any], bool] | str | Iterable[str] | None = None,
+    roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns Adam in the leading singular subspace of each gradient, with the published constants.
 
@@ -41,10 +48,21 @@ def galore(
       eps: added to the root of the second moment.
       weight_decay: \(\lambda\), decoupled and in full space.
       scale: \(\alpha\).
-      options: of `in_subspace`: `every`, `side`, `moments`, `decomposition`, `select`, `roles`.
+      every: steps from one decomposition to the next.
+      side: which side the subspaces lie in: the "shorter" or the "longer" one, or "in" or "out" of all.
+      moments: what becomes of moments as the basis changes: "carry", "reset" or "transport"; see `in_subspace`.
+      decomposition: "exact", or "randomized" for a large matrix and small rank.
+      seed: of the randomized decomposition.
+      select: globs or a predicate of path and array that choose which matrices get a subspace; every one if None.
+      roles: how the model uses plain arrays with more than two axes, from `sj.roles`; without it those pass.
 
     Returns:
-      An optax transformation.
+      A transformation that keeps structure, shapes and dtypes; with weight decay its `update` needs `params`. With
+      `optax.inject_hyperparams` name `rank`, `every`, `seed` and a predicate `select` in `static_args`.
+
+    Raises:
+      RankError: `rank` or `every` is not a positive integer.
+      PatternError: a glob matches nothing.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
@@ -52,10 +70,19 @@ def galore(
       >>> state[0].inner.nu["kernel"].shape, state[0].inner.nu["bias"].shape
       ((2, 9), (9,))
     """
-    parts: list[Any] = [in_subspace(optax.scale_by_adam(b1, b2, eps), rank=rank, scale=scale, **options)]
-    if weight_decay:
-        parts.append(optax.add_decayed_weights(weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    subspace = in_subspace(
+        optax.scale_by_adam(b1, b2, eps),
+        rank=rank,
+        every=every,
+        side=side,
+        moments=moments,
+        scale=scale,
+        decomposition=decomposition,
+        seed=seed,
+        select=select,
+        roles=roles,
+    )
+    return with_rate(subspace, learning_rate, weight_decay)
 
 
 register(

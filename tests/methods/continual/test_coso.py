@@ -14,7 +14,7 @@ import subspace_jax as sj
 from subspace_jax.core import PatternError, RankError, StructureError
 from subspace_jax.linalg import frequent_directions
 
-SIDES = ["output", "input"]
+SIDES = ["out", "in"]
 B1, B2, EPS = 0.9, 0.999, 1e-6
 
 
@@ -30,7 +30,7 @@ class Oracle:
 
     def __init__(self, shape, side, r1, r2, gap, lr):
         self.side, self.r1, self.r2, self.gap, self.lr = side, r1, r2, gap, lr
-        self.size = shape[0] if side == "input" else shape[1]
+        self.size = shape[0] if side == "in" else shape[1]
         self.history = np.zeros((self.size, 0))
         self.reset()
 
@@ -38,11 +38,10 @@ class Oracle:
         self.t, self.sketch, self.mu, self.nu = 0, None, 0.0, 0.0
 
     def step(self, gradient):
-        g = gradient if self.side == "input" else gradient.T
+        g = gradient if self.side == "in" else gradient.T
         g = g - self.history @ (self.history.T @ g)
         if self.t % self.gap == 0:
-            u, s, vt = svd(g if self.side == "input" else g.T)
-            u = u if self.side == "input" else vt.T
+            u, s, _ = svd(g)
             self.basis = u[:, : self.r1]
             self.basis = self.basis - self.history @ (self.history.T @ self.basis)
             columns = u[:, : self.r2] * s[: self.r2]
@@ -57,7 +56,7 @@ class Oracle:
         self.mu, self.nu = B1 * self.mu + (1 - B1) * r, B2 * self.nu + (1 - B2) * r**2
         size = self.lr * np.sqrt(1 - B2**self.t) / (1 - B1**self.t)
         found = -size * self.basis @ (self.mu / (np.sqrt(self.nu) + EPS))
-        return found if self.side == "input" else found.T
+        return found if self.side == "in" else found.T
 
     def end(self, energy_threshold, min_new):
         u, s, _ = np.linalg.svd(self.sketch, full_matrices=False)
@@ -104,15 +103,15 @@ def test_two_tasks_follow_the_specification(side, shape, gap):
         found, state = run(optimizer, state, grads)
         for i, g in enumerate(grads):
             np.testing.assert_allclose(found[i], oracle.step(g), atol=2e-5, err_msg=f"task {task} step {i}")
-        s = np.asarray(state.subspaces["w"].sketch, np.float64)
+        s = np.asarray(state.sketch["w"], np.float64)
         np.testing.assert_allclose(s @ s.T, oracle.sketch @ oracle.sketch.T, atol=1e-5)
         state = sj.methods.coso.next_task(state, 0.9)
         oracle.end(0.9, 1)
-        m = np.asarray(state.subspaces["w"].history, np.float64)
-        assert int(state.subspaces["w"].used) == oracle.history.shape[1] > task
+        m = np.asarray(state.history["w"], np.float64)
+        assert int(state.used["w"]) == oracle.history.shape[1] > task
         np.testing.assert_allclose(m @ m.T, oracle.history @ oracle.history.T, atol=1e-4)
         assert int(state.count) == 0
-        assert not any(np.asarray(v).any() for v in (state.mu["w"], state.nu["w"], state.subspaces["w"].sketch))
+        assert not any(np.asarray(v).any() for v in (state.mu["w"], state.nu["w"], state.sketch["w"]))
 
 
 def leak(guard, side, ranks, seed=0):
@@ -122,9 +121,9 @@ def leak(guard, side, ranks, seed=0):
     _, state = run(optimizer, start(optimizer, shape), low_rank(shape, [8] * 4, 7))
     state = sj.methods.coso.next_task(state)
     found, state = run(optimizer, state, low_rank(shape, ranks, seed))
-    m = np.asarray(state.subspaces["w"].history)
-    assert int(state.subspaces["w"].used) >= 5
-    return max(np.abs(m.T @ (u if side == "input" else u.T)).max() for u in found)
+    m = np.asarray(state.history["w"])
+    assert int(state.used["w"]) >= 5
+    return max(np.abs(m.T @ (u if side == "in" else u.T)).max() for u in found)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -140,9 +139,9 @@ def test_outputs_that_the_history_protects_stay(side):
     _, state = run(optimizer, start(optimizer, (12, 10)), gradients((12, 10), 5))
     state = sj.methods.coso.next_task(state)
     found, state = run(optimizer, state, gradients((12, 10), 20, 1))
-    change, m = sum(found), np.asarray(state.subspaces["w"].history, np.float64)
+    change, m = sum(found), np.asarray(state.history["w"], np.float64)
     assert np.abs(change).max() > 0.1
-    if side == "input":
+    if side == "in":
         old_inputs = np.random.default_rng(0).normal(size=(5, m.shape[1])) @ m.T
         np.testing.assert_allclose(old_inputs @ change, 0, atol=1e-5)
     else:
@@ -155,18 +154,18 @@ def test_steps_have_the_rank_of_the_subspace_and_tasks_have_more():
     found, state = run(optimizer, start(optimizer, (12, 10)), gradients((12, 10), 6))
     assert [np.linalg.matrix_rank(u, 1e-6) for u in found] == [3] * 6
     assert np.linalg.matrix_rank(sum(found), 1e-5) > 6
-    p = np.asarray(state.subspaces["w"].basis)
+    p = np.asarray(state.basis["w"])
     np.testing.assert_allclose(p.T @ p, np.eye(3), atol=1e-5)
 
 
 def test_a_full_basis_that_stays_is_adam_in_turned_coordinates():
     shape, grads = (6, 9), list(gradients((6, 9), 8))
-    optimizer = sj.coso(1e-2, 6, 6, 10**6, "input", tasks=1)
+    optimizer = sj.coso(1e-2, 6, 6, 10**6, "in", tasks=1)
     found, state = run(optimizer, start(optimizer, shape), grads)
-    basis = np.asarray(state.subspaces["w"].basis, np.float64)
+    basis = np.asarray(state.basis["w"], np.float64)
     np.testing.assert_allclose(basis @ basis.T, np.eye(6), atol=1e-5)
     # eps of Adam's own kind is inside the correction, which 1e-12 makes equal.
-    tiny, adam = sj.coso(1e-2, 6, 6, 10**6, "input", tasks=1, eps=1e-12), optax.adam(1e-2, eps=1e-12)
+    tiny, adam = sj.coso(1e-2, 6, 6, 10**6, "in", tasks=1, eps=1e-12), optax.adam(1e-2, eps=1e-12)
     found, _ = run(tiny, start(tiny, shape), grads)
     turned, _ = run(adam, start(adam, shape), [basis.T @ g for g in grads])
     for a, b in zip(found, turned, strict=True):
@@ -175,7 +174,7 @@ def test_a_full_basis_that_stays_is_adam_in_turned_coordinates():
 
 def test_eps_is_outside_the_bias_correction():
     """One step on tiny gradients, where eps counts: lr sqrt(1-b2)/(1-b1) (1-b1) g / (sqrt(1-b2) |g| + eps)."""
-    optimizer = sj.coso(1.0, 1, 1, side="input", tasks=1)
+    optimizer = sj.coso(1.0, 1, 1, side="in", tasks=1)
     g = 1e-5
     found, _ = run(optimizer, start(optimizer, (1, 1)), [np.array([[g]])])
     root = np.sqrt(1 - B2)
@@ -219,11 +218,11 @@ def test_frequent_directions_stay_below_and_within_their_bound(rank, width):
     ],
 )
 def test_the_threshold_is_strict(sigma, energy_threshold, min_new, k):
-    optimizer = sj.coso(1e-2, 1, len(sigma), side="input", tasks=2)
+    optimizer = sj.coso(1e-2, 1, len(sigma), side="in", tasks=2)
     _, state = run(optimizer, start(optimizer, (6, 6)), [np.diag([*sigma, *[0.0] * (6 - len(sigma))])])
-    found = sj.methods.coso.next_task(state, energy_threshold, min_new=min_new).subspaces["w"]
-    assert int(found.used) == k
-    assert int(np.asarray(found.history).any(0).sum()) == k
+    found = sj.methods.coso.next_task(state, energy_threshold, min_new=min_new)
+    assert int(found.used["w"]) == k
+    assert int(np.asarray(found.history["w"]).any(0).sum()) == k
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -241,11 +240,10 @@ def test_the_history_stays_orthonormal_spans_the_tasks_and_compiles_once(side):
     state = start(optimizer, (size, size))
     for task in range(5):
         grads = [spans[task] @ rng.normal(size=(4, size)) for _ in range(6)]
-        _, state = run(optimizer, state, [g if side == "input" else g.T for g in grads], update)
+        _, state = run(optimizer, state, [g if side == "in" else g.T for g in grads], update)
         state = end(state)
-    found = state.subspaces["w"]
-    used = int(found.used)
-    m = np.asarray(found.history)
+    used = int(state.used["w"])
+    m = np.asarray(state.history["w"])
     assert used == 20
     assert not m[:, used:].any()
     np.testing.assert_allclose(m[:, :used].T @ m[:, :used], np.eye(used), atol=1e-4)
@@ -254,28 +252,28 @@ def test_the_history_stays_orthonormal_spans_the_tasks_and_compiles_once(side):
 
 
 def test_learning_stops_where_the_history_is_everything():
-    optimizer = sj.coso(1e-2, 4, 6, side="input", tasks=1)
+    optimizer = sj.coso(1e-2, 4, 6, side="in", tasks=1)
     _, state = run(optimizer, start(optimizer, (6, 6)), gradients((6, 6), 3, decay=0.9))
     state = sj.methods.coso.next_task(state, 2.0)
     found, _ = run(optimizer, state, gradients((6, 6), 3, 1))
-    assert int(state.subspaces["w"].used) == 6
+    assert int(state.used["w"]) == 6
     assert np.abs(found).max() < 1e-7
 
 
 def test_moments_can_be_turned_with_the_basis():
     grads = list(gradients((8, 10), 2))
-    kept, turned = (sj.coso(1e-2, 3, 4, side="input", rotate_moments=v) for v in (False, True))
+    kept, turned = (sj.coso(1e-2, 3, 4, side="in", rotate_moments=v) for v in (False, True))
     _, first = run(kept, start(kept, (8, 10)), grads[:1])
     _, plain = run(kept, first, grads[1:])
     _, rotated = run(turned, first, grads[1:])
-    mixing = np.asarray(rotated.subspaces["w"].basis).T @ np.asarray(first.subspaces["w"].basis)
+    mixing = np.asarray(rotated.basis["w"]).T @ np.asarray(first.basis["w"])
     difference = B1 * (mixing @ first.mu["w"] - np.asarray(first.mu["w"]))
     np.testing.assert_allclose(rotated.mu["w"] - plain.mu["w"], difference, atol=1e-6)
 
 
 def test_a_stack_is_its_layers_and_a_convolution_its_matrix():
     roles = {"stack": sj.Role.dense((1,), (2,), (0,)), "conv": sj.Role.conv()}
-    optimizer = sj.coso(1e-2, 3, 4, side="input", tasks=2, roles=roles)
+    optimizer = sj.coso(1e-2, 3, 4, side="in", tasks=2, roles=roles)
     rng = np.random.default_rng(0)
     layers, conv = np.stack(list(gradients((8, 10), 3))), rng.normal(size=(2, 2, 3, 5))
     tree = {"stack": jnp.asarray(layers, jnp.float32), "conv": jnp.asarray(conv, jnp.float32)}
@@ -284,26 +282,25 @@ def test_a_stack_is_its_layers_and_a_convolution_its_matrix():
     for i, g in enumerate(layers):
         single, one = run(optimizer, start(optimizer, (8, 10)), [g])
         np.testing.assert_allclose(updates["stack"][i], single[0], atol=2e-5)
-        assert int(sj.methods.coso.next_task(one).subspaces["w"].used) == int(ended.subspaces["stack"].used[i])
+        assert int(sj.methods.coso.next_task(one).used["w"]) == int(ended.used["stack"][i])
     single, _ = run(optimizer, start(optimizer, (12, 5)), [conv.reshape(12, 5)])
     np.testing.assert_allclose(updates["conv"].reshape(12, 5), single[0], atol=2e-5)
 
 
 def test_state_has_the_published_size():
-    """m r1 + 2 n r1 beside the sketch and the history, for a kernel [n, m] of side "output"."""
+    """m r1 + 2 n r1 beside the sketch and the history, for a kernel [n, m] of side "out"."""
     state = jax.eval_shape(sj.coso(1e-3, 15, 100, tasks=5).init, {"w": jnp.zeros((96, 768))})
-    found = state.subspaces["w"]
-    assert found.basis.shape == (768, 15)
+    assert state.basis["w"].shape == (768, 15)
     assert state.mu["w"].shape == state.nu["w"].shape == (96, 15)
-    assert found.sketch.shape == (768, 100)
-    assert found.history.shape == (768, 500)
+    assert state.sketch["w"].shape == (768, 100)
+    assert state.history["w"].shape == (768, 500)
 
 
 def test_other_leaves_get_adam_and_decay_is_decoupled():
     params = {"w": jnp.ones((6, 5)), "head": jnp.ones((5, 3)), "bias": jnp.ones(5)}
     optimizer = sj.coso(1e-2, 2, 3, select="w", weight_decay=0.1, eps=1e-12)
     state = optimizer.init(params)
-    assert isinstance(state.subspaces["head"], optax.MaskedNode)
+    assert isinstance(state.basis["head"], optax.MaskedNode)
     grads = {
         "w": jnp.asarray(next(gradients((6, 5), 1)), jnp.float32),
         "head": jnp.full((5, 3), 2.0),
@@ -315,6 +312,30 @@ def test_other_leaves_get_adam_and_decay_is_decoupled():
     bare = sj.coso(1e-2, 2, 3, select="w", eps=1e-12)
     without, _ = bare.update(grads, bare.init(params))
     np.testing.assert_allclose(updates["w"] - without["w"], -0.001, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (10, 10)])
+def test_the_out_side_of_a_kernel_is_the_in_side_of_its_transpose(shape):
+    """Signs are those of the basis on both sides, so that moments are carried over the same flips, or none."""
+    grads = [np.asarray(g, np.float32) for g in gradients(shape, 12)]
+    found = []
+    for side, turn in (("out", lambda g: g), ("in", np.transpose)):
+        optimizer = sj.coso(1e-2, 4, 6, 3, side, tasks=2)
+        updates, _ = run(optimizer, start(optimizer, turn(grads[0]).shape), list(map(turn, grads)))
+        found.append([turn(np.asarray(u)) for u in updates])
+    for out, transposed in zip(*found, strict=True):
+        np.testing.assert_allclose(out, transposed, rtol=0, atol=1e-6 * 1e-2)
+
+
+def test_a_gradient_inside_the_history_moves_nothing():
+    """What is left of it is rounding, to which Adam would give full steps."""
+    optimizer, rng = sj.coso(1e-2, 2, 2, side="in", tasks=3), np.random.default_rng(0)
+    left = np.linalg.qr(rng.normal(size=(8, 2)))[0]
+    g = 100.0 * left @ rng.normal(size=(2, 6))
+    _, state = run(optimizer, start(optimizer, (8, 6)), [g])
+    state = sj.methods.coso.next_task(state, 2.0)
+    updates, _ = run(optimizer, state, [g, 3 * g])
+    assert not any(np.asarray(u).any() for u in updates)
 
 
 def test_a_schedule_begins_again_with_each_task():
@@ -348,7 +369,7 @@ def test_works_where_mesh_axes_are_explicit(spec, side):
         for g in grads:
             updates, state = jax.jit(optimizer.update)({"w": place(jnp.asarray(g, jnp.float32))}, state)
             state = jax.jit(sj.methods.coso.next_task)(state)
-        return updates["w"], state.subspaces["w"].history
+        return updates["w"], state.history["w"]
 
     expected = tasks(start(optimizer, (12, 9)), lambda g: g)
     with jax.set_mesh(mesh):
@@ -366,11 +387,14 @@ def test_bad_options_are_refused_by_name():
             sj.coso(1e-2, **{"r1": 2, "r2": 3, **options})
     with pytest.raises(ValueError, match="side='left'"):
         sj.coso(1e-2, side="left")
+    for old, new in (("input", '"in"'), ("output", '"out"')):
+        with pytest.raises(ValueError, match=f"side='{old}' is now called {new}"):
+            sj.coso(1e-2, side=old)
     with pytest.raises(PatternError, match="nothing_here"):
         sj.coso(1e-2, select="nothing_here").init({"w": jnp.ones((3, 3))})
     with pytest.raises(StructureError, match="holds no coso"):
         sj.methods.coso.next_task(optax.sgd(1.0).init({}))
-    optimizer = sj.coso(1e-2, 2, 3, side="input", tasks=1)
+    optimizer = sj.coso(1e-2, 2, 3, side="in", tasks=1)
     state = start(optimizer, (9, 9))
     _, state = run(optimizer, state, gradients((9, 9), 3))
     _, state = run(optimizer, sj.methods.coso.next_task(state, 2.0), gradients((9, 9), 3, 1))

@@ -5,12 +5,14 @@ from subspace_jax.methods.continual.coso._learner import learner as learner
 from subspace_jax.methods.continual.coso._memory import next_task as next_task
 from subspace_jax.methods.continual.coso._transform import CosoState as CosoState
 from subspace_jax.methods.continual.coso._transform import coso as coso
+from subspace_jax.methods.continual.coso._transform import scale_by_coso as scale_by_coso
 
 __all__ = [
     "CosoState",
     "coso",
     "learner",
     "next_task",
+    "scale_by_coso",
 ]
 
 register(

@@ -52,7 +52,7 @@ def learner(
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
       >>> loss = lambda params, batch: sj.with_adapters(lambda p: jnp.mean((batch @ p["w"]) ** 2))(params)
-      >>> learner = sj.methods.coso.learner(loss, "w", sj.coso(0.1, r1=1, r2=2, side="input", tasks=2))
+      >>> learner = sj.methods.coso.learner(loss, "w", sj.coso(0.1, r1=1, r2=2, side="in", tasks=2))
       >>> state = learner.init({"w": jnp.ones((3, 2))}, jax.random.key(0))
       >>> for task in range(2):
       ...     state = learner.start_task(state, task, jax.random.key(1))
@@ -107,10 +107,11 @@ def learner(
 
 def _is_full(state: Any) -> bool:
     """Whether a history has no column left, but directions that it does not hold."""
-
-    def has_history(value: Any) -> bool:
-        return hasattr(value, "history")
-
-    subspaces = [v for v in jax.tree.leaves(state, is_leaf=has_history) if has_history(v)]
-    sizes = [(s.used.max(), *s.history.shape[-2:]) for s in subspaces]
-    return any(room < size and int(used) == room for used, size, room in sizes)
+    nodes = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, CosoState))
+    pairs = [
+        (int(used.max()), *history.shape[-2:])
+        for node in nodes
+        if isinstance(node, CosoState)
+        for used, history in zip(jax.tree.leaves(node.used), jax.tree.leaves(node.history), strict=True)
+    ]
+    return any(room < size and used == room for used, size, room in pairs)

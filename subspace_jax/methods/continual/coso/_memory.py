@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from subspace_jax.core import StructureError, placed_like
+from subspace_jax.core import StructureError, path_string, placed_like
 from subspace_jax.linalg import orthonormalize, project, to_coordinates
-from subspace_jax.methods.continual.coso._transform import CosoState, CosoSubspace
+from subspace_jax.methods.continual.coso._transform import CosoState
 
 
 def next_task(state: Any, energy_threshold: float = 0.98, *, min_new: int = 1) -> Any:
@@ -35,28 +35,29 @@ def next_task(state: Any, energy_threshold: float = 0.98, *, min_new: int = 1) -
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
-      >>> optimizer = sj.coso(1e-2, r1=2, r2=2, side="input", tasks=1)
+      >>> optimizer = sj.scale_by_coso(r1=2, r2=2, side="in", tasks=1)
       >>> params = {"kernel": jnp.diag(jnp.array([2.0, 1.0, 0.0]))}
       >>> _, state = optimizer.update(params, optimizer.init(params))
-      >>> next_task(state, energy_threshold=2.0).subspaces["kernel"].history.tolist()
+      >>> next_task(state, energy_threshold=2.0).history["kernel"].tolist()
       [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
     """
     count = 0
-
-    def is_subspace(value: Any) -> bool:
-        return isinstance(value, CosoSubspace)
 
     def one(node: Any) -> Any:
         nonlocal count
         if not isinstance(node, CosoState):
             return node
         count += 1
-        pairs = jax.tree_util.tree_leaves_with_path(node.subspaces, is_leaf=is_subspace)
-        for path, subspace in pairs:
-            _check_room(jax.tree_util.keystr(path, simple=True, separator="/"), subspace, energy_threshold, min_new)
-        end_state = jax.tree.map(lambda s: _ended(s, energy_threshold, min_new), node.subspaces, is_leaf=is_subspace)
-        zeros = [jax.tree.map(jnp.zeros_like, tree) for tree in (node.count, node.mu, node.nu)]
-        return CosoState(zeros[0], end_state, *zeros[1:])
+        sketches, treedef = jax.tree_util.tree_flatten_with_path(node.sketch)
+        histories, used = jax.tree.leaves(node.history), jax.tree.leaves(node.used)
+        ended = []
+        for (path, sketch), history, live in zip(sketches, histories, used, strict=True):
+            directions, counts = _new_directions(sketch, energy_threshold, min_new)
+            _check_room(path_string(path), history, live, counts)
+            ended.append(_joined(directions, counts, history, live))
+        zeros = {name: jax.tree.map(jnp.zeros_like, getattr(node, name)) for name in CosoState._fields}
+        history, used = (jax.tree.unflatten(treedef, [pair[i] for pair in ended]) for i in range(2))
+        return CosoState(**zeros | {"history": history, "used": used})
 
     found = jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, CosoState))
     if not count:
@@ -64,42 +65,38 @@ def next_task(state: Any, energy_threshold: float = 0.98, *, min_new: int = 1) -
     return found
 
 
-def _new_directions(subspace: CosoSubspace, energy_threshold: float, min_new: int) -> tuple[jax.Array, jax.Array]:
+def _new_directions(sketch: jax.Array, energy_threshold: float, min_new: int) -> tuple[jax.Array, jax.Array]:
     """The sketch's directions, `[*stack, m, r2]`, and how many of them count, `[*stack]`."""
-    lengths = jnp.linalg.norm(subspace.sketch, axis=-2)
+    lengths = jnp.linalg.norm(sketch, axis=-2)
     live = lengths > 1e-6 * lengths[..., :1]  # shorter ones are rounding
     energy = jnp.square(lengths / jnp.where(lengths[..., :1] == 0, 1.0, lengths[..., :1]))
     share = jnp.cumsum(energy, axis=-1) / jnp.maximum(jnp.sum(energy, axis=-1, keepdims=True), 1.0)
     counts = jnp.sum(live & (share < energy_threshold), axis=-1)
     counts = jnp.minimum(jnp.maximum(counts, min_new), jnp.sum(live, axis=-1))
-    directions = jnp.where(
-        live[..., None, :], subspace.sketch / jnp.where(lengths == 0, 1.0, lengths)[..., None, :], 0.0
-    )
+    directions = jnp.where(live[..., None, :], sketch / jnp.where(lengths == 0, 1.0, lengths)[..., None, :], 0.0)
     return directions, counts
 
 
-def _ended(subspace: CosoSubspace, energy_threshold: float, min_new: int) -> CosoSubspace:
-    if not isinstance(subspace, CosoSubspace):
-        return subspace
-    directions, counts = _new_directions(subspace, energy_threshold, min_new)
+def _joined(
+    directions: jax.Array, counts: jax.Array, history: jax.Array, used: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The history with the first of the directions in it, and the number of its live columns."""
     # They are orthogonal to the history but for rounding, which many tasks would add up.
-    directions = orthonormalize(project(directions, subspace.history, mode="remove"))
-    used, history = subspace.used, subspace.history
+    directions = orthonormalize(project(directions, history, mode="remove"))
     rows, columns = jnp.arange(directions.shape[-1]), jnp.arange(history.shape[-1])
     taken = (columns == used[..., None, None] + rows[:, None]) & (rows[:, None] < counts[..., None, None])
     added = to_coordinates(directions, taken.astype(jnp.float32), side="out")
-    history = history + placed_like(added, history)
-    zeros = (jnp.zeros_like(subspace.basis), jnp.zeros_like(subspace.sketch))
-    return CosoSubspace(*zeros, history, jnp.minimum(used + counts, history.shape[-1]).astype(jnp.int32))
+    live = jnp.minimum(used + counts, history.shape[-1]).astype(jnp.int32)
+    return history + placed_like(added, history), live
 
 
-def _check_room(path: str, subspace: Any, energy_threshold: float, min_new: int) -> None:
+def _check_room(path: str, history: jax.Array, used: jax.Array, counts: jax.Array) -> None:
     """Refuses more directions than the history has room for, where that is known."""
-    if not isinstance(subspace, CosoSubspace) or isinstance(subspace.used, Tracer):
+    if isinstance(used, Tracer):
         return
-    room = subspace.history.shape[-1]
-    needed = np.asarray(subspace.used + _new_directions(subspace, energy_threshold, min_new)[1])
-    if (needed > room).any() and room < subspace.history.shape[-2]:
+    size, room = history.shape[-2:]
+    needed = np.asarray(used + counts)
+    if (needed > room).any() and room < size:
         raise StructureError(
             f"{path}: the history would have {int(needed.max())} directions and has room for {room}. Make the "
             "optimizer with tasks= of at least the number of tasks."

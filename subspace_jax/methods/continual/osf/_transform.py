@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -10,10 +9,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Role, StructureError, is_weight, leaves_with_paths
+from subspace_jax.core import Role, StructureError, check_choice, is_weight, leaves_with_paths, map_with_paths
 from subspace_jax.linalg import project
 from subspace_jax.methods.low_rank.svfit import SplitSVD
-from subspace_jax.optim import MatrixView, check_paths, map_matrices, matrix_views, refuse_unseen, reset_moments
+from subspace_jax.optim import (
+    MatrixView,
+    check_paths,
+    filled,
+    is_hole,
+    like_updates,
+    map_matrices,
+    matrix_views,
+    refuse_unseen,
+    reset_moments,
+    without_rounding,
+)
 
 Form = Literal["factored", "dense"]
 
@@ -82,12 +92,13 @@ def projection(
       roles: how the model uses plain arrays with more than two axes, for "dense".
 
     Returns:
-      A transformation that keeps structure, shapes and dtypes. Its `update` takes `frozen=` to override the state's
+      A transformation that keeps structure and shapes, and dtypes but for a narrower gradient's: updates that end at
+      projected factors have the factors' dtype. Its `update` takes `frozen=` to override the state's
       for one step; `osf.next_task` replaces it between tasks without compiling again where shapes are the same.
 
     Raises:
       StructureError: there is no `SplitSVD` in `frozen`, a path has a leaf of the other mode, or shapes differ.
-      PatternError: at `init`, a `SplitSVD` of `frozen` is for no leaf.
+      PatternError: at `init` or `update`, a `SplitSVD` of `frozen` is for no leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
@@ -100,13 +111,12 @@ def projection(
       >>> bool(jnp.abs(frozen["w"].high_left.T @ (trained - w)).max() < 1e-5), bool(jnp.abs(trained - w).max() > 0.01)
       (True, True)
     """
-    if mode not in ("factored", "dense"):
-        raise ValueError(f'osf.projection: mode={mode!r} is "factored" or "dense".')
+    check_choice("osf.projection: mode", mode, ("factored", "dense"))
     extended = optax.with_extra_args_support(inner)
     given = _high_of(frozen)
 
     def projected(tree: Any, high: dict[str, High]) -> Any:
-        return _dense(tree, high, roles) if mode == "dense" else _factored(tree, high)
+        return _dense(tree, high, roles) if mode == "dense" else _factored(tree, high, drop_rounding=True)
 
     def init(params: Any) -> OSFState:
         check_paths(given, params, "SplitSVD")
@@ -121,14 +131,15 @@ def projection(
         if params is None and project_params and mode == "factored":
             raise ValueError("osf.projection: update needs params=, the current parameters, to project them.")
         high = jax.lax.stop_gradient(state.high if frozen is None else _high_of(frozen))
+        check_paths(high, updates, "SplitSVD", gradients=True)
         _check(high, updates, mode)
         gradients = projected(updates, high) if project_gradients else updates
         steps, held = extended.update(gradients, state.inner, params, **extra)
         if project_params and mode == "dense":
             steps = projected(steps, high)
         elif project_params:
-            steps = _after(steps, params, high)
-        return steps, OSFState(state.high, held)
+            steps = _after(steps, like_updates(steps, params), high)
+        return steps, OSFState(state.high, filled(held, state.inner))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -199,56 +210,56 @@ def _check(high: Mapping[str, High], tree: Any, mode: Form) -> None:
                 f'{path}: is a {type(leaf).__name__}, but mode="{mode}" expects '
                 f"{'a SplitSVD, from sj.osf' if mode == 'factored' else 'the whole array'}."
             )
-        if isinstance(leaf, SplitSVD):
+        if isinstance(leaf, SplitSVD) and not (is_hole(leaf.left) or is_hole(leaf.right)):
             shapes = leaf.left.shape[:-1], leaf.right.shape[-1:]
             expected = high[path].left.shape[:-1], high[path].right.shape[-1:]
             if shapes != expected:
                 raise StructureError(f"{path}: factors of sizes {shapes}, but the frozen part is of {expected}.")
 
 
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _factored(tree: Any, high: Mapping[str, High]) -> Any:
+def _factored(tree: Any, high: Mapping[str, High], *, drop_rounding: bool = False) -> Any:
     """The factors of every `SplitSVD` projected off its frozen part, with padding set to zero."""
 
-    def one(path: Any, leaf: Any) -> Any:
-        found = high.get(_path(path))
+    def one(path: str, leaf: Any) -> Any:
+        found = high.get(path)
         if found is None or not isinstance(leaf, SplitSVD):
             return leaf
-        left = project(leaf.left, found.left, mode="remove", side="in")
-        right = project(leaf.right, jnp.swapaxes(found.right, -1, -2), mode="remove", side="out")
-        core = leaf.core
-        if found.live is not None:
-            left, core = left * found.live[..., None, :], core * found.live.astype(core.dtype)
-            right = right * found.live[..., :, None]
-        return dataclasses.replace(
-            leaf, left=left.astype(leaf.left.dtype), core=core, right=right.astype(leaf.right.dtype)
-        )
+        live = 1.0 if found.live is None else found.live
 
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_weight)
+        def factor(name: str, value: Any) -> Any:
+            if name == "core":
+                return value * jnp.asarray(live, value.dtype)
+            if name not in ("left", "right"):
+                return value
+            side = "in" if name == "left" else "out"
+            basis = found.left if name == "left" else jnp.swapaxes(found.right, -1, -2)
+            new = project(value, basis, mode="remove", side=side)
+            new = without_rounding(new, value) if drop_rounding else new
+            if found.live is not None:
+                new = new * (found.live[..., None, :] if name == "left" else found.live[..., :, None])
+            return new.astype(value.dtype)
+
+        return leaf.map_fields(lambda name, value: value if is_hole(value) else factor(name, value))
+
+    return map_with_paths(one, tree)
 
 
 def _after(steps: Any, params: Any, high: Mapping[str, High]) -> Any:
-    """The steps that lead to projected parameters."""
+    """The steps that lead to projected parameters, in the dtype of the parameters."""
 
-    def wanted(path: Any, step: Any, param: Any) -> Any:
-        if not isinstance(step, SplitSVD) or _path(path) not in high:
+    def one(path: str, step: Any, param: Any) -> Any:
+        if not isinstance(step, SplitSVD) or path not in high:
             return step
-        return jax.tree.map(lambda p, u: p + u.astype(p.dtype), param, step)
+        return jax.tree.map(lambda u, p: p + u.astype(p.dtype), step, param)
 
-    moved = _factored(
-        jax.tree_util.tree_map_with_path(wanted, steps, params, is_leaf=is_weight),
-        high,
-    )
+    moved = map_with_paths(one, steps, params)
 
-    def back(path: Any, step: Any, param: Any, new: Any) -> Any:
-        if not isinstance(step, SplitSVD) or _path(path) not in high:
+    def back(path: str, step: Any, param: Any, new: Any) -> Any:
+        if not isinstance(step, SplitSVD) or path not in high:
             return step
-        return jax.tree.map(lambda n, p, u: (n - p).astype(u.dtype), new, param, step)
+        return jax.tree.map(lambda n, p: n - p, new, param)
 
-    return jax.tree_util.tree_map_with_path(back, steps, params, moved, is_leaf=is_weight)
+    return map_with_paths(back, steps, params, _factored(moved, high))
 
 
 def _dense(tree: Any, high: Mapping[str, High], roles: Mapping[str, Role] | None) -> Any:
@@ -257,6 +268,6 @@ def _dense(tree: Any, high: Mapping[str, High], roles: Mapping[str, Role] | None
     def one(matrix: jax.Array, view: MatrixView) -> jax.Array:
         found = high[view.path]
         rows = project(matrix, found.left, mode="remove", side="in")
-        return project(rows, jnp.swapaxes(found.right, -1, -2), mode="remove", side="out")
+        return without_rounding(project(rows, jnp.swapaxes(found.right, -1, -2), mode="remove", side="out"), matrix)
 
     return map_matrices(one, tree, roles, high)

@@ -2,15 +2,19 @@
 
 from subspace_jax.core import register
 from subspace_jax.methods.optimizers.dct_lowrank._adam import DctAdamState as DctAdamState
+from subspace_jax.methods.optimizers.dct_lowrank._adam import dct_adam as dct_adam
 from subspace_jax.methods.optimizers.dct_lowrank._adam import scale_by_dct_adam as scale_by_dct_adam
 from subspace_jax.methods.optimizers.dct_lowrank._trion import TrionState as TrionState
 from subspace_jax.methods.optimizers.dct_lowrank._trion import scale_by_trion as scale_by_trion
+from subspace_jax.methods.optimizers.dct_lowrank._trion import trion as trion
 
 __all__ = [
     "DctAdamState",
     "TrionState",
+    "dct_adam",
     "scale_by_dct_adam",
     "scale_by_trion",
+    "trion",
 ]
 
 register(

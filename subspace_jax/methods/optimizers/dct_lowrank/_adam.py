@@ -14,45 +14,48 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from subspace_jax.core import RankError, Role, placed_like
+from subspace_jax.core import Role, check_int, placed_like
 from subspace_jax.linalg import FixedBasis, Transform, chosen_columns, select_columns, wide_matmul
 from subspace_jax.methods.optimizers.dct_lowrank._oriented import (
-    PlainLeaf,
+    check_columns,
     is_compressed,
     oriented,
     restored,
     wide_zeros,
 )
-from subspace_jax.optim import MatrixView, matrix_views
+from subspace_jax.optim import Leaves, MatrixView, is_hole, matrix_views, with_rate
 from subspace_jax.weights import migrate_entries
 
 
-class DctLeaf(NamedTuple):
-    """State of one compressed array; matrices are oriented so that the shorter side comes last.
-
-    Attributes:
-      indices: the columns in use, `[*stack, rank]` int32.
-      mu: first moment in their coordinates, `[*stack, longer, rank]` in float32.
-      nu: second moment, likewise.
-      error: what the coordinates left out so far, `[*stack, longer, shorter]` in float32; None without error feedback.
-    """
-
-    indices: jax.Array
-    mu: jax.Array
-    nu: jax.Array
-    error: jax.Array | None
-
-
 class DctAdamState(NamedTuple):
-    """State of `scale_by_dct_adam`.
+    """State of `scale_by_dct_adam`: trees like the parameters.
+
+    Compressed matrices are oriented so that the shorter side comes last; all float32 but counts and indices.
 
     Attributes:
       count: steps so far, int32 scalar.
-      leaves: a tree like the parameters with a `DctLeaf` or `PlainLeaf` for every array.
+      mu: first moments, `[*stack, longer, rank]` in the coordinates of the columns in use; of an array that is not
+        compressed, its shape.
+      nu: second moments, likewise.
+      indices: the columns in use, `[*stack, rank]` int32; `optax.MaskedNode` for arrays that are not compressed.
+      error: what the coordinates left out so far, `[*stack, longer, shorter]`; `optax.MaskedNode` for arrays that are
+        not compressed, and without error feedback.
     """
 
     count: jax.Array
-    leaves: Any
+    mu: Any
+    nu: Any
+    indices: Any
+    error: Any
+
+
+class _Leaf(NamedTuple):
+    """State of one compressed array; see `DctAdamState`."""
+
+    mu: jax.Array
+    nu: jax.Array
+    indices: jax.Array
+    error: Any
 
 
 def scale_by_dct_adam(
@@ -96,64 +99,69 @@ def scale_by_dct_adam(
       roles: how the model uses plain arrays with more than two axes.
 
     Returns:
-      A gradient transformation.
+      A transformation that keeps structure, shapes and dtypes. With `optax.inject_hyperparams` name `rank`, `every`,
+      `norm` and `largest` in `static_args`.
 
     Raises:
-      RankError: `rank` or `every` is not positive.
+      RankError: `rank` or `every` is no positive integer.
+      ValueError: an unknown `transform`, `norm` or `basis`, or "fft" for another basis than cosines.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
       >>> optimizer = sj.methods.dct_lowrank.scale_by_dct_adam(2, error_feedback=False)
       >>> state = optimizer.init({"w": jnp.ones((6, 4)), "b": jnp.ones(4)})
-      >>> state.leaves["w"].mu.shape, state.leaves["b"].mu.shape
+      >>> state.mu["w"].shape, state.mu["b"].shape
       ((6, 2), (4,))
     """
-    if rank < 1 or every < 1:
-        raise RankError(f"scale_by_dct_adam: rank={rank}, every={every}; expected at least 1.")
+    check_int("scale_by_dct_adam: rank", rank)
+    check_int("scale_by_dct_adam: every", every)
+    check_columns("scale_by_dct_adam", transform, norm, basis)
     options: dict[str, Any] = {"basis": basis, "transform": transform, "norm": norm}
 
     def init(params: Any) -> DctAdamState:
-        arrays, treedef = jax.tree.flatten(params)
-        leaves = []
-        for leaf, view in zip(arrays, matrix_views(params, roles), strict=True):
+        held = Leaves(params)
+        found = []
+        for leaf, view in zip(held.arrays, matrix_views(params, roles), strict=True):
             if not is_compressed(leaf, view, largest):
-                leaves.append(PlainLeaf(wide_zeros(leaf), wide_zeros(leaf)))
+                found.append((wide_zeros(leaf), wide_zeros(leaf), optax.MaskedNode(), optax.MaskedNode()))
                 continue
             whole = wide_zeros(oriented(view, leaf))
             # A sum over the shorter side leaves the longer one split over devices as it was.
             line = jnp.sum(whole, axis=-1, keepdims=True)
             low = jnp.broadcast_to(line, (*whole.shape[:-1], min(rank, whole.shape[-1])))
             indices = jnp.broadcast_to(jnp.arange(low.shape[-1], dtype=jnp.int32), (*low.shape[:-2], low.shape[-1]))
-            leaves.append(DctLeaf(indices, low, jnp.copy(low), whole if error_feedback else None))
-        return DctAdamState(jnp.zeros((), jnp.int32), jax.tree.unflatten(treedef, leaves))
+            found.append((low, jnp.copy(low), indices, whole if error_feedback else optax.MaskedNode()))
+        return DctAdamState(jnp.zeros((), jnp.int32), *(held.tree([parts[i] for parts in found]) for i in range(4)))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, DctAdamState]:
         del params
-        gradients, treedef = jax.tree.flatten(updates)
+        held = Leaves(updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         corrections = 1 - b1**count, 1 - b2**count
-        held = treedef.flatten_up_to(state.leaves)
+        trees = state.mu, state.nu, state.indices, state.error
         made, kept = [], []
-        for gradient, view, leaf in zip(gradients, matrix_views(updates, roles), held, strict=True):
-            if isinstance(leaf, PlainLeaf) or view is None:
+        leaves = [_Leaf(*parts) for parts in zip(*map(held.of, trees), strict=True)]
+        for gradient, view, leaf in zip(held.arrays, matrix_views(updates, roles), leaves, strict=True):
+            if is_hole(leaf.indices) or view is None:
                 moments, step = _adam(leaf.mu, leaf.nu, gradient.astype(jnp.float32))
                 made.append(step(corrections).astype(gradient.dtype))
-                kept.append(PlainLeaf(*moments))
+                kept.append(_Leaf(*moments, leaf.indices, leaf.error))
             else:
                 step, leaf = _compressed(gradient, view, leaf, state.count, corrections)
                 made.append(step)
                 kept.append(leaf)
-        return jax.tree.unflatten(treedef, made), DctAdamState(count, jax.tree.unflatten(treedef, kept))
+        new = [held.kept([leaf[i] for leaf in kept], old) for i, old in enumerate(trees)]
+        return held.tree(made), DctAdamState(count, *new)
 
     def _adam(mu: jax.Array, nu: jax.Array, gradient: jax.Array) -> Any:
         mu, nu = b1 * mu + (1 - b1) * gradient, b2 * nu + (1 - b2) * gradient * gradient
         return (mu, nu), lambda c: (mu / c[0]) / (jnp.sqrt(nu / c[1]) + eps)
 
     def _compressed(
-        gradient: jax.Array, view: MatrixView, leaf: DctLeaf, count: jax.Array, corrections: Any
-    ) -> tuple[jax.Array, DctLeaf]:
+        gradient: jax.Array, view: MatrixView, leaf: _Leaf, count: jax.Array, corrections: Any
+    ) -> tuple[jax.Array, _Leaf]:
         whole = oriented(view, gradient).astype(jnp.float32)
-        whole = whole if leaf.error is None else whole + leaf.error
+        whole = whole if is_hole(leaf.error) else whole + leaf.error
         size = whole.shape[-1]
 
         def choose() -> tuple[jax.Array, jax.Array]:
@@ -172,9 +180,76 @@ def scale_by_dct_adam(
             mu, nu = migrate_entries(mu, *rows), migrate_entries(nu, *rows)
         (mu, nu), step = _adam(mu, nu, low)
         columns = jnp.swapaxes(chosen_columns(indices, size, basis), -1, -2)
-        error = None if leaf.error is None else whole - wide_matmul(low, columns, split=(-2, None))
+        error = leaf.error if is_hole(leaf.error) else whole - wide_matmul(low, columns, split=(-2, None))
         lifted = wide_matmul(step(corrections), columns, split=(-2, None))
-        new = DctLeaf(indices, mu, nu, error)
+        new = _Leaf(mu, nu, indices, error)
         return restored(view, lifted, gradient), jax.tree.map(placed_like, new, leaf)
 
     return optax.GradientTransformation(init, update)
+
+
+def dct_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    every: int = 1,
+    rotate: bool = True,
+    error_feedback: bool = True,
+    transform: Transform = "matmul",
+    norm: Literal[1, 2] = 1,
+    basis: FixedBasis = "dct",
+    largest: int = 32000,
+    roles: Mapping[str, Role] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Returns DCT-AdamW: Adam in the columns of a cosine basis that each gradient has most of itself in.
+
+    \(W \mapsto W - \eta\,(\mathrm{Adam}(B Q_r)\,Q_r^T + \lambda W)\); see `scale_by_dct_adam`.
+
+    Args:
+      learning_rate: \(\eta\), a number or a schedule.
+      rank: \(r\); at most the shorter side counts.
+      b1: decay of the first moment.
+      b2: decay of the second.
+      eps: added to the root of the second.
+      weight_decay: \(\lambda\), decoupled and in full space.
+      every: steps between two choices of columns.
+      rotate: move the moments along with their columns.
+      error_feedback: add what the columns left out to the next gradient.
+      transform: "matmul", or "fft" by fast transforms of the rows.
+      norm: 1 or 2, by which columns are ranked.
+      basis: "dct", or "random_qr" to compare with.
+      largest: matrices with a longer side than this, as embeddings, have plain Adam.
+      roles: how the model uses plain arrays with more than two axes.
+
+    Returns:
+      A transformation that keeps structure, shapes and dtypes; with weight decay its `update` needs `params`. With
+      `optax.inject_hyperparams` name `rank`, `every`, `norm` and `largest` in `static_args`.
+
+    Raises:
+      RankError: `rank` or `every` is no positive integer.
+
+    Example:
+      >>> import jax.numpy as jnp, subspace_jax as sj
+      >>> state = sj.dct_adam(1e-3, rank=2).init({"w": jnp.ones((6, 4))})
+      >>> state[0].mu["w"].shape
+      (6, 2)
+    """
+    direction = scale_by_dct_adam(
+        rank,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        every=every,
+        rotate=rotate,
+        error_feedback=error_feedback,
+        transform=transform,
+        norm=norm,
+        basis=basis,
+        largest=largest,
+        roles=roles,
+    )
+    return with_rate(direction, learning_rate, weight_decay)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import placed_like
+from subspace_jax.core import check_choice, placed_like
 from subspace_jax.optim import MatrixView
 
 
-class PlainLeaf(NamedTuple):
-    """State of one array that is not compressed: Adam's moments, of its shape, in float32."""
-
-    mu: jax.Array
-    nu: jax.Array
+def check_columns(what: str, transform: Any, norm: Any, basis: Any) -> None:
+    """Refuses unknown ways to choose columns, and a fast transform to another basis than cosines."""
+    check_choice(f"{what}: transform", transform, ("matmul", "fft"))
+    check_choice(f"{what}: norm", norm, (1, 2))
+    check_choice(f"{what}: basis", basis, ("dct", "random_qr"))
+    if transform == "fft" and basis != "dct":
+        raise ValueError(f'{what}: transform="fft" is of cosines; basis={basis!r} needs transform="matmul".')
 
 
 def is_compressed(leaf: Any, view: MatrixView | None, largest: int) -> bool:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import RankError, Role, placed_like
+from subspace_jax.core import Role, check_choice, check_int, placed_like
 from subspace_jax.linalg import (
     NEWTON_SCHULZ_COEFFICIENTS,
     FixedBasis,
@@ -25,26 +25,29 @@ from subspace_jax.linalg import (
     wide_matmul,
 )
 from subspace_jax.methods.optimizers.dct_lowrank._oriented import (
-    PlainLeaf,
+    check_columns,
     is_compressed,
     oriented,
     restored,
     wide_zeros,
 )
-from subspace_jax.optim import matrix_views
+from subspace_jax.optim import Leaves, MatrixView, is_hole, matrix_views, with_rate
 
 
 class TrionState(NamedTuple):
-    """State of `scale_by_trion`.
+    """State of `scale_by_trion`: trees like the parameters, in float32.
 
     Attributes:
       count: steps so far, int32 scalar.
-      leaves: a tree like the parameters with a momentum `[*stack, longer, shorter]` in float32, or a `PlainLeaf`, for
-        every array.
+      momentum: of matrices, `[*stack, longer, shorter]`; `optax.MaskedNode` for everything else.
+      mu: Adam's first moments of everything else; `optax.MaskedNode` for matrices.
+      nu: second moments, likewise.
     """
 
     count: jax.Array
-    leaves: Any
+    momentum: Any
+    mu: Any
+    nu: Any
 
 
 TrionScale = Literal["kj", "kimi", "dion", "none"]
@@ -89,10 +92,12 @@ def scale_by_trion(
       roles: how the model uses plain arrays with more than two axes.
 
     Returns:
-      A gradient transformation.
+      A transformation that keeps structure, shapes and dtypes. With `optax.inject_hyperparams` name `rank`, `norm` and
+      `largest` in `static_args`.
 
     Raises:
-      RankError: `rank` is not positive.
+      RankError: `rank` is no positive integer.
+      ValueError: an unknown `scale`, `transform`, `norm` or `basis`.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
@@ -102,52 +107,126 @@ def scale_by_trion(
       >>> bool(jnp.linalg.matrix_rank(updates["w"]) == 2)
       True
     """
-    if rank < 1:
-        raise RankError(f"scale_by_trion: rank={rank}; expected at least 1.")
+    check_int("scale_by_trion: rank", rank)
+    check_columns("scale_by_trion", transform, norm, basis)
     factors = {
         "kj": lambda i, o: math.sqrt(max(1.0, o / i)),
         "kimi": lambda i, o: 0.2 * math.sqrt(max(i, o)),
         "dion": lambda i, o: math.sqrt(o / i),
         "none": lambda i, o: 1.0,
     }
-    if scale not in factors:
-        raise ValueError(f"scale_by_trion: scale={scale!r}; choose from {', '.join(factors)}.")
+    check_choice("scale_by_trion: scale", scale, factors)
 
     def init(params: Any) -> TrionState:
-        arrays, treedef = jax.tree.flatten(params)
-        leaves = []
-        for leaf, view in zip(arrays, matrix_views(params, roles), strict=True):
-            compressed = is_compressed(leaf, view, largest)
-            leaves.append(
-                wide_zeros(oriented(view, leaf)) if compressed else PlainLeaf(wide_zeros(leaf), wide_zeros(leaf))
-            )
-        return TrionState(jnp.zeros((), jnp.int32), jax.tree.unflatten(treedef, leaves))
+        held, hole = Leaves(params), optax.MaskedNode()
+        found = []
+        for leaf, view in zip(held.arrays, matrix_views(params, roles), strict=True):
+            if is_compressed(leaf, view, largest):
+                found.append((wide_zeros(oriented(view, leaf)), hole, hole))
+            else:
+                found.append((hole, wide_zeros(leaf), wide_zeros(leaf)))
+        return TrionState(jnp.zeros((), jnp.int32), *(held.tree([parts[i] for parts in found]) for i in range(3)))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, TrionState]:
         del params
-        gradients, treedef = jax.tree.flatten(updates)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        held = treedef.flatten_up_to(state.leaves)
+        held, count = Leaves(updates), jnp.asarray(optax.safe_increment(state.count))
+        trees = state.momentum, state.mu, state.nu
         made, kept = [], []
-        leaf: Any
-        for gradient, view, leaf in zip(gradients, matrix_views(updates, roles), held, strict=True):
-            wide = gradient.astype(jnp.float32)
-            if isinstance(leaf, PlainLeaf) or view is None:
-                mu, nu = b1 * leaf.mu + (1 - b1) * wide, b2 * leaf.nu + (1 - b2) * wide * wide
-                step = (mu / (1 - b1**count)) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+        states = zip(*map(held.of, trees), strict=True)
+        for gradient, view, (moved, mu, nu) in zip(held.arrays, matrix_views(updates, roles), states, strict=True):
+            if is_hole(moved) or view is None:
+                step, mu, nu = _adam(gradient, mu, nu, count)
                 made.append((vector_scale * step).astype(gradient.dtype))
-                kept.append(PlainLeaf(mu, nu))
-                continue
-            whole = leaf + oriented(view, wide)
-            found = select_columns(whole, min(rank, whole.shape[-1]), basis=basis, transform=transform, norm=norm)
-            columns = jnp.swapaxes(chosen_columns(found.indices, whole.shape[-1], basis), -1, -2)
-            lifted = wide_matmul(
-                jnp.concatenate([newton_schulz(found.coordinates, coefficients), found.coordinates], axis=-2), columns
-            )
-            step, used = jnp.split(lifted, 2, axis=-2)
-            inputs, outputs = view.unfold(gradient).shape[-2:]
-            made.append(restored(view, factors[scale](inputs, outputs) * step, gradient))
-            kept.append(placed_like(whole - (1 - momentum) * used, leaf))
-        return jax.tree.unflatten(treedef, made), TrionState(count, jax.tree.unflatten(treedef, kept))
+            else:
+                step, moved = _orthogonal(gradient, view, moved)
+                made.append(step)
+            kept.append((moved, mu, nu))
+        new = [held.kept([parts[i] for parts in kept], old) for i, old in enumerate(trees)]
+        return held.tree(made), TrionState(count, *new)
+
+    def _adam(gradient: jax.Array, mu: jax.Array, nu: jax.Array, count: jax.Array) -> Any:
+        wide = gradient.astype(jnp.float32)
+        mu, nu = b1 * mu + (1 - b1) * wide, b2 * nu + (1 - b2) * wide * wide
+        return (mu / (1 - b1**count)) / (jnp.sqrt(nu / (1 - b2**count)) + eps), mu, nu
+
+    def _orthogonal(gradient: jax.Array, view: MatrixView, moved: jax.Array) -> tuple[jax.Array, jax.Array]:
+        whole = moved + oriented(view, gradient.astype(jnp.float32))
+        found = select_columns(whole, min(rank, whole.shape[-1]), basis=basis, transform=transform, norm=norm)
+        columns = jnp.swapaxes(chosen_columns(found.indices, whole.shape[-1], basis), -1, -2)
+        lifted = wide_matmul(
+            jnp.concatenate([newton_schulz(found.coordinates, coefficients), found.coordinates], axis=-2), columns
+        )
+        step, used = jnp.split(lifted, 2, axis=-2)
+        inputs, outputs = view.unfold(gradient).shape[-2:]
+        step = restored(view, factors[scale](inputs, outputs) * step, gradient)
+        return step, placed_like(whole - (1 - momentum) * used, moved)
 
     return optax.GradientTransformation(init, update)
+
+
+def trion(
+    learning_rate: optax.ScalarOrSchedule = 0.02,
+    rank: int = 128,
+    *,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    scale: TrionScale = "kj",
+    coefficients: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ_COEFFICIENTS,
+    transform: Transform = "matmul",
+    norm: Literal[1, 2] = 1,
+    basis: FixedBasis = "dct",
+    largest: int = 32000,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-10,
+    vector_scale: float = 3e-4 / 0.02,
+    roles: Mapping[str, Role] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Returns Trion: a low-rank Muon in columns of a cosine basis, with its learning rate; see `scale_by_trion`.
+
+    Args:
+      learning_rate: a number or a schedule; 0.02 as published.
+      rank: \(r\); at most the shorter side counts.
+      momentum: \(\mu\).
+      weight_decay: decoupled, times the parameters.
+      scale: by the sides of a matrix: "kj", "kimi", "dion" or "none".
+      coefficients: of the Newton-Schulz steps.
+      transform: "matmul", or "fft" by fast transforms of the rows.
+      norm: 1 or 2, by which columns are ranked.
+      basis: "dct", or "random_qr" to compare with.
+      largest: matrices with a longer side than this, as embeddings, have Adam.
+      b1: decay of the first moment of Adam, which everything that is no matrix has.
+      b2: decay of the second moment of Adam.
+      eps: added to the root of the second moment of Adam.
+      vector_scale: Adam's step is multiplied by this; the published rate there is 3e-4 beside 0.02.
+      roles: how the model uses plain arrays with more than two axes.
+
+    Returns:
+      A transformation that keeps structure, shapes and dtypes; with weight decay its `update` needs `params`. With
+      `optax.inject_hyperparams` name `rank`, `norm` and `largest` in `static_args`.
+
+    Raises:
+      RankError: `rank` is no positive integer.
+
+    Example:
+      >>> import jax.numpy as jnp, subspace_jax as sj
+      >>> state = sj.trion(0.02, rank=2).init({"w": jnp.ones((6, 4))})
+      >>> state[0].momentum["w"].shape
+      (6, 4)
+    """
+    direction = scale_by_trion(
+        rank,
+        momentum=momentum,
+        scale=scale,
+        coefficients=coefficients,
+        transform=transform,
+        norm=norm,
+        basis=basis,
+        largest=largest,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        vector_scale=vector_scale,
+        roles=roles,
+    )
+    return with_rate(direction, learning_rate, weight_decay)

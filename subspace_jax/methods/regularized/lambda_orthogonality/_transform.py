@@ -12,7 +12,7 @@ import optax
 from subspace_jax.core import Role, leaves_with_paths, placed_like, select_paths
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.methods.regularized.lambda_orthogonality._penalty import lambda_orthogonality_gradient
-from subspace_jax.optim import MatrixView, matrix_views, refuse_unseen
+from subspace_jax.optim import MatrixView, like_updates, matrix_views, refuse_unseen
 
 Scheduled = float | jax.Array | Callable[[Any], Any]
 
@@ -94,7 +94,7 @@ def add_lambda_orthogonality(
         now = [value(state.count) if callable(value) else value for value in (weight, lam, alpha)]
         leaves, treedef = jax.tree.flatten(updates)
         # A hole among the updates is one among the parameters too: what has no gradient is not trained.
-        held = jax.tree.map(lambda u, p: None if u is None else p, updates, params, is_leaf=lambda v: v is None)
+        held = like_updates(updates, params)
         chosen = wanted(held)
         found = [
             _added(leaf, kernel, view, *now) if view is not None and view.path in chosen else leaf

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_jax.core import check_choice
+from subspace_jax.optim import filled, like_updates, with_rate
+
 EpsMode = Literal["hf", "optax"]
 
 
@@ -49,8 +52,7 @@ def scale_by_lift_adam(
       >>> round(float(updates[0]), 4)
       1.0
     """
-    if eps_mode not in ("hf", "optax"):
-        raise ValueError(f'scale_by_lift_adam: eps_mode={eps_mode!r} is "hf" or "optax".')
+    check_choice("scale_by_lift_adam: eps_mode", eps_mode, ("hf", "optax"))
 
     def init(params: Any) -> ScaleByLiftAdamState:
         zeros = optax.tree.zeros_like(params)
@@ -58,13 +60,14 @@ def scale_by_lift_adam(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
+        held = [like_updates(updates, tree) for tree in (state.mu, state.nu)]
+        mu = jax.tree.map(lambda g, m: (b1 * m + (1 - b1) * g).astype(m.dtype), updates, held[0])
+        nu = jax.tree.map(lambda g, v: (b2 * v + (1 - b2) * g * g).astype(v.dtype), updates, held[1])
         count = jnp.asarray(optax.safe_increment(state.count))
         first, root = 1 - b1**count, jnp.sqrt(1 - b2**count)
         shift = eps if eps_mode == "hf" else eps * root
         directions = jax.tree.map(lambda m, v: (root / first * m / (jnp.sqrt(v) + shift)).astype(m.dtype), mu, nu)
-        return directions, ScaleByLiftAdamState(count, mu, nu)
+        return directions, ScaleByLiftAdamState(count, filled(mu, state.mu), filled(nu, state.nu))
 
     return optax.GradientTransformation(init, update)
 
@@ -103,7 +106,4 @@ def lift_adam(
     References:
       Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2019.
     """
-    parts = [scale_by_lift_adam(b1, b2, eps, eps_mode)]
-    if weight_decay:
-        parts.append(optax.add_decayed_weights(weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    return with_rate(scale_by_lift_adam(b1, b2, eps, eps_mode), learning_rate, weight_decay)

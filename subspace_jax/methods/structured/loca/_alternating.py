@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Weight, is_weight
+from subspace_jax.core import Weight, check_int, is_weight
 from subspace_jax.methods.structured.loca._weight import CosineSpectrum
+from subspace_jax.optim import filled, is_hole, like_updates
 
 # Two roundings of single precision below the highest location, beyond which a location would get no gradient.
 MARGIN = 2.0**-20
@@ -57,10 +58,12 @@ def alternating(
         get no gradient any more, as in the authors' code.
 
     Returns:
-      A gradient transformation for the trainable tree of `partition`; its `update` needs `params`.
+      A gradient transformation for the trainable tree of `partition`; its `update` needs `params`. Each optimizer sees
+      the other's arrays as `optax.MaskedNode`. With `optax.inject_hyperparams` every argument is of `static_args`.
 
     Raises:
-      ValueError: a turn without steps, `params` without LoCA's locations, or `update` without `params`.
+      RankError: a number of steps is not an integer, a turn has no step, or the cut-off is below zero.
+      ValueError: `params` without LoCA's locations, or `update` without `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
@@ -71,16 +74,16 @@ def alternating(
       >>> bool(updates["w"].locations.any()), int(state.count)
       (False, 1)
     """
-    if coefficient_steps < 1 or location_steps < 1:
-        raise ValueError(
-            f"alternating: coefficient_steps={coefficient_steps}, location_steps={location_steps}; expected at least 1."
-        )
+    check_int("alternating: coefficient_steps", coefficient_steps)
+    check_int("alternating: location_steps", location_steps)
+    check_int("alternating: cutoff_step", cutoff_step, least=0)
     first = optax.with_extra_args_support(coefficients)
     second = optax.with_extra_args_support(locations)
 
     def init(params: Any) -> AlternatingState:
         places = _select(params, True)
-        if not jax.tree.leaves(places):
+        # optax initializes with a tree without leaves to tell what of a state is like the parameters.
+        if jax.tree.leaves(params) and not jax.tree.leaves(places):
             raise ValueError(
                 "alternating: the parameters hold no locations of LoCA. Pass the trainable tree of sj.partition() "
                 "of a model with sj.loca(); after fix_locations() the optimizer of the coefficients serves alone."
@@ -90,36 +93,42 @@ def alternating(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("alternating: call update(updates, state, params); it needs the parameters.")
+        params = like_updates(updates, params)
         ours, theirs = ((_select(updates, one), _select(params, one)) for one in (False, True))
 
         def move_coefficients() -> tuple[Any, Any, Any, Any]:
             change, inner = first.update(ours[0], state.coefficients, ours[1], **extra)
-            return _like(change, ours[1]), _still(theirs[1]), inner, state.locations
+            return _like(change, ours[1]), _still(theirs[1]), filled(inner, state.coefficients), state.locations
 
         def move_locations() -> tuple[Any, Any, Any, Any]:
             change, inner = second.update(theirs[0], state.locations, theirs[1], **extra)
             change = _like(change, theirs[1])
             change = jax.tree.map(_projected, change, theirs[1], is_leaf=is_weight) if project else change
-            return _still(ours[1]), change, state.coefficients, inner
+            return _still(ours[1]), change, state.coefficients, filled(inner, state.locations)
 
         place = state.count % (coefficient_steps + location_steps)
         turn = (state.count > 0) & (state.count < cutoff_step) & (place >= coefficient_steps)
         one, other, *inner = jax.lax.cond(turn, move_locations, move_coefficients)
-        joined = jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda v: v is None)
+        joined = jax.tree.map(lambda a, b: b if _is_masked(a) else a, one, other, is_leaf=_is_masked)
         return joined, AlternatingState(jnp.asarray(optax.safe_increment(state.count)), *inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _select(tree: Any, locations: bool) -> Any:
-    """The tree with None in place of everything but the locations, or of the locations."""
+    """The tree with what `optax.masked` leaves in place of everything but the locations, or of the locations."""
 
     def leaf(value: Any, owner: Any = None, name: str = "") -> Any:
         if isinstance(value, Weight):
             return value.map_fields(lambda field, inner: leaf(inner, value, field))
-        return value if (isinstance(owner, CosineSpectrum) and name == "locations") == locations else None
+        is_location = isinstance(owner, CosineSpectrum) and name == "locations"
+        return value if is_hole(value) or is_location == locations else optax.MaskedNode()
 
     return jax.tree.map(leaf, tree, is_leaf=is_weight)
+
+
+def _is_masked(value: Any) -> bool:
+    return isinstance(value, optax.MaskedNode)
 
 
 def _like(change: Any, params: Any) -> Any:
@@ -135,8 +144,8 @@ def _projected(change: Any, params: Any) -> Any:
     """The change that ends within the range of locations."""
     if not isinstance(params, Weight):
         return change
-    inner = {n: _projected(getattr(change, n), v) for n, v in params.data_items()}
-    if isinstance(params, CosineSpectrum) and params.locations is not None and change.locations is not None:
+    inner = {n: _projected(getattr(change, n), v) for n, v in params.data_items() if isinstance(v, Weight)}
+    if isinstance(params, CosineSpectrum) and not (is_hole(params.locations) or is_hole(change.locations)):
         new = jnp.clip(params.locations + change.locations, 0.0, params.highest - MARGIN)
         inner["locations"] = new - params.locations
     return change.map_fields(lambda name, value: inner.get(name, value))

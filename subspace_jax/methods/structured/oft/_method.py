@@ -13,6 +13,7 @@ import optax
 from subspace_jax.core import Method, Role, is_weight, require_matrix
 from subspace_jax.linalg import skew_size
 from subspace_jax.methods.structured.oft._weight import Rotated
+from subspace_jax.optim import is_hole
 
 
 def oft(
@@ -119,7 +120,9 @@ def coft_projection(radius: float = 6e-5) -> optax.GradientTransformation:
             raise ValueError("coft_projection: call update(updates, state, params); it needs the weights.")
 
         def one(change: Any, weight: Any) -> Any:
-            if not isinstance(change, Rotated):
+            if is_weight(change) and not isinstance(change, Rotated):  # inside another one, such as DoRA's
+                return change.map_fields(lambda n, v: one(v, getattr(weight, n)) if is_weight(v) else v)
+            if not isinstance(change, Rotated) or is_hole(change.skew_entries):
                 return change
             new = weight.skew_entries + change.skew_entries
             # A skew-symmetric matrix has every entry of its triangle twice.
@@ -128,6 +131,7 @@ def coft_projection(radius: float = 6e-5) -> optax.GradientTransformation:
             kept = new * (limit / jnp.maximum(norm, limit))
             return change.map_fields(lambda n, v: kept - weight.skew_entries if n == "skew_entries" else v)
 
-        return jax.tree.map(one, updates, params, is_leaf=is_weight), state
+        # A weight without gradient is None here, whatever the parameters have.
+        return jax.tree.map(one, updates, params, is_leaf=lambda v: v is None or is_weight(v)), state
 
     return optax.GradientTransformation(init, update)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import optax
 
+from subspace_jax.core import check_choice
 from subspace_jax.manifolds import Grassmann
 from subspace_jax.optim import is_zero, riemannian
 
@@ -64,11 +65,8 @@ def grassmann_sgd(
       Representation, 2023.
     """
     globs = [paths] if isinstance(paths, str) else paths
-    if transport not in ("project", "none") or retraction not in ("exponential", "qr"):
-        raise ValueError(
-            f'grassmann_sgd: transport={transport!r} is "project" or "none", retraction={retraction!r} "exponential" '
-            'or "qr"; sj.riemannian offers others.'
-        )
+    check_choice("grassmann_sgd: transport", transport, ("project", "none"))
+    check_choice("grassmann_sgd: retraction", retraction, ("exponential", "qr"))
     return riemannian(
         Grassmann() if globs is None else dict.fromkeys(globs, Grassmann()),
         optax.sgd(learning_rate, None if is_zero(momentum) else momentum),
