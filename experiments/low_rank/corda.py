@@ -1,8 +1,8 @@
 """CorDA on turned digits: components chosen by the covariance of a kernel's inputs.
 
 The network of `digits_task` is adapted to digits turned by 90 degrees; biases and its last layer are frozen.
-Covariances are those of 256 training images. Three comparisons, each with the same data, rank, learning rates and steps for all
-methods:
+Covariances are those of 256 training images. Three comparisons, each with the same data, rank, learning rates and steps
+for all methods:
 
 - truncation: the smallest components of both hidden kernels are dropped and nothing is trained, with the components of
   the covariance times the kernel, of the kernel itself, and of the kernel with its inputs scaled by their mean size;

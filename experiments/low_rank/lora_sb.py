@@ -1,8 +1,8 @@
 """LoRA-SB on turned digits: where a small core starts, and between which factors, decides how fast it learns.
 
 The network of `digits_task` is adapted to digits turned by 90 degrees through cores of rank 16 on its two hidden
-kernels (512 trained values), biases and last layer frozen. All arms have the same data, Adam, warm-up over 6 % of the steps,
-linear decay, and the same two peak learning rates, of which the one with the best accuracy counts.
+kernels (512 trained values), biases and last layer frozen. All arms have the same data, Adam, warm-up over 6 % of the
+steps, linear decay, and the same two peak learning rates, of which the one with the best accuracy counts.
 
 - lora_sb: factors and start from the averaged gradient of 64 examples;
 - still start: the same factors, the core at zero;

@@ -3,8 +3,8 @@
 Three parts. The energy that approximations of one size leave of Gaussian matrices: the best cosine terms, the best
 low-rank matrix, randomly located cosine terms. A fit of 32x48 changes whose cosine spectrum is a ridge, low-pass or
 white, with 80 coefficients whose places learn in turns until a cut-off, or stay. And the network of `digits_task` on
-digits turned by 90 degrees, with everything but the two hidden kernels frozen, for several lengths of the turns; all arms have
-the same data, steps and number of learning rates, of which the best counts.
+digits turned by 90 degrees, with everything but the two hidden kernels frozen, for several lengths of the turns; all
+arms have the same data, steps and number of learning rates, of which the best counts.
 
     python -m experiments run loca
 

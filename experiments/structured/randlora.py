@@ -2,8 +2,8 @@
 
 First, one 64x64 matrix is fitted by the update alone, Adam with a rate that falls to zero: an orthogonal matrix, whose
 spectrum is flat, and one of rank 4. Second, the network of `digits_task` is adapted to digits turned by 90 degrees
-through its two hidden kernels, all else frozen; every arm has the same steps, batches and learning rates, of which the best
-counts.
+through its two hidden kernels, all else frozen; every arm has the same steps, batches and learning rates, of which the
+best counts.
 
     python -m experiments run randlora
 

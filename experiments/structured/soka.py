@@ -2,8 +2,8 @@
 
 First a change of a 64x64 weight that is a sum of three random Kronecker products, of full matrix rank, is approximated
 by Kronecker terms and by a low-rank matrix of the same size. Then the network of `digits_task` is adapted to digits
-turned by 90 degrees, with everything but the two hidden kernels frozen. Every method has the same data, steps and number of
-learning rates, of which the best counts; "random factors" starts Kronecker factors as LoRA starts its own.
+turned by 90 degrees, with everything but the two hidden kernels frozen. Every method has the same data, steps and
+number of learning rates, of which the best counts; "random factors" starts Kronecker factors as LoRA starts its own.
 
     python -m experiments run soka
 
