@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 import subspace_jax as sj
-from subspace_jax.core import MaterializeError, NotMergeableError, PatternError
+from subspace_jax.core import MaterializeError, NotMergeableError, PatternError, RoleError
 from subspace_jax.models import Vit, VitConfig
+from tests.tolerances import tolerance
 
 
 class Affine(nn.Module):
@@ -254,10 +255,87 @@ def test_bad_rules_are_refused():
         sj.adapt(
             {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "bias": jnp.ones(4)}, {"*": sj.ssf()}, key=jax.random.key(0)
         )
-    with pytest.raises(PatternError, match="one kernel"):
+    with pytest.raises(PatternError, match=r"layer/bias: ssf scales the layer's kernel or scale"):
         sj.adapt(params, {"**/bias": sj.ssf()}, key=jax.random.key(0))
     tree = sj.adapt(params, [("**/kernel", sj.ssf(create_bias=True))], key=jax.random.key(0))
     with pytest.raises(PatternError, match="has a 'bias' already"):
         sj.methods.ssf.fold(tree)
-    with pytest.raises(ValueError, match="negative"):
-        sj.ssf(std=-1.0)
+    for wrong in ({"std": -1.0}, {"std": float("nan")}, {"unit_offset": 1}, {"dtype": jnp.float16}):
+        with pytest.raises(ValueError, match=f"ssf: {next(iter(wrong))}="):
+            sj.ssf(**wrong)
+
+
+class Norms(nn.Module):
+    """Norms with and without scale and bias, and one that multiplies by 1 + scale."""
+
+    bias: bool = False
+    scale: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(use_bias=self.bias, name="scale_only")(x)
+        x = nn.LayerNorm(use_scale=self.scale, name="bias_only")(x + 1.0)
+        return self.offset(x)
+
+    def offset(self, x):
+        scale = self.param("offset_scale", nn.initializers.normal(0.3), x.shape[-1:])
+        shift = self.param("offset_bias", nn.initializers.normal(0.3), x.shape[-1:])
+        return jnp.tanh(x) * (1.0 + scale) + shift
+
+
+V = jnp.asarray(np.random.default_rng(3).normal(size=(5, 6)), jnp.float32)
+
+
+def norms_of(model):
+    """The parameters, with scale and bias of the last norm in a dict of their own, and the model on them."""
+
+    def apply(params, x):
+        last = params["offset"]
+        rest = {name: value for name, value in params.items() if name != "offset"}
+        return model.apply({"params": {**rest, "offset_scale": last["scale"], "offset_bias": last["bias"]}}, x)
+
+    params = model.init(jax.random.key(5), V)["params"]
+    last = {"scale": params.pop("offset_scale"), "bias": params.pop("offset_bias")}
+    return {**params, "offset": last}, apply
+
+
+def test_norms_that_lack_a_scale_or_a_bias_are_refused_and_completed():
+    """RMSNorm and LayerNorm(use_bias=False) were scaled alone, in silence."""
+    params, apply = norms_of(Norms())
+    roles = sj.roles(apply, params, V)
+    for create in (False, True):
+        with pytest.raises(PatternError, match=r"scale_only/scale: ssf shifts.*complete_norms.*full\(\)"):
+            sj.adapt(params, {"scale_only/*": sj.ssf(create_bias=create)}, key=jax.random.key(0), roles=roles)
+        with pytest.raises(PatternError, match=r"bias_only/bias: ssf scales.*use_scale=True on ssf.complete_norms"):
+            sj.adapt(params, {"bias_only/*": sj.ssf(create_bias=create)}, key=jax.random.key(0), roles=roles)
+    completed = sj.methods.ssf.complete_norms(params, "*_only")
+    _, whole = norms_of(Norms(bias=True, scale=True))
+    np.testing.assert_array_equal(whole(completed, V), apply(params, V))
+    roles = sj.roles(whole, completed, V)
+    tree = sj.adapt(completed, {"*_only/*": sj.ssf(std=0.3)}, key=jax.random.key(0), roles=roles)
+    found = sj.with_adapters(whole)(tree, V)
+    np.testing.assert_allclose(found, whole(sj.methods.ssf.fold(tree), V), atol=tolerance("float32", 6, 4.0))
+    assert sj.summary(tree).trainable == 4 * 6
+    with pytest.raises(PatternError, match=r"complete_norms: 'scale_onyl' matches no dict.*'scale_only'"):
+        sj.methods.ssf.complete_norms(params, "scale_onyl")
+
+
+def test_norms_that_multiply_by_one_plus_scale_fold_right():
+    params, apply = norms_of(Norms())
+    roles = sj.roles(apply, params, V)
+    with pytest.raises(RoleError, match=r"offset/scale: the model adds to it.*unit_offset=True"):
+        sj.adapt(params, {"offset/*": sj.ssf()}, key=jax.random.key(0), roles=roles)
+    with pytest.raises(RoleError, match=r"offset/scale: whether the model multiplies by it or by 1 \+ it is not known"):
+        sj.adapt(params, {"offset/*": sj.ssf()}, key=jax.random.key(0))
+    with pytest.raises(RoleError, match="scale_only/scale: the model multiplies by it as it is"):
+        sj.adapt(params, {"scale_only/*": sj.ssf(unit_offset=True)}, key=jax.random.key(0), roles=roles)
+    for known in (roles, None):
+        method = sj.ssf(std=0.3, unit_offset=True)
+        tree = sj.adapt(params, {"offset/*": method}, key=jax.random.key(0), roles=known)
+        maps = tree["offset"]["scale"].scale, tree["offset"]["bias"].shift
+        expected = np.asarray(apply(params, V), np.float64) * maps[0] + maps[1]
+        room = tolerance("float32", 6, np.abs(expected).max())
+        np.testing.assert_allclose(sj.with_adapters(apply)(tree, V), expected, rtol=0, atol=room)
+        np.testing.assert_allclose(apply(sj.methods.ssf.fold(tree), V), expected, rtol=0, atol=room)
+        still = sj.adapt(params, {"offset/*": sj.ssf(std=0, unit_offset=True)}, key=jax.random.key(0), roles=known)
+        jax.tree.map(np.testing.assert_array_equal, sj.merge(still), params)

@@ -1,6 +1,7 @@
 """SSF: trains a scale and a shift of every layer's outputs."""
 
 from subspace_jax.core import register
+from subspace_jax.methods.structured.ssf._complete import complete_norms as complete_norms
 from subspace_jax.methods.structured.ssf._method import fold as fold
 from subspace_jax.methods.structured.ssf._method import ssf as ssf
 from subspace_jax.methods.structured.ssf._weight import Scaled as Scaled
@@ -11,6 +12,7 @@ __all__ = [
     "Scaled",
     "ScaledShifted",
     "ShiftedBias",
+    "complete_norms",
     "fold",
     "ssf",
 ]

@@ -9,11 +9,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import InitFn, Leaf, Method, PatternError, Role, leaves_with_paths, map_with_paths, merge
+from subspace_jax.core import (
+    InitFn,
+    Leaf,
+    Method,
+    PatternError,
+    Role,
+    RoleError,
+    check_choice,
+    check_dtype,
+    check_number,
+    leaves_with_paths,
+    map_with_paths,
+    merge,
+    require_matrix,
+)
 from subspace_jax.methods.structured.ssf._weight import Scaled, ScaledShifted, ShiftedBias
 
 
-def ssf(*, std: float = 0.02, create_bias: bool = False, dtype: Any = jnp.float32) -> Method:
+# How norms of the form 1 + scale call their scale; a role cannot tell it from a bias, since both are added to.
+OFFSET_NAMES = ("scale", "gamma", "weight")
+
+
+def ssf(
+    *, std: float = 0.02, create_bias: bool = False, unit_offset: bool | None = None, dtype: Any = jnp.float32
+) -> Method:
     r"""Trains a scale and a shift for every channel after a layer, which fold into its kernel and bias.
 
     \(y = g\,(x K + b) + t\), so \(K' = K\,\mathrm{diag}(g)\) and \(b' = g\,b + t\); after a norm likewise with its
@@ -24,7 +44,10 @@ def ssf(*, std: float = 0.02, create_bias: bool = False, dtype: Any = jnp.float3
       std: \(g \sim N(1, std^2)\) and \(t \sim N(0, std^2)\). Unless it is 0, the model is not the pretrained one at the
         start, as published.
       create_bias: serve kernels without a bias. Such a weight adds \(t\) itself; `merge` refuses it, and
-        `ssf.fold` makes the bias.
+        `ssf.fold` makes the bias. A norm's scale cannot add: for a norm without a bias (or without a scale)
+        `ssf.complete_norms` makes the missing parameter, for the model with `use_bias=True` (`use_scale=True`).
+      unit_offset: False for norms that multiply by their scale, True for those that multiply by 1 + scale, as
+        Gemma's do. None takes it from `roles`, which then have to be given for norms, and refuses the second kind.
       dtype: dtype of \(g\) and \(t\).
 
     Returns:
@@ -32,7 +55,9 @@ def ssf(*, std: float = 0.02, create_bias: bool = False, dtype: Any = jnp.float3
       biases, `ScaledShifted` for kernels without one.
 
     Raises:
-      PatternError: from `adapt`: a bias is not matched (or there is none), or a layer has several kernels.
+      PatternError: from `adapt`: a bias or a scale is not matched (or there is none), or a layer has several kernels.
+      RoleError: from `adapt`: whether a norm multiplies by its scale or by 1 + scale is not known, or not as said.
+      ValueError: `std` is negative, or `dtype` is float16.
 
     Note:
       The published recipe: after every linear map, convolution and norm outside the head, AdamW without decay of
@@ -48,8 +73,9 @@ def ssf(*, std: float = 0.02, create_bias: bool = False, dtype: Any = jnp.float3
       >>> sj.summary(adapted).trainable
       16
     """
-    if std < 0:
-        raise ValueError(f"ssf: std={std} is negative.")
+    check_number("ssf: std", std, least=0.0)
+    check_choice("ssf: unit_offset", unit_offset, (None, False, True))
+    dtype = check_dtype("ssf: dtype", dtype)
 
     def draw(key: jax.Array, array: jax.Array, role: Role, mean: float) -> jax.Array:
         shape = (*role.stack_shape(array.shape), role.sizes(array.shape)[1])
@@ -59,11 +85,11 @@ def ssf(*, std: float = 0.02, create_bias: bool = False, dtype: Any = jnp.float3
         del stats
         role = _with_outputs(array, role)
         scale = draw(key, array, role, 1.0)
-        return Scaled(base=array, scale=scale, role=role, dtype=array.dtype, trainable=("scale",))
+        offset = 1.0 if unit_offset and not role.in_axes else 0.0
+        return Scaled(base=array, scale=scale, offset=offset, role=role, dtype=array.dtype, trainable=("scale",))
 
     def alone(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> Scaled:
-        if not role.is_matrix:
-            return scaled(key, array, role, stats)
+        require_matrix(array, role)
         keys = jax.random.split(key)
         base = scaled(keys[0], array, role, stats)
         return ScaledShifted(
@@ -94,19 +120,13 @@ def ssf(*, std: float = 0.02, create_bias: bool = False, dtype: Any = jnp.float3
         del key
         inits: dict[str, InitFn] = {}
         for layer, names in _layers(leaves).items():
-            biases = [n for n in names if _is_bias(n, leaves[n])]
+            biases = [n for n in names if _is_bias(n, leaves[n], unit_offset)]
             owners = [n for n in names if n not in biases]
-            if len(owners) != 1 or len(biases) > 1:
-                raise PatternError(
-                    f"{layer or 'the tree'}: ssf needs one kernel (or scale) and one bias of a layer, and the rule "
-                    f"gives it {names}. Match a layer's own kernel and bias, each layer in a dict of its own."
-                )
-            if not biases and not create_bias:
-                raise PatternError(
-                    f"{owners[0]}: ssf shifts through the layer's bias, which the rule does not match. Match it too, "
-                    "or, where the layer has none, use ssf(create_bias=True)."
-                )
+            _check_layer(layer or "the tree", {n: leaves[n] for n in names}, owners, biases)
             (owner,) = owners
+            _check_offset(owner, leaves[owner].role, unit_offset)
+            if not biases and not (create_bias and leaves[owner].role.is_matrix):
+                raise PatternError(f"{owner}: {_missing_bias(leaves[owner].role.is_matrix)}")
             if biases:
                 inits |= {owner: scaled, biases[0]: shifted(owner, len(leaves[owner].role.stack_axes))}
             else:
@@ -124,8 +144,57 @@ def _layers(leaves: Mapping[str, Leaf]) -> dict[str, list[str]]:
     return layers
 
 
-def _is_bias(path: str, leaf: Leaf) -> bool:
-    return leaf.role.kind == "bias" or (not leaf.role.is_matrix and path.rpartition("/")[2] == "bias")
+def _is_bias(path: str, leaf: Leaf, unit_offset: bool | None) -> bool:
+    name = path.rpartition("/")[2]
+    if leaf.role.is_matrix or (unit_offset and name in OFFSET_NAMES):
+        return False
+    return leaf.role.kind == "bias" or name == "bias"
+
+
+def _check_layer(layer: str, leaves: Mapping[str, Leaf], owners: list[str], biases: list[str]) -> None:
+    """Refuses what is not one kernel or scale with at most one bias."""
+    added = [n for n in biases if n.rpartition("/")[2] in OFFSET_NAMES]
+    if added:
+        raise RoleError(
+            f"{added[0]}: the model adds to it, as a norm does that multiplies by 1 + scale, which folds in another "
+            "way than a scale: if it is one, use ssf(unit_offset=True) in a rule of its own."
+        )
+    if not owners and len(biases) == 1:
+        raise PatternError(
+            f"{biases[0]}: ssf scales the layer's kernel or scale, which the rule does not match. Match it too; where "
+            "a norm has none, run the model with use_scale=True on ssf.complete_norms(params, ...)."
+        )
+    if len(owners) != 1 or len(biases) > 1:
+        raise PatternError(
+            f"{layer}: ssf needs one kernel (or scale) and one bias of a layer, and the rule gives it {list(leaves)}. "
+            "Match a layer's own kernel and bias, each layer in a dict of its own."
+        )
+
+
+def _check_offset(path: str, role: Role, unit_offset: bool | None) -> None:
+    """Refuses a norm's scale of which it is not known, or known otherwise, what the model multiplies by."""
+    if role.is_matrix:
+        return
+    if unit_offset is None and role.kind != "scale":
+        raise RoleError(
+            f"{path}: whether the model multiplies by it or by 1 + it is not known (role {role.kind!r}), and they fold "
+            "in different ways. Pass roles=sj.roles(fn, params, *inputs) to adapt, or ssf(unit_offset=False) or True."
+        )
+    if unit_offset and role.kind == "scale":
+        raise RoleError(
+            f"{path}: the model multiplies by it as it is, so there is no offset: leave it out of the rule with "
+            "ssf(unit_offset=True)."
+        )
+
+
+def _missing_bias(is_matrix: bool) -> str:
+    mend = (
+        "where the layer has none, use ssf(create_bias=True)"
+        if is_matrix
+        else "where the norm has none, a scale cannot shift: run the model with use_bias=True on "
+        "ssf.complete_norms(params, ...), or leave the norm out, or train its scale with full()"
+    )
+    return f"ssf shifts through the layer's bias, which the rule does not match. Match it too, or, {mend}."
 
 
 def _with_outputs(array: jax.Array, role: Role) -> Role:

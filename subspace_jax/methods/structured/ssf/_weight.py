@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Operation, Weight
+from subspace_jax.core import Operation, Weight, static
 from subspace_jax.linalg import wide_dtype
 
 
@@ -21,10 +21,13 @@ class Scaled(Weight):
     Attributes:
       base: \(W\), of the weight's shape.
       scale: \(g\), `[*stack, out]`.
+      offset: what the model adds to the array before it multiplies by it, 1 for norms of the form \(1 + W\). The array
+        stood for is \((W + c)\,\mathrm{diag}(g) - c\) then.
     """
 
     base: jax.Array
     scale: jax.Array
+    offset: float = static(default=0.0)
 
     axes: ClassVar[Mapping[str, str]] = {"base": "array", "scale": "stack out"}
 
@@ -45,7 +48,11 @@ class Scaled(Weight):
         inputs, outputs = one.role.sizes(one.shape)
         rows = jnp.transpose(one.base, one.role.order)
         rows = rows.reshape(*one.role.stack_shape(one.shape), inputs, outputs).astype(wide)
-        return one.role.unmatrix(rows * one.scale[..., None, :], one.shape).astype(dtype or self.dtype)
+        scaled = rows * one.scale[..., None, :]
+        if one.offset:
+            # c g - c as one product: exactly zero where the scale is 1.
+            scaled = scaled + one.offset * (one.scale[..., None, :] - 1.0)
+        return one.role.unmatrix(scaled, one.shape).astype(dtype or self.dtype)
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on `base` with its outputs scaled."""
