@@ -108,7 +108,7 @@ def _wrap(data: Any, key: str, where: str) -> Any:
     try:
         return jax.random.wrap_key_data(data, impl=key)
     except (TypeError, ValueError) as error:
-        raise ManifestError(f"{where}: is no key of the random generator {key[:40]!r}: {error}") from error
+        raise ManifestError(f"{where}: is not a key of the random generator {key[:40]!r}: {error}") from error
 
 
 def to_stored(value: Any, spec: ArraySpec) -> Any:
@@ -163,7 +163,7 @@ def empty(spec: ArraySpec, where: str) -> np.ndarray:
     try:
         return np.zeros(spec.shape, spec.stored_dtype)
     except ValueError as error:
-        raise ManifestError(f"{where}: {spec} is no shape of an array: {error}.") from error
+        raise ManifestError(f"{where}: {spec} is not the shape of an array: {error}.") from error
 
 
 def has_entries(spec: ArraySpec) -> bool:

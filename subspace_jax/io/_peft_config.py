@@ -151,7 +151,7 @@ def read_settings(folder: pathlib.Path) -> Settings:
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if data is None:
-        raise AdapterFileError(f"{path}: has more than {_MAX_CONFIG} bytes; it is no config of PEFT.")
+        raise AdapterFileError(f"{path}: has more than {_MAX_CONFIG} bytes; it is not a config of PEFT.")
     try:
         values = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:

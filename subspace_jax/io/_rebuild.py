@@ -128,7 +128,7 @@ def _rebuild_dict(items: list[Any], path: str, leaf: MakeLeaf) -> dict[Any, Any]
     out: dict[Any, Any] = {}
     for item in items:
         if not (isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int)) or item[0] in out:
-            raise ManifestError(f"{path or 'the tree'}: {str(item)[:80]!r} is no entry of a dict, or a second one.")
+            raise ManifestError(f"{path or 'the tree'}: {str(item)[:80]!r} is not an entry of a dict, or a second one.")
         out[item[0]] = _rebuild(item[1], join(path, item[0]), leaf)
     return out
 
@@ -197,7 +197,7 @@ def _named_tuple(name: str, fields: tuple[str, ...], path: str) -> Any:
     try:
         return _plain_named_tuple(qualified.rpartition(".")[2], fields)
     except ValueError as error:
-        raise ManifestError(f"{path or 'the tree'}: {name[:80]!r} is no named tuple: {error}") from error
+        raise ManifestError(f"{path or 'the tree'}: {name[:80]!r} is not a named tuple: {error}") from error
 
 
 @functools.cache

@@ -76,7 +76,7 @@ def _decode(value: Any, hint: Any, where: str) -> Any:
                 return tuple(_decode(item, hint, f"{where}[{i}]") for i, item in enumerate(items))
             case {"dataclass": str() as name, "fields": dict() as fields, **rest} if not rest:
                 return _dataclass(name, fields, hint, where)
-    raise ManifestError(f"{where}: {str(value)[:80]!r} is no static value that this version knows.")
+    raise ManifestError(f"{where}: {str(value)[:80]!r} is not a static value that this version knows.")
 
 
 def _dataclass(name: str, fields: dict[str, Any], hint: Any, where: str) -> Any:

@@ -176,5 +176,5 @@ class Manifold(abc.ABC):
     def _reason(self, shape: tuple[int, ...]) -> str:
         """Why no point of this manifold has a shape; empty if one has."""
         if len(shape) < 2 or not 1 <= shape[-1] <= shape[-2]:
-            return f"shape {shape} is no stack of matrices with at most as many columns as rows, and at least one."
+            return f"shape {shape} is not a stack of matrices with at most as many columns as rows, and at least one."
         return ""

@@ -95,7 +95,7 @@ class SpecialOrthogonal(Manifold):
 
     def _reason(self, shape: tuple[int, ...]) -> str:
         if len(shape) < 2 or shape[-1] != shape[-2] or not shape[-1]:
-            return f"shape {shape} is no stack of square matrices."
+            return f"shape {shape} is not a stack of square matrices."
         return ""
 
 

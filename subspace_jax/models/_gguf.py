@@ -174,7 +174,7 @@ class _Cursor:
         try:
             return self.take(size, what).tobytes().decode("utf8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.source}: {what} is no UTF-8 text: damaged") from error
+            raise ValueError(f"{self.source}: {what} is not UTF-8 text: damaged") from error
 
     def strings(self, count: int, what: str) -> list[str]:
         """Many strings: vocabularies have tens of thousands, so the inner loop avoids numpy."""
@@ -190,7 +190,7 @@ class _Cursor:
             try:
                 texts.append(str(view[at - size : at], "utf8"))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{self.source}: a string of {what} is no UTF-8 text: damaged") from error
+                raise ValueError(f"{self.source}: a string of {what} is not UTF-8 text: damaged") from error
         self.at = at
         return texts
 

@@ -100,7 +100,7 @@ def parse_onnx(data: np.ndarray, source: str) -> OnnxGraph:
     nodes = []
     graphs = [value for field, value in _fields(data, source) if field == _MODEL_GRAPH]
     if len(graphs) != 1:
-        raise ValueError(f"{source}: {len(graphs)} graphs; expected one: this is no ONNX model")
+        raise ValueError(f"{source}: {len(graphs)} graphs; expected one: this is not an ONNX model")
     for field, value in _fields(_message(graphs[0], source), source):
         if len(nodes) + len(initializers) >= _MAX_ENTRIES:
             raise ValueError(f"{source}: more than {_MAX_ENTRIES} nodes and tensors: no ONNX model")
@@ -167,7 +167,7 @@ def _text(value: int | np.ndarray, source: str) -> str:
     try:
         return _message(value, source).tobytes().decode("utf8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: a name is no UTF-8 text: damaged, or no ONNX model") from error
+        raise ValueError(f"{source}: a name is not UTF-8 text: damaged, or not an ONNX model") from error
 
 
 def _node(data: np.ndarray, source: str) -> OnnxNode:

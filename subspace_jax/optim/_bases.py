@@ -100,5 +100,5 @@ def check_orthonormal(bases: Mapping[str, Any], side: Side) -> None:
             if not error < 1e-3:
                 raise StructureError(
                     f"{path}: the basis is off orthonormal columns by {error:.2g}; expected columns of length one, or "
-                    "zero, at right angles. subspace_jax.linalg.orthonormalize makes them."
+                    "zero, orthogonal to each other. subspace_jax.linalg.orthonormalize makes them."
                 )

@@ -261,5 +261,5 @@ def _refuse_params(inner: optax.GradientTransformationExtraArgs, coordinates: An
         raise ValueError(
             "in_subspace: the inner optimizer needs the parameters, but it runs in coordinates, which have other "
             "shapes. Give the bare direction, such as optax.scale_by_adam() for optax.adamw(), and chain "
-            "optax.add_decayed_weights() and the like behind in_subspace."
+            "optax.add_decayed_weights() and the like after in_subspace."
         )

@@ -244,5 +244,5 @@ def _smaller_sides(paths: Mapping[str, Any], params: Any, roles: Mapping[str, Ro
             found[path] = min((role or Role.dense()).sizes(leaf.shape))
     missing = sorted(set(paths) - set(found))
     if missing:
-        raise PatternError(f"{missing[0]}: osf.ranks: has an importance but is no leaf of the tree.")
+        raise PatternError(f"{missing[0]}: osf.ranks: has an importance but is not a leaf of the tree.")
     return found
