@@ -134,7 +134,7 @@ def open_checked(path: str | os.PathLike[str]) -> BinaryIO:
     except OSError as error:
         raise AdapterFileError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
-        raise AdapterFileError(f"{os.fspath(path)!r} is not a file name: {error}.") from error
+        raise AdapterFileError(f"{os.fspath(path)!r} is no file name: {error}.") from error
 
 
 def read_header(file: BinaryIO, path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:

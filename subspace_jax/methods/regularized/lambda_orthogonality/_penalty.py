@@ -118,8 +118,8 @@ def _matrices(w: Any, role: Role | None = None) -> jax.Array:
     matrix = w if role is None else role.matrix(w)
     if matrix.ndim < 2:
         raise StructureError(
-            f"Shape {matrix.shape} is not a matrix, and orthogonality has no meaning for it; expected [*stack, in, out]. "
-            "Leave biases and scales out."
+            f"Shape {matrix.shape} is not a matrix, and orthogonality has no meaning for it; expected [*stack, in, "
+            "out]. Leave biases and scales out."
         )
     return matrix.astype(wide_dtype(matrix.dtype))
 
