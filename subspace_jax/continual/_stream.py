@@ -49,7 +49,7 @@ class StreamCheckpointer(Protocol):
     """The interface of what saves a stream: `sj.io.Checkpointer`, or anything with these methods."""
 
     def save(self, step: int, adapted: Any, *, opt_state: Any = None, extra: Any = None) -> None:
-        """Saves."""
+        """Saves one checkpoint of the stream."""
         ...
 
     def restore(self, step: int | None = None, *, like: Any = None, shardings: Any = None) -> Any:

@@ -81,5 +81,5 @@ class WeightView:
         return jax.tree.unflatten(jax.tree.structure(self), leaves)
 
     def is_stacked(self, axis: int, *, loop: bool) -> bool:
-        """Whether an axis of the value runs over whole layers."""
+        """Tells whether an axis of the value runs over whole layers."""
         return self.weight.can_split(self.permutation[axis], loop=loop)

@@ -167,7 +167,7 @@ def empty(spec: ArraySpec, where: str) -> np.ndarray:
 
 
 def has_entries(spec: ArraySpec) -> bool:
-    """Whether there is anything to store; TensorStore takes no arrays without entries."""
+    """Tells whether there is anything to store; TensorStore takes no arrays without entries."""
     return math.prod(spec.shape) > 0
 
 

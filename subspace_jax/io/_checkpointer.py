@@ -172,7 +172,7 @@ class Checkpointer:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the background threads."""
+        """Waits for pending writes and ends the background threads."""
         self._manager.close()
 
     def __enter__(self) -> Checkpointer:

@@ -64,7 +64,7 @@ class BertConfig:
 
 
 def small_bert(**overrides: Any) -> BertConfig:
-    """A tiny `BertConfig` for tests and examples: width 32, 2 layers, 101 token ids.
+    """Returns a tiny `BertConfig` for tests and examples: width 32, 2 layers, 101 token ids.
 
     Args:
         **overrides: fields of `BertConfig` to set otherwise.
@@ -126,7 +126,7 @@ class BertEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, token_types: jax.Array) -> jax.Array:
-        """Embed `tokens` `[batch, length]`; returns `[batch, length, width]`."""
+        """Embeds `tokens` `[batch, length]`; returns `[batch, length, width]`."""
         config = self.config
         words = _embed(config, config.vocab_size, "word")(tokens)
         positions = _embed(config, config.max_positions, "position")(jnp.arange(tokens.shape[-1]))
@@ -143,7 +143,7 @@ class BertAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Attend within `x` `[batch, length, width]` where `mask` `[batch, 1, 1, length]` is true."""
+        """Attends within `x` `[batch, length, width]` where `mask` `[batch, 1, 1, length]` is true."""
         config = self.config
         heads = (*x.shape[:-1], config.num_heads, config.width // config.num_heads)
         query, key, value = (_dense(config, config.width, name)(x).reshape(heads) for name in ("query", "key", "value"))
@@ -170,7 +170,7 @@ class BertMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `[..., width]` to `[..., width]`."""
+        """Maps `[..., width]` to `[..., width]`."""
         hidden = nn.gelu(_dense(self.config, self.config.mlp_width, "fc1")(x), approximate=False)
         return _dense(self.config, self.config.width, "fc2")(hidden)
 
@@ -183,7 +183,7 @@ class BertLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
-        """One layer; the second result is what a scan would collect, here nothing."""
+        """Applies one layer; the second result is what a scan would collect, here nothing."""
         config = self.config
         dropout = nn.Dropout(config.dropout, deterministic=self.deterministic)
         attended = BertAttention(config, self.deterministic, name="attention")(x, mask)
@@ -200,7 +200,7 @@ class BertEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Map `[batch, length, width]` to the same shape."""
+        """Maps `[batch, length, width]` to the same shape."""
         config = self.config
         x, _ = run_layers(
             BertLayer,
@@ -250,7 +250,7 @@ class Bert(nn.Module):
         *,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Encode a batch of token ids.
+        """Encodes a batch of token ids.
 
         Args:
             tokens: `[batch, length]` integer ids below `vocab_size`.

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def unpack_q4_1(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Split Q4_1 blocks: value = `scale * code + minimum`.
+    """Splits Q4_1 blocks: value = `scale * code + minimum`.
 
     Args:
         raw: `[20 blocks]` uint8; a block is a float16 scale, a float16 minimum and 16 bytes whose low
@@ -29,7 +29,7 @@ def unpack_q4_1(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def unpack_q8_0(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split Q8_0 blocks: value = `scale * code`.
+    """Splits Q8_0 blocks: value = `scale * code`.
 
     Args:
         raw: `[34 blocks]` uint8; a block is a float16 scale and 32 int8.

@@ -1,4 +1,4 @@
-"""The key-value cache of a causal model, and what its layers are told about the sequence."""
+"""The key-value cache of a causal model, and what all its layers share about the sequence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class KVCache(NamedTuple):
 
 
 def init_cache(config: LlamaConfig, batch: int, capacity: int) -> KVCache:
-    """An empty cache.
+    """Returns an empty cache.
 
     Args:
         config: of the model.
@@ -49,7 +49,7 @@ def init_cache(config: LlamaConfig, batch: int, capacity: int) -> KVCache:
 
 
 class LayerView(NamedTuple):
-    """What every layer is told about the sequence: rotary tables, mask, and where new keys are written."""
+    """What all layers share about the sequence: rotary tables, mask, and where new keys are written."""
 
     sin: jax.Array
     cos: jax.Array
@@ -58,7 +58,7 @@ class LayerView(NamedTuple):
 
 
 def view_sequence(config: LlamaConfig, real: jax.Array, cache: KVCache | None) -> tuple[LayerView, KVCache | None]:
-    """Tables and mask for new tokens, and the cache with their slots marked as used.
+    """Makes rotary tables and mask for new tokens, and marks their slots of the cache as used.
 
     Args:
         config: of the model.

@@ -15,7 +15,7 @@ IMAGE_POOLINGS = ("cls", "mean", "cls+mean")
 
 
 def mean_pool(hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Mean over the real tokens: `sum_t m_t h_t / max(sum_t m_t, 1)`.
+    """Returns the mean over the real tokens: `sum_t m_t h_t / max(sum_t m_t, 1)`.
 
     Args:
         hidden: `[batch, length, width]`.
@@ -38,7 +38,7 @@ def mean_pool(hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def pool_tokens(tokens: jax.Array, pooling: str = "cls+mean") -> jax.Array:
-    """One feature vector per image.
+    """Returns one feature vector per image.
 
     Args:
         tokens: `[batch, 1 + patches, width]`, class token first.
@@ -104,7 +104,7 @@ class BertClassifier(nn.Module):
         *,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Logits `[batch, num_classes]` in float32; arguments as those of `Bert`."""
+        """Returns logits `[batch, num_classes]` in float32; arguments as those of `Bert`."""
         require_choice("BertClassifier", "pooling", self.pooling, TEXT_POOLINGS)
         hidden = Bert(self.config, name="backbone")(tokens, mask, token_types, deterministic=deterministic)
         pooled = hidden[:, 0] if self.pooling == "cls" else mean_pool(hidden, mask)
@@ -139,6 +139,6 @@ class VitClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits `[batch, num_classes]` in float32 of normalized images `[batch, height, width, 3]`."""
+        """Returns logits `[batch, num_classes]` in float32 of normalized images `[batch, height, width, 3]`."""
         pooled = pool_tokens(Vit(self.config, name="backbone")(images), self.pooling)
         return _head(self.config, self.num_classes)(pooled).astype(jnp.float32)

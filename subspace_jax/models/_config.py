@@ -6,7 +6,7 @@ from typing import Any
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Refuse a configuration whose named fields are not positive integers."""
+    """Refuses a configuration whose named fields are not positive integers."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -14,13 +14,13 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def require_divisible(config: Any, name: str, divisor: str) -> None:
-    """Refuse a configuration where one field is not a multiple of another."""
+    """Refuses a configuration where one field is not a multiple of another."""
     value, by = getattr(config, name), getattr(config, divisor)
     if value % by:
         raise ValueError(f"{type(config).__name__}.{name}={value} is not a multiple of {divisor}={by}")
 
 
 def require_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value outside the listed ones."""
+    """Refuses a value outside the listed ones."""
     if value not in choices:
         raise ValueError(f"{owner}.{name}={value!r}; expected one of {', '.join(map(repr, choices))}")

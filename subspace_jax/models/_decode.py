@@ -25,7 +25,7 @@ def greedy_decode(
     stop_token: int | None = None,
     apply: Callable[..., Any] | None = None,
 ) -> jax.Array:
-    """Continue each sequence with the most likely token, again and again.
+    """Continues each sequence greedily, with the most likely token at every step.
 
     Args:
         module: the model.

@@ -1,4 +1,4 @@
-"""Read GGUF files with numpy: metadata and quantized tensors, every size checked against the file.
+"""Reads GGUF files with numpy: metadata and quantized tensors, every size checked against the file.
 
 Layout of the file: magic `GGUF`, version, tensor count, metadata count; metadata entries (key, type, value);
 tensor entries (name, reversed sizes, type, offset); then, aligned, the data.
@@ -69,7 +69,7 @@ class GgufTensor:
     raw: np.ndarray
 
     def dequantize(self) -> np.ndarray:
-        """The tensor as a new float32 array of `shape`."""
+        """Returns the tensor as a new float32 array of `shape`."""
         if self.kind == "Q4_1":
             scales, minimums, codes = unpack_q4_1(self.raw)
             flat = codes * scales[:, None] + minimums[:, None]
@@ -95,7 +95,7 @@ class GgufFile:
 
 
 def read_gguf(path: str | Path) -> GgufFile:
-    """Read a GGUF file; tensors stay in the file until `dequantize`.
+    """Reads a GGUF file; tensors stay in the file until `dequantize`.
 
     Args:
         path: the file.
@@ -114,7 +114,7 @@ def read_gguf(path: str | Path) -> GgufFile:
 
 
 def parse_gguf(data: np.ndarray, source: str) -> GgufFile:
-    """Parse the bytes of a GGUF file; see `read_gguf`.
+    """Parses the bytes of a GGUF file; see `read_gguf`.
 
     Args:
         data: `[bytes]` uint8.

@@ -23,7 +23,7 @@ def run_layers(
     remat: bool,
     per_layer: tuple[Any, ...] = (),
 ) -> tuple[jax.Array, Any]:
-    """Send `x` through `num_layers` copies of `block`; to be called inside a compact method.
+    """Sends `x` through `num_layers` copies of `block`; to be called inside a compact method.
 
     Args:
         block: module whose call is `(x, *shared, *per_layer_slices) -> (x, out)`.
@@ -66,7 +66,7 @@ def _layer_names(node: Mapping[str, Any]) -> list[str]:
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn every group `layer_0`, `layer_1`, ... of a parameter tree into one stacked `layers`.
+    """Turns every group `layer_0`, `layer_1`, ... of a parameter tree into one stacked `layers`.
 
     Args:
         params: nested dict of parameters as a module with `scan_layers=False` has them.
@@ -109,7 +109,7 @@ def _stack(node: Any, path: str) -> Any:
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn every stacked `layers` of a parameter tree into `layer_0`, `layer_1`, ...; undoes `stack_layers`.
+    """Turns every stacked `layers` of a parameter tree into `layer_0`, `layer_1`, ...; undoes `stack_layers`.
 
     Args:
         params: nested dict of parameters as a module with `scan_layers=True` has them.

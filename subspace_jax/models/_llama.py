@@ -25,7 +25,7 @@ class LlamaAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, view: LayerView, cache: tuple | None) -> tuple[jax.Array, tuple | None]:
-        """Attend from `x` `[batch, length, width]` to itself or, with a cache, to that and itself."""
+        """Attends from `x` `[batch, length, width]` to itself or, with a cache, to that and itself."""
         config = self.config
         options = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.param_dtype}
 
@@ -51,7 +51,7 @@ class LlamaMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `[..., width]` to `[..., width]`."""
+        """Maps `[..., width]` to `[..., width]`."""
         config = self.config
         options = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.param_dtype}
         gate = nn.Dense(config.mlp_width, name="gate", **options)(x)
@@ -66,7 +66,7 @@ class LlamaLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, view: LayerView, cache: tuple | None = None) -> tuple[jax.Array, tuple | None]:
-        """One layer; also the layer's updated cache."""
+        """Applies one layer; also returns the layer's updated cache."""
         config = self.config
         attended, cache = LlamaAttention(config, name="attention")(_norm(config, "attention_norm")(x), view, cache)
         x = x + attended
@@ -80,7 +80,7 @@ class LlamaDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, view: LayerView, cache: tuple | None) -> tuple[jax.Array, tuple | None]:
-        """Map `[batch, length, width]` to the same shape; also the updated stacked cache."""
+        """Maps `[batch, length, width]` to the same shape; also returns the updated stacked cache."""
         config = self.config
         return run_layers(
             LlamaLayer,
@@ -134,7 +134,7 @@ class Llama(nn.Module):
     def __call__(
         self, tokens: jax.Array, mask: jax.Array | None = None, cache: KVCache | None = None
     ) -> jax.Array | tuple[jax.Array, KVCache]:
-        """Logits of the next token at every place.
+        """Returns logits of the next token at every place.
 
         Args:
             tokens: `[batch, length]` integer ids below `vocab_size`.

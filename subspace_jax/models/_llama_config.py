@@ -69,7 +69,7 @@ class LlamaConfig:
 
 
 def small_llama(**overrides: Any) -> LlamaConfig:
-    """A tiny `LlamaConfig` for tests and examples: width 32, 2 layers, 4 query and 2 key heads, 101 ids.
+    """Returns a tiny `LlamaConfig` for tests and examples: width 32, 2 layers, 4 query and 2 key heads, 101 ids.
 
     Args:
         **overrides: fields of `LlamaConfig` to set otherwise.

@@ -30,7 +30,7 @@ _IGNORABLE = frozenset({"embeddings.position_ids", "pooler.dense.weight", "poole
 
 
 def bert_rules(config: BertConfig, keep: int) -> dict[str, TensorRule]:
-    """Rules for a BERT file in PyTorch's names.
+    """Returns rules for a BERT file in PyTorch's names.
 
     Args:
         config: what the file holds.
@@ -71,7 +71,7 @@ def bert_rules(config: BertConfig, keep: int) -> dict[str, TensorRule]:
 
 
 def load_minilm(path: str | Path | None = None, **overrides: Any) -> PretrainedModel:
-    """Load MiniLM-L6, a `Bert` of 6 layers of width 384 trained to embed sentences.
+    """Loads MiniLM-L6, a `Bert` of 6 layers of width 384 trained to embed sentences.
 
     A sentence's vector is `mean_pool` of the hidden states over its mask, scaled to length one.
 
@@ -111,7 +111,7 @@ def load_minilm(path: str | Path | None = None, **overrides: Any) -> PretrainedM
 
 
 def read_safetensors(file: Path) -> dict[str, np.ndarray]:
-    """Read all tensors of a safetensors file, with the file named in the error."""
+    """Reads all tensors of a safetensors file, with the file named in the error."""
     try:
         return load_file(file)
     except SafetensorError as error:

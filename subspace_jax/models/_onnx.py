@@ -1,4 +1,4 @@
-"""Read the weights of an ONNX file: a bounds-checked walk over its protobuf fields, nothing executed.
+"""Reads the weights of an ONNX file: a bounds-checked walk over its protobuf fields, nothing executed.
 
 Only what a weight reader needs is understood: the graph's initializers and, because exporters give some of
 these anonymous names, which node uses which. Field numbers are those of the public ONNX schema.
@@ -65,7 +65,7 @@ class OnnxGraph:
 
 
 def read_onnx(path: str | Path) -> OnnxGraph:
-    """Read the initializers and the nodes of an ONNX file.
+    """Reads the initializers and the nodes of an ONNX file.
 
     Args:
         path: the file.
@@ -84,7 +84,7 @@ def read_onnx(path: str | Path) -> OnnxGraph:
 
 
 def parse_onnx(data: np.ndarray, source: str) -> OnnxGraph:
-    """Parse the bytes of an ONNX file; see `read_onnx`.
+    """Parses the bytes of an ONNX file; see `read_onnx`.
 
     Args:
         data: `[bytes]` uint8.

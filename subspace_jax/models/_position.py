@@ -1,4 +1,4 @@
-"""Resizing a grid of position embeddings with bicubic interpolation."""
+"""Resizes a grid of position embeddings by bicubic interpolation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 
 
 def cubic_resize_matrix(old: int, new: int) -> np.ndarray:
-    """Matrix of one-dimensional cubic convolution from `old` to `new` samples.
+    """Returns the matrix of one-dimensional cubic convolution from `old` to `new` samples.
 
     Half-pixel centres, edges repeated, no smoothing when shrinking, and the coefficient `a = -0.75` that
     vision models are trained with; `jax.image.resize` uses -0.5, which changes features visibly.
@@ -49,7 +49,7 @@ def cubic_resize_matrix(old: int, new: int) -> np.ndarray:
 
 
 def resize_positions(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Resample a grid of position embeddings.
+    """Resamples a grid of position embeddings.
 
     Args:
         table: `[height, width, features]`.

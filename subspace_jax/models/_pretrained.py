@@ -60,7 +60,7 @@ def assemble_params(
     ignorable: Callable[[str], bool] = lambda name: False,
     read: Callable[[Any], np.ndarray] = np.asarray,
 ) -> dict[str, Any]:
-    """Build a nested parameter dict, refusing anything missing, left over or misshapen.
+    """Builds a nested parameter dict, refusing anything missing, left over or misshapen.
 
     Args:
         tensors: what the file holds, by name; anything with a `shape`.
@@ -111,13 +111,13 @@ def _shown(names: list[str], limit: int = 5) -> str:
 
 
 def finish_params(params: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Cast to `config.param_dtype`, stack the layers if `config.scan_layers`, put on the default device."""
+    """Casts to `config.param_dtype`, stacks the layers if `config.scan_layers`, puts them on the default device."""
     arrays = jax.tree.map(lambda leaf: jnp.asarray(leaf, config.param_dtype), params)
     return stack_layers(arrays) if config.scan_layers else arrays
 
 
 def override_config(config: Any, overrides: Mapping[str, Any], free: tuple[str, ...]) -> Any:
-    """Replace those fields of a pretrained configuration that its weights leave open.
+    """Replaces those fields of a pretrained configuration that its weights leave open.
 
     Args:
         config: what the weights were made for.
@@ -137,7 +137,7 @@ def override_config(config: Any, overrides: Mapping[str, Any], free: tuple[str, 
 
 
 def checked_depth(wanted: int | None, available: int, what: str) -> int:
-    """The number of layers to keep: `wanted`, or all."""
+    """Returns the number of layers to keep: `wanted`, or all."""
     if wanted is None:
         return available
     if not 1 <= wanted <= available:
@@ -148,7 +148,7 @@ def checked_depth(wanted: int | None, available: int, what: str) -> int:
 def add_classifier(
     pretrained: PretrainedModel, num_classes: int, key: jax.Array, *, pooling: str | None = None
 ) -> PretrainedModel:
-    """Put a fresh linear head on a pretrained encoder.
+    """Puts a fresh linear head on a pretrained encoder.
 
     Args:
         pretrained: a `Bert` or a `Vit`.
@@ -190,7 +190,7 @@ def add_classifier(
 
 
 def locate(path: str | Path | None, asset: str, suffix: str) -> Path:
-    """The given path, or the file of a carried asset."""
+    """Returns the given path, or the file of a carried asset."""
     if path is not None:
         return Path(path)
     from subspace_jax.assets import find_file

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """Sines and cosines of the rotation angles `position * base^(-2 i / head_dim)`.
+    """Returns sines and cosines of the rotation angles `position * base^(-2 i / head_dim)`.
 
     Args:
         positions: `[batch, length]` integers.
@@ -29,7 +29,7 @@ def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> tuple[jax
 
 
 def apply_rotary(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Rotate the pairs `(x_i, x_{i + head_dim / 2})` by the tabled angles.
+    """Rotates the pairs `(x_i, x_{i + head_dim / 2})` by the tabled angles.
 
     Args:
         x: `[batch, length, heads, head_dim]`.

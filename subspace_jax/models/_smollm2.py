@@ -39,7 +39,7 @@ DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Huggin
 
 
 def llama_config(metadata: dict[str, Any], source: str) -> LlamaConfig:
-    """The configuration that a GGUF file states.
+    """Returns the configuration that a GGUF file states.
 
     Args:
         metadata: of the file.
@@ -67,7 +67,7 @@ def llama_config(metadata: dict[str, Any], source: str) -> LlamaConfig:
 
 
 def unpermute_rotary(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo GGUF's reordering of query and key rows.
+    """Undoes GGUF's reordering of query and key rows.
 
     The file stores element `i` of the first half of a head beside element `i` of the second half, for models
     that rotate neighbors; `apply_rotary` rotates halves. A wrong order is silent: the model only gets worse.
@@ -89,7 +89,7 @@ def unpermute_rotary(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def llama_rules(config: LlamaConfig, keep: int) -> dict[str, TensorRule]:
-    """Rules for a Llama GGUF file with tied embeddings.
+    """Returns rules for a Llama GGUF file with tied embeddings.
 
     Args:
         config: what the file holds.
@@ -135,7 +135,7 @@ def llama_rules(config: LlamaConfig, keep: int) -> dict[str, TensorRule]:
 
 
 def load_smollm2(num_layers: int | None = None, path: str | Path | None = None, **overrides: Any) -> PretrainedModel:
-    """Load SmolLM2-135M-Instruct, a `Llama` of 30 layers of width 576, dequantized from 4 bits.
+    """Loads SmolLM2-135M-Instruct, a `Llama` of 30 layers of width 576, dequantized from 4 bits.
 
     Args:
         num_layers: number of layers to keep, the first ones; all by default. Fewer give a cheap but no longer
@@ -173,7 +173,7 @@ def load_smollm2(num_layers: int | None = None, path: str | Path | None = None, 
 
 
 def chat_prompt(message: str, system: str = DEFAULT_SYSTEM) -> str:
-    """One user message in the chat format of SmolLM2-Instruct, ready for the answer.
+    """Returns one user message in the chat format of SmolLM2-Instruct, ready for the answer.
 
     Args:
         message: what the user says.

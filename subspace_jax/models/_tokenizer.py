@@ -25,7 +25,7 @@ def _tokenizers() -> Any:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a `tokenizer.json`.
+    """Reads a `tokenizer.json`.
 
     Args:
         path: the file.
@@ -49,7 +49,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
-    """Build the byte-level BPE tokenizer that a GGUF file describes.
+    """Builds the byte-level BPE tokenizer that a GGUF file describes.
 
     Args:
         metadata: of the file.
@@ -98,7 +98,7 @@ def encode_texts(
     pad_left: bool = False,
     special_tokens: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a batch, all of one length so that a compiled step meets one shape only.
+    """Returns token ids of a batch, all of one length so that a compiled step has one shape only.
 
     Args:
         tokenizer: from a loader.

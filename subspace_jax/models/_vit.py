@@ -55,7 +55,7 @@ class VitConfig:
 
 
 def small_vit(**overrides: Any) -> VitConfig:
-    """A tiny `VitConfig` for tests and examples: width 32, 2 blocks, patches of 4, positions 3 x 3.
+    """Returns a tiny `VitConfig` for tests and examples: width 32, 2 blocks, patches of 4, positions 3 x 3.
 
     Args:
         **overrides: fields of `VitConfig` to set otherwise.
@@ -79,7 +79,7 @@ def small_vit(**overrides: Any) -> VitConfig:
 
 
 def normalize_images(images: Any) -> jax.Array:
-    """Subtract ImageNet's mean and divide by its standard deviation, per channel.
+    """Subtracts ImageNet's mean and divides by its standard deviation, per channel.
 
     Args:
         images: `[batch, height, width, 3]`, or with one channel, which is repeated; integers 0-255 or
@@ -120,7 +120,7 @@ class VitEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Map `[batch, height, width, 3]` to `[batch, 1 + patches, width]`."""
+        """Maps `[batch, height, width, 3]` to `[batch, 1 + patches, width]`."""
         config = self.config
         small = nn.initializers.normal(0.02)
         patches = nn.Conv(
@@ -150,7 +150,7 @@ class VitAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Attend within `x` `[batch, length, width]`."""
+        """Attends within `x` `[batch, length, width]`."""
         config = self.config
         heads = (config.num_heads, config.width // config.num_heads)
         types = {"dtype": config.dtype, "param_dtype": config.param_dtype}
@@ -166,7 +166,7 @@ class VitMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `[..., width]` to `[..., width]`."""
+        """Maps `[..., width]` to `[..., width]`."""
         types = {"dtype": self.config.dtype, "param_dtype": self.config.param_dtype}
         hidden = nn.gelu(nn.Dense(self.config.mlp_width, name="fc1", **types)(x), approximate=False)
         return nn.Dense(self.config.width, name="fc2", **types)(hidden)
@@ -179,7 +179,7 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Scale the last axis of `x`."""
+        """Scales the last axis of `x`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
         return x * scale.astype(x.dtype)
 
@@ -191,7 +191,7 @@ class VitBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        """One block; the second result is what a scan would collect, here nothing."""
+        """Applies one block; the second result is what a scan would collect, here nothing."""
         config = self.config
         attended = VitAttention(config, name="attention")(_norm(config, "norm1")(x))
         x = x + LayerScale(config, name="layer_scale1")(attended)
@@ -206,7 +206,7 @@ class VitEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `[batch, length, width]` to the same shape."""
+        """Maps `[batch, length, width]` to the same shape."""
         config = self.config
         x, _ = run_layers(
             VitBlock,
@@ -254,7 +254,7 @@ class Vit(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Encode normalized images.
+        """Encodes normalized images.
 
         Args:
             images: `[batch, height, width, 3]`, see `normalize_images`; both sides multiples of `patch_size`.

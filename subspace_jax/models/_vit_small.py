@@ -33,7 +33,7 @@ _MATMUL = re.compile(r"/backbone/(encoder/layer\.\d+/(?:attention|mlp)/[a-z0-9/]
 
 
 def named_backbone(graph: OnnxGraph, source: str) -> dict[str, np.ndarray]:
-    """Give the backbone's anonymous tensors their names back, from the nodes that use them.
+    """Restores the names of the backbone's anonymous tensors, from the nodes that use them.
 
     Args:
         graph: of the ONNX file.
@@ -63,7 +63,7 @@ def named_backbone(graph: OnnxGraph, source: str) -> dict[str, np.ndarray]:
 
 
 def vit_rules(config: VitConfig, keep: int) -> dict[str, TensorRule]:
-    """Rules for the backbone's tensors.
+    """Returns rules for the backbone's tensors.
 
     Args:
         config: what the file holds.
@@ -114,7 +114,7 @@ def vit_rules(config: VitConfig, keep: int) -> dict[str, TensorRule]:
 
 
 def load_vit_small(num_blocks: int = 9, path: str | Path | None = None, **overrides: Any) -> PretrainedModel:
-    """Load ViT-S/14, a `Vit` of 12 blocks of width 384, cut after `num_blocks`.
+    """Loads ViT-S/14, a `Vit` of 12 blocks of width 384, cut after `num_blocks`.
 
     The carried weights were tuned for saliency, and their last blocks have drifted from general features:
     linear probes are best after block 9, which is why the first 9 are the default.

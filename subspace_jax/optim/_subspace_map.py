@@ -37,7 +37,7 @@ class SubspaceMap:
         return placed_like(self.view.fold(whole).astype(like.dtype), like)
 
     def leading(self, gradient: jax.Array, old: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The leading singular vectors of a gradient, placed as the basis was."""
+        """Returns the leading singular vectors of a gradient, placed as the basis was."""
         matrix, rank = self.on_side(self.view.unfold(gradient)), old.shape[-1]
         found = truncated_svd(matrix, rank) if key is None else randomized_svd(key, matrix, rank)
         return placed_like(found.u.astype(old.dtype), old)
@@ -63,7 +63,7 @@ class SubspaceMap:
 
 
 def matrix_shape(array: jax.Array, view: MatrixView) -> tuple[int, ...]:
-    """The shape `[*stack, in, out]` of an array as matrices."""
+    """Returns the shape `[*stack, in, out]` of an array as matrices."""
     return jax.eval_shape(view.unfold, array).shape
 
 
@@ -80,7 +80,7 @@ def subspace_map(view: MatrixView | None, array: jax.Array, rule: SideRule) -> S
 def places_of(
     tree: Any, bases: list[Any], rule: SideRule, roles: Mapping[str, Role] | None
 ) -> list[SubspaceMap | None]:
-    """The map of each array that has a basis; None for the others."""
+    """Returns the map of each array that has a basis; None for the others."""
     found = zip(matrix_views(tree, roles), jax.tree.leaves(tree), bases, strict=True)
     return [None if is_hole(b) else subspace_map(view, leaf, rule) for view, leaf, b in found]
 
@@ -103,7 +103,7 @@ class Move:
 
 
 def moved_moments(state: Any, moves: list[Move | None], held: Leaves, moments: Moments) -> Any:
-    """The inner optimizer's state in the new coordinates."""
+    """Returns the inner optimizer's state in the new coordinates."""
     if moments == "carry":
         return state
 

@@ -122,7 +122,7 @@ def in_blocks(matrix: jax.Array, rows: int, cols: int) -> jax.Array:
 
 
 def in_grid(array: jax.Array, role: Role, blocks: tuple[int, ...] = ()) -> jax.Array:
-    """The array as `[*stack, *blocks, m, n]`, whose entries positions count row by row; of no matrix m is 1.
+    """Returns the array as `[*stack, *blocks, m, n]`, in which positions count row by row; m is 1 for a vector.
 
     Never one long axis: a matrix that is split both ways could not be flattened without being gathered.
     """
@@ -137,7 +137,7 @@ def in_grid(array: jax.Array, role: Role, blocks: tuple[int, ...] = ()) -> jax.A
 
 
 def from_grid(grid: jax.Array, role: Role, shape: tuple[int, ...]) -> jax.Array:
-    """The array of `shape` whose `in_grid` is the given one."""
+    """Returns the array of `shape` whose `in_grid` is the given one."""
     if not role.is_matrix:
         return unflat_entries(grid[..., 0, :], role, shape)
     if grid.ndim == len(role.stack_axes) + 4:
@@ -147,7 +147,7 @@ def from_grid(grid: jax.Array, role: Role, shape: tuple[int, ...]) -> jax.Array:
 
 
 def gather_entries(grid: jax.Array, indices: jax.Array) -> jax.Array:
-    """The entries of an `in_grid` array at positions of its last two axes; 0 at padding."""
+    """Returns the entries of an `in_grid` array at positions of its last two axes; 0 at padding."""
 
     def of_one(matrix: jax.Array, indices: jax.Array) -> jax.Array:
         return matrix.at[jnp.divmod(indices, matrix.shape[1])].get(mode="fill", fill_value=0)
@@ -156,7 +156,7 @@ def gather_entries(grid: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def scatter_entries(grid: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
-    """An `in_grid` array with values written at positions of its last two axes; padding writes nothing."""
+    """Returns an `in_grid` array with values written at positions of its last two axes; padding writes nothing."""
 
     def of_one(matrix: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
         places = jnp.divmod(indices, matrix.shape[1])

@@ -21,19 +21,19 @@ def check_columns(what: str, transform: Any, norm: Any, basis: Any) -> None:
 
 
 def is_compressed(leaf: Any, view: MatrixView | None, largest: int) -> bool:
-    """Whether an array is a stack of matrices of which no side is longer than `largest`."""
+    """Tells whether an array is a stack of matrices of which no side is longer than `largest`."""
     return view is not None and not view.is_vector and max(view.unfold(leaf).shape[-2:]) <= largest
 
 
 def oriented(view: MatrixView | None, array: jax.Array) -> jax.Array:
-    """The array's matrices with the shorter side last; of equal sides that is the inputs' one."""
+    """Returns an array's matrices with the shorter side last; of equal sides that of the inputs."""
     assert view is not None
     matrix = view.unfold(array)
     return jnp.swapaxes(matrix, -1, -2) if matrix.shape[-2] <= matrix.shape[-1] else matrix
 
 
 def restored(view: MatrixView, matrix: jax.Array, like: jax.Array) -> jax.Array:
-    """The array of oriented matrices; the inverse of `oriented`."""
+    """Returns the array of oriented matrices; the inverse of `oriented`."""
     matrix_shape = view.unfold(like).shape
     matrix = jnp.swapaxes(matrix, -1, -2) if matrix_shape[-2] <= matrix_shape[-1] else matrix
     return placed_like(view.fold(matrix).astype(like.dtype), like)

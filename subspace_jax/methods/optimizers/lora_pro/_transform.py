@@ -85,7 +85,7 @@ def scale_by_lora_pro_adam(
     *,
     pairs: PairFn | None = None,
 ) -> optax.GradientTransformation:
-    r"""LoRA-Pro with Adam: the equivalent gradient is preconditioned in weight space, then turned into factor steps.
+    r"""Preconditions the equivalent gradient by Adam in weight space, then turns it into LoRA-Pro's factor steps.
 
     The moments are as large as full fine-tuning's, \(2\,d_{in} d_{out}\) values for each weight: what is saved is the
     size of the adapter, not the optimizer's memory. Chain a learning rate, and `optax.add_decayed_weights` before it.

@@ -23,7 +23,7 @@ STRICT: tuple[StrictKind, ...] = ("orthogonal", "cayley")
 
 
 def orthogonal_kernel(entries: jax.Array, size: int, kind: StrictKind = "orthogonal") -> jax.Array:
-    r"""The rotation that a strict `BackwardMap` multiplies by: \(\exp(T - T^T)\), or its Cayley transform.
+    r"""Returns the rotation that a strict `BackwardMap` multiplies by: \(\exp(T - T^T)\), or its Cayley transform.
 
     Args:
         entries: those of \(T\) above its diagonal, row by row, `[size (size - 1) / 2]`.
@@ -87,7 +87,7 @@ class BackwardMap(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
-        """Mapped features `[*batch, width]`, in at least float32, of features `[*batch, width]`."""
+        """Maps features `[*batch, width]` to features of the same shape, in at least float32."""
         check_choice("BackwardMap.kind", self.kind, ("lambda", "affine", *STRICT))
         width = features.shape[-1]
         if self.kind in STRICT:
@@ -123,7 +123,7 @@ class NNXBackwardMap(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((width,)))
 
     def __call__(self, features: jax.Array) -> Any:
-        """Mapped features `[*batch, width]`, in at least float32, of features `[*batch, width]`."""
+        """Maps features `[*batch, width]` to features of the same shape, in at least float32."""
         if self.kind in STRICT:
             return _multiply(features, orthogonal_kernel(self.entries[...], self.width, self.kind))
         return _multiply(features, self.kernel[...]) + self.bias[...]
@@ -153,7 +153,7 @@ class ForwardMap(nn.Module):
 
     @nn.compact
     def __call__(self, old: jax.Array) -> jax.Array:
-        """Mapped features `[*batch, features]` of old features `[*batch, old width]`."""
+        """Maps old features `[*batch, old width]` to features `[*batch, features]`."""
         check_int(f"{type(self).__name__}.features", self.features)
         for i, width in enumerate(self.hidden):
             old = nn.relu(nn.Dense(width, name=f"hidden_{i}")(old))
@@ -186,7 +186,7 @@ class NNXForwardMap(nnx.Module):
         self.out = nnx.Linear(width, features, rngs=rngs)
 
     def __call__(self, old: jax.Array) -> Any:
-        """Mapped features `[*batch, features]` of old features `[*batch, width]`."""
+        """Maps old features `[*batch, width]` to features `[*batch, features]`."""
         for i in range(self.depth):
             old = nnx.relu(getattr(self, f"hidden_{i}")(old))
         return self.out(old)

@@ -15,7 +15,7 @@ from subspace_jax.manifolds import Grassmann
 
 
 def grassmann_logits(features: jax.Array, subspaces: jax.Array, gamma: float = 25.0) -> jax.Array:
-    r"""Logits that tell how much of a feature lies in each class's subspace.
+    r"""Returns logits that measure how much of a feature lies in each class's subspace.
 
     \(\gamma\,|S_i^T x| / |x|\): zero for a feature orthogonal to the subspace, \(\gamma\) for one inside it. Neither
     the length nor the sign of a feature counts, nor the basis of a subspace. Where a norm is zero its gradient is too.
@@ -84,7 +84,7 @@ class GrassmannHead(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
-        """Logits `[*batch, num_classes]` in float32 of features `[*batch, width]`."""
+        """Returns logits `[*batch, num_classes]` in float32 of features `[*batch, width]`."""
         for name in ("num_classes", "subspace_dim"):
             check_int(f"{type(self).__name__}.{name}", getattr(self, name))
         subspaces = self.param("subspaces", _draw, self.num_classes, features.shape[-1], self.subspace_dim)
@@ -117,5 +117,5 @@ class NNXGrassmannHead(nnx.Module):
         self.subspaces = nnx.Param(_draw(rngs.params(), num_classes, width, subspace_dim))
 
     def __call__(self, features: jax.Array) -> Any:
-        """Logits `[*batch, num_classes]` in float32 of features `[*batch, width]`."""
+        """Returns logits `[*batch, num_classes]` in float32 of features `[*batch, width]`."""
         return grassmann_logits(features, self.subspaces[...], self.gamma)

@@ -21,7 +21,7 @@ def grassmann_sgd(
     retraction: Literal["exponential", "qr"] = "exponential",
     renormalize_every: int = 5,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Riemannian SGD with momentum on subspaces, as published for class subspaces.
+    r"""Trains subspaces by Riemannian SGD with momentum, as published for class subspaces.
 
     \(V \leftarrow \mu P_S(V) + P_S(G)\) with \(P_S(A) = A - S S^T A\), then along the geodesic: with the thin SVD
     \(V = U \Sigma W^T\), \(S \leftarrow (S W \cos \eta\Sigma - U \sin \eta\Sigma) W^T\). No dampening, no Nesterov, no
