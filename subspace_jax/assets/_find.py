@@ -1,4 +1,4 @@
-"""Finding carried files without importing any of the carrier's code."""
+"""Finds carried files without importing any of the carrier's code."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""Unpacking of wheels, tarballs and Debian packages into a folder, refusing members that would leave it."""
+"""Unpacks wheels, tarballs and Debian packages into a folder, refusing members that would leave it."""
 
 import io
 import pathlib

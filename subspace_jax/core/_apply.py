@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
-    r"""Returns `fn` with the same signature, understanding stand-in weights in any of its arguments.
+    r"""Makes a function of parameters accept stand-in weights in any of its arguments.
 
     `fn` is traced once with every weight replaced by an abstract array of its shape and dtype. The program is then
     evaluated with the weights as values: products, convolutions and lookups become `weight.contract`, casts and

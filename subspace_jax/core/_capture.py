@@ -27,7 +27,7 @@ GRADIENT_STATISTICS = ("gradient", "squared_gradient")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistics:
-    r"""What was gathered for one weight, in float32.
+    r"""Statistics of one weight's inputs and gradients, in float32.
 
     Attributes:
       gram: \(\sum_n x_n x_n^T\) over the rows that the weight was multiplied with, `[*stack, in, in]`.

@@ -24,7 +24,7 @@ def product(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """Returns the sum over every label that both operands have and the result has not.
+    """Multiplies two labeled arrays, summing over every label that both have and the result has not.
 
     One `dot_general` in the given operand order, or in the other one where that saves the transpose of the
     result; a product with nothing to sum over is elementwise. A label of one operand only must be in the result.

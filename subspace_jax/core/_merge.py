@@ -16,7 +16,7 @@ from subspace_jax.core._weight import Weight, is_weight
 
 
 class Rounding(NamedTuple):
-    """What casting a merged weight to its own dtype loses.
+    """Rounding errors from casting a merged weight to its own dtype.
 
     Attributes:
       max_error: largest absolute difference to the float32 result.
@@ -30,7 +30,7 @@ class Rounding(NamedTuple):
 
 
 def merge(adapted: Any, *, keep_float32: bool = False) -> Any:
-    """Returns the tree with an ordinary array in place of every stand-in weight.
+    """Replaces every stand-in weight of a tree by the ordinary array that it stands for.
 
     Each array is computed in float32 and cast once to the dtype of the array that it replaces.
 
@@ -87,7 +87,7 @@ def _refuse_unmergeable(adapted: Any) -> None:
 
 
 def merge_rounding(adapted: Any) -> dict[str, Rounding]:
-    """Reports what casting each merged weight to its own dtype loses; all zero for float32 weights.
+    """Reports the rounding errors from casting each merged weight to its own dtype; zero for float32 weights.
 
     Args:
       adapted: a tree with stand-in weights.

@@ -1,4 +1,4 @@
-"""Splits an adapted tree into what learns and what does not, and joins it again."""
+"""Splits an adapted tree into trainable and frozen arrays, and joins it again."""
 
 from __future__ import annotations
 

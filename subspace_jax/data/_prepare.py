@@ -1,4 +1,4 @@
-"""Preparing packaged datasets once, and opening prepared ones."""
+"""Prepares packaged datasets once, and opens prepared ones."""
 
 import contextlib
 import importlib

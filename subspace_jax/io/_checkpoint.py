@@ -1,4 +1,4 @@
-"""Checkpoints by single calls."""
+"""Saves and restores single checkpoints, one call each."""
 
 from __future__ import annotations
 

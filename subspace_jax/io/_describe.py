@@ -1,4 +1,4 @@
-"""A tree as JSON and a flat dict of arrays."""
+"""Describes a tree as JSON and a flat dict of arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's adapter folders, written and read."""
+"""Writes and reads PEFT's adapter folders."""
 
 from __future__ import annotations
 

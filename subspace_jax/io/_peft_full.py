@@ -1,4 +1,4 @@
-"""Arrays that train as they are: PEFT's `modules_to_save` and `bias`."""
+"""Converts fully trained arrays to PEFT's `modules_to_save` and `bias`, and back."""
 
 from __future__ import annotations
 

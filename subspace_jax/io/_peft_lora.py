@@ -1,4 +1,4 @@
-"""LoRA and DoRA, and what can be written as them, as PEFT's tensors."""
+"""Converts LoRA, DoRA and whatever equals them to PEFT's tensors, and back."""
 
 from __future__ import annotations
 

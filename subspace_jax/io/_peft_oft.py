@@ -1,4 +1,4 @@
-"""OFT as PEFT's tensors."""
+"""Converts OFT to PEFT's tensors and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RandLoRA as PEFT's tensors, the random bases with them."""
+"""Converts RandLoRA, its random bases included, to PEFT's tensors and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training state as a manifest and a flat dict of arrays, and back."""
+"""Converts a training state to a manifest and a flat dict of arrays, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Static fields of stand-in weights as JSON, and back, checked against the fields' annotations."""
+"""Converts static fields of stand-in weights to JSON and back, checked against the fields' annotations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loader of pretrained weights returns; strict assembly of a parameter tree from named tensors."""
+"""Assembles parameter trees strictly from named tensors; the result of every loader of pretrained weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers that run in the coordinates of a subspace.
+"""Runs optimizers in the coordinates of a subspace.
 
 GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection (Zhao et al., 2024).
 """

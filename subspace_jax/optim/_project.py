@@ -1,4 +1,4 @@
-"""Gradients and updates without, or within, given subspaces.
+"""Projects gradients and updates onto given subspaces or their complements.
 
 Gradient Projection Memory for Continual Learning (Saha, Garg, Roy, 2021) is the best known use.
 """

@@ -22,7 +22,7 @@ Moments = Literal["carry", "reset", "transport"]
 
 @dataclasses.dataclass(frozen=True)
 class SubspaceMap:
-    """How one array goes into the coordinates of a subspace of one of its sides, and back."""
+    """Maps one array to the coordinates of a subspace of one of its sides, and back."""
 
     view: MatrixView
     side: Side

@@ -20,7 +20,7 @@ CANCELLATION = 1.0 / 64.0
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRank(Weight):
-    r"""\(W + s\,a\,b\) with a frozen \(W\) and small trainable factors.
+    r"""A frozen array plus a low-rank product of trainable factors: \(W + s\,a\,b\).
 
     Used as \(x W + (s\,(x a))\,b\); the product \(a b\) is formed only by `materialize`.
 

@@ -18,7 +18,7 @@ Route = Literal["factored", "materialized", "auto"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankCore(Weight):
-    r"""\(W + s\,P\,R\,Q\) with frozen \(W, P, Q\) and a trainable core \(R\), full or diagonal.
+    r"""A frozen array plus a trainable core, full or diagonal, between frozen factors: \(W + s\,P\,R\,Q\).
 
     Used as \(x W + ((s\,(x P))\,R)\,Q\), or, where the rank is so large that this costs more, by forming the sum.
 

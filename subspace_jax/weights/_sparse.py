@@ -30,7 +30,7 @@ SparseMode = Literal["set", "add"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseDelta(Weight):
-    r"""\(W\) with a few entries replaced ("set") or changed ("add") by trained values.
+    r"""A frozen array of which a few entries are replaced ("set") or changed ("add") by trained values.
 
     The values, their gradient and the optimizer's state are lists of \(k\) numbers; no mask of the weight's size
     exists. A use forms the changed array, applies the model's operation and forgets the array: the backward pass

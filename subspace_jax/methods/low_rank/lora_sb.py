@@ -180,7 +180,7 @@ class LoraSbState(NamedTuple):
 
 
 def scale_by_lora_sb(adapted: Any) -> optax.GradientTransformation:
-    r"""Turns the gradients of cores into those whose steps are closest to steps along the full gradient.
+    r"""Rescales gradients of cores so that their steps are projections of steps along the full gradient.
 
     \(\frac{1}{s^2} (P^T P)^{-1} G_R (Q Q^T)^{-1}\), so that \(s P (\cdot) Q\) is the projection of the full gradient on
     the directions that a core can reach. For orthonormal factors and \(s = 1\), as LoRA-SB has them, it is the

@@ -1,4 +1,4 @@
-"""GaLore: runs Adam inside the leading subspace of each gradient, refreshed now and then."""
+"""GaLore: runs Adam inside the leading subspace of each gradient, refreshed periodically."""
 
 from __future__ import annotations
 

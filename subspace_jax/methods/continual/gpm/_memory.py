@@ -162,7 +162,7 @@ def conv_patches(
     padding: str | Sequence[tuple[int, int]] = "SAME",
     dilation: Sequence[int] | None = None,
 ) -> jax.Array:
-    """Returns what a convolution multiplies its kernel with, as rows in the order of the kernel's own axes.
+    """Returns the patches of images that a convolution multiplies its kernel with, as rows in the kernel's order.
 
     Args:
       images: `[batch, *space, channels]`.

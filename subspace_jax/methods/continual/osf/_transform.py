@@ -63,7 +63,7 @@ def projection(
     mode: Form = "factored",
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps what learns of `sj.osf` orthogonal to what is frozen, whatever the optimizer.
+    r"""Keeps the trained factors of `sj.osf` orthogonal to the frozen singular vectors, for any optimizer.
 
     Before the optimizer \(G_L \mapsto G_L - L_h L_h^T G_L\) and \(G_R \mapsto G_R - G_R R_h^T R_h\), which plain SGD
     needs alone; after it, since Adam turns a projected gradient out of the allowed space, the parameters are projected

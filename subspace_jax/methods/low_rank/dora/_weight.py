@@ -17,7 +17,7 @@ from subspace_jax.weights import LowRank
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Magnitude(Weight):
-    r"""\(V\,\mathrm{diag}(m / \|V\|)\): the directions of another weight's columns, with lengths of their own.
+    r"""The directions of another weight's columns, with lengths of their own: \(V\,\mathrm{diag}(m / \|V\|)\).
 
     Used as the other weight's operation with its output scaled, so \(V\) is not formed where `direction` can tell
     its column norms without it.

@@ -140,7 +140,7 @@ def training_gains(ranks: Sequence[int], largest: int, rank_scale: RankScale, no
 
 
 def at_rank(adapted: Any, rank: int | jax.Array, *, inference: Inference = "published") -> Any:
-    r"""Returns the tree in which every nested adapter works at one rank.
+    r"""Sets the rank at which every nested adapter of a tree works.
 
     Args:
       adapted: a tree with `NestedLowRank` weights; other leaves stay as they are.

@@ -18,7 +18,7 @@ RankScale = Literal["none", "rank", "sqrt"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NestedLowRank(LowRank):
-    r"""\(W + s\,a\,\mathrm{diag}(p)\,b\) with fixed gains \(p\) that do not increase along the rank.
+    r"""A low-rank addition usable at several ranks: \(W + s\,a\,\mathrm{diag}(p)\,b\), with fixed falling gains \(p\).
 
     Attributes:
       gains: \(p\), `[rank]`, frozen. All layers have one; `at_rank` and `sample_rank` replace it.

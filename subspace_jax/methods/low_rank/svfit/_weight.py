@@ -17,7 +17,7 @@ from subspace_jax.weights import LowRankCore
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitSVD(LowRankCore):
-    r"""\(K_h + L\,\mathrm{diag}(s)\,R\) with a frozen part \(K_h\) of large singular values and trainable factors.
+    r"""An array split by its singular values: \(K_h + L\,\mathrm{diag}(s)\,R\), with the large part \(K_h\) frozen.
 
     The singular vectors of the frozen part are kept beside it, so that the factors can be kept orthogonal to them.
     Columns of zeros pad the factors where there are fewer triples than columns: stacked layers with unequal ranks, or

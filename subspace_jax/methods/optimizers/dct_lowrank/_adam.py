@@ -205,7 +205,7 @@ def dct_adam(
     largest: int = 32000,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Returns DCT-AdamW: Adam in the columns of a cosine basis that each gradient has most of itself in.
+    r"""Returns DCT-AdamW: Adam in the columns of a cosine basis that hold most of each gradient.
 
     \(W \mapsto W - \eta\,(\mathrm{Adam}(B Q_r)\,Q_r^T + \lambda W)\); see `scale_by_dct_adam`.
 

@@ -1,4 +1,4 @@
-"""LoRA-Pro: changes both factors so that the weight moves as its own gradient would."""
+"""LoRA-Pro: changes both factors so that the weight moves as closely as possible along its full gradient."""
 
 from subspace_jax.core import register
 from subspace_jax.methods.optimizers.lora_pro._adjust import Adjusted as Adjusted

@@ -90,7 +90,7 @@ def plain_pair(
 
 
 def equivalent_gradient(a: jax.Array, b: jax.Array, step: Adjusted, scale: float) -> jax.Array:
-    r"""Returns \(s\,a B + s\,A b\), how steps of the factors change the weight to first order, in float32.
+    r"""Returns the change of the weight by steps of its factors, to first order: \(s\,a B + s\,A b\), in float32.
 
     Args:
       a: \(A\), `[*stack, in, rank]`.

@@ -13,7 +13,7 @@ from subspace_jax.weights import LowRank
 
 
 class Pair(NamedTuple):
-    """Where the two factors of one low-rank addition are.
+    """Positions of the two factors of one low-rank addition.
 
     Attributes:
       a: index of \\(A\\), `[*stack, in, rank]`, among `jax.tree.leaves` of the trainable tree.
@@ -68,7 +68,7 @@ def _pairs_of(path: str, weight: Any, place: int, pairs: list[Pair]) -> int:
 
 
 def groups_of(pairs: Sequence[Pair], values: Sequence[jax.Array]) -> list[list[Pair]]:
-    """Pairs of equal shapes, scales and layouts together, so that layers are computed at once."""
+    """Groups pairs of equal shapes, scales and layouts, so that layers are computed at once."""
     groups: dict[Any, list[Pair]] = {}
     for one in pairs:
         kinds = ((v.shape, v.dtype, jax.typeof(v).sharding) for v in (values[one.a], values[one.b]))

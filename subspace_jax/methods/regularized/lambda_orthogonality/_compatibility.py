@@ -54,7 +54,9 @@ class CompatibilityLosses(NamedTuple):
 def alignment_losses(
     mapped_new: jax.Array, mapped_old: jax.Array, old: jax.Array, *, reduction: Reduction = "mean"
 ) -> AlignmentLosses:
-    r"""Returns \(L_B = \|B(g) - h\|^2\), over the coordinates that both have, and \(L_F = \|F(h) - B(g)\|^2\).
+    r"""Returns the losses that align both maps: \(L_B = \|B(g) - h\|^2\) and \(L_F = \|F(h) - B(g)\|^2\).
+
+    Where widths differ, \(L_B\) compares the coordinates that both have.
 
     F aims at B(g), not at g, and B at F(h) too: there is one common space, and both maps learn from both losses.
 
@@ -137,7 +139,7 @@ def compatibility_loss(
     temperature: float | jax.Array = 0.1,
     reduction: Reduction = "mean",
 ) -> CompatibilityLosses:
-    r"""Returns \(w_1 L_F + w_2 L_B + w_3 L_C + w L_\lambda\), which trains a backward and a forward map together.
+    r"""Returns the loss that trains both maps together: \(w_1 L_F + w_2 L_B + w_3 L_C + w L_\lambda\).
 
     \(L_C\) is `contrastive_loss` of F(h) against B(g) plus that of F(h) against h. Published: \(w = 1\); 0.1 works
     as well, 0.01 does not hold the map at \(\lambda\). The other weights, \(\tau\) and \(\alpha\) are not published;

@@ -43,7 +43,9 @@ def soft_orthogonality(w: Any, *, role: Role | None = None) -> jax.Array:
 def lambda_orthogonality(
     w: Any, lam: float | jax.Array | None = None, alpha: float | jax.Array = 1.0, *, role: Role | None = None
 ) -> jax.Array:
-    r"""Returns \(\sigma(\alpha (x - \lambda))\,x\) with \(x = \|W^T W - I\|_F\), summed over a stack.
+    r"""Penalizes matrices beyond a distance \(\lambda\) from orthogonal: \(\sigma(\alpha (x - \lambda))\,x\).
+
+    The distance is \(x = \|W^T W - I\|_F\); the terms of a stack are summed.
 
     Below \(\lambda\) the gate closes and the matrix is free; above, the whole pull towards orthogonality acts. Large
     \(\alpha\) makes the gate a step. \(\lambda = -\infty\) leaves soft orthogonality \(x\), as does \(\lambda = 0\)

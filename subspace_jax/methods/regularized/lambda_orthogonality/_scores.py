@@ -19,7 +19,7 @@ def _lower(matrix: Any) -> jax.Array:
 
 
 def is_compatible(matrix: Any) -> jax.Array:
-    """Returns where a newer model's queries find more in an older gallery than its own model's: `C[t, k] > C[k, k]`.
+    """Tells which newer models find more in an older gallery than its own model does: `C[t, k] > C[k, k]`.
 
     Args:
       matrix: the compatibility matrix, lower triangle needed.

@@ -1,4 +1,4 @@
-"""LIFT: trains the entries that are largest after rank reduction, and selects them anew on the way."""
+"""LIFT: trains the entries that are largest after rank reduction, selected anew during training."""
 
 from subspace_jax.core import register
 from subspace_jax.methods.sparse.lift._method import lift as lift

@@ -94,7 +94,7 @@ def inverse_order(order: np.ndarray) -> np.ndarray:
 
 
 def reordered(mask: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Returns a mask of units after they were put in an order.
+    """Applies an order of units to a mask of them.
 
     A mask of groups under an order of heads is reordered as the groups are.
 
@@ -106,7 +106,7 @@ def reordered(mask: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def co_permute(params: Any, coupling: Coupling, order: np.ndarray) -> Any:
-    """Returns the tree with one layer's heads or channels in another order; the network function stays.
+    """Permutes one layer's heads or channels in all arrays; the network computes the same function.
 
     Args:
       params: tree of arrays.

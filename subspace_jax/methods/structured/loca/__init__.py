@@ -1,4 +1,4 @@
-"""LoCA: trains a few cosine coefficients of the change of a weight, and where they are."""
+"""LoCA: trains a few cosine coefficients of the change of a weight, and their locations."""
 
 from subspace_jax.core import register
 from subspace_jax.methods.structured.loca._alternating import AlternatingState as AlternatingState

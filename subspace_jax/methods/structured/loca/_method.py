@@ -21,7 +21,7 @@ def loca(
     dropout: float = 0.0,
     highest: float = 0.999,
 ) -> Method:
-    r"""Trains a few cosine coefficients of a weight's change, and where in the spectrum they are.
+    r"""Trains a few cosine coefficients of a weight's change, and their locations in the spectrum.
 
     \(W + \alpha\,C_{in}^T S\,C_{out}\) with orthonormal cosine transforms \(C\) and a spectrum \(S\) of `count`
     coefficients \(a\), zero at the start, at places \(l = \mathrm{round}(u (d - 1))\), uniform at the start. Those that

@@ -1,4 +1,4 @@
-"""OFT: turns a weight by orthogonal blocks, and COFT, which keeps them near the identity."""
+"""OFT: rotates a weight by orthogonal blocks, and COFT, which keeps them near the identity."""
 
 from subspace_jax.core import register
 from subspace_jax.methods.structured.oft._method import coft_projection as coft_projection
