@@ -71,7 +71,7 @@ class EndTask(Protocol):
 
 
 class Learner(NamedTuple):
-    """A method of learning task after task: pure functions, as an optax transformation is.
+    """A continual learner: pure functions, as an optax transformation is.
 
     The order is `init`, then for every task `start_task`, steps, `end_task`; anything else is refused. Compile the
     step with `jax.jit(learner.step, donate_argnums=0)`: one program serves all tasks. The other functions run between
@@ -113,12 +113,12 @@ def initial_state(adapted: Any, memory: Any = None) -> LearnerState:
 
 
 def init_opt_state(optimizer: optax.GradientTransformation, adapted: Any) -> Any:
-    """Returns the first state of an optimizer of what learns, in arrays of its own."""
+    """Initializes an optimizer for the trainable tree, in arrays that share nothing with it."""
     return jax.tree.map(jnp.copy, optimizer.init(partition(adapted)[0]))
 
 
 def end_state(state: LearnerState, **changed: Any) -> LearnerState:
-    """Returns the state between a task that ends and the next one."""
+    """Advances a state past the end of a task: the next number, no steps, no optimizer state."""
     state = state._replace(task=state.task + 1, steps=jnp.zeros_like(state.steps), opt_state=None)
     return state._replace(**changed)
 

@@ -31,7 +31,7 @@ class StreamTask(NamedTuple):
 
 
 class StreamResult(NamedTuple):
-    """The end of a stream.
+    """The result of a stream: its accuracy matrix and the last state.
 
     Attributes:
       matrix: `[tasks, tasks]` float64, score on the task of the column after training on that of the row; NaN where it

@@ -1,4 +1,4 @@
-"""Adapters alone in one safetensors file, put back on the parameters that they were made for."""
+"""Saves adapters without their base in one safetensors file, and loads them onto the base again."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def save_adapter(path: str | os.PathLike[str], adapted: Any, *, base: Any = None
 
 
 def load_adapter(path: str | os.PathLike[str], base_params: Any, *, verify: bool = True) -> Any:
-    """Returns the parameters with the adapters of a file on them.
+    """Loads the adapters of a file onto the parameters that they were made for.
 
     Args:
       path: a file written by `save_adapter`.

@@ -20,7 +20,7 @@ _WIDENED = {"int2": "int8", "uint2": "uint8", "int4": "int8", "uint4": "uint8"}
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Everything about an array but its numbers.
+    """Shape, dtype and kind of an array, without its values.
 
     Attributes:
       shape: its shape; of a typed random key, that of the key's data.

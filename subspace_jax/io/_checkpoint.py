@@ -56,7 +56,7 @@ def restore_checkpoint(
     shardings: Any = None,
     base: Any = None,
 ) -> Checkpoint:
-    """Returns one checkpoint; see `Checkpointer.restore`.
+    """Restores one checkpoint; see `Checkpointer.restore`.
 
     Args:
       directory: the run's folder.

@@ -32,7 +32,7 @@ from subspace_jax.io._state import (
 
 
 class Checkpointer:
-    """Saves and restores the checkpoints of one run in one folder; a thin face of Orbax's checkpoint manager.
+    """Saves and restores the checkpoints of one run in one folder; a thin layer over Orbax's checkpoint manager.
 
     A checkpoint appears whole or not at all: Orbax writes into a temporary folder and renames it at the end. Use it
     as a context manager, or call `close`.

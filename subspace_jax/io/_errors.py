@@ -8,7 +8,7 @@ from subspace_jax.core import SubspaceError
 
 
 class ManifestError(SubspaceError):
-    """A tree cannot be described, or a description does not fit what it came with."""
+    """A tree cannot be described, or a description does not fit the arrays beside it."""
 
 
 class CheckpointError(SubspaceError):

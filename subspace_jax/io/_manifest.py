@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Regenerated:
-    """An array that is not stored because static fields of its weight give it again.
+    """An array that is not stored because it follows from static fields of its weight.
 
     Attributes:
       make: returns it, or raises ManifestError where its hash is not the recorded one.

@@ -56,7 +56,7 @@ _STARTS = {True: "", False: "", None: "", "gaussian": "", "orthogonal": "", "eva
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a config says.
+    """The checked settings of a config.
 
     Attributes:
       method: one of METHODS.

@@ -95,7 +95,7 @@ def save_peft(
 
 
 def load_peft(folder: str | os.PathLike[str], base_params: Any, names: NameMap) -> Any:
-    """Returns the parameters with the adapters of PEFT's folder on them.
+    """Loads the adapters of PEFT's folder onto the parameters of their model.
 
     Args:
       folder: one that PEFT's `save_pretrained`, or `save_peft`, has written.

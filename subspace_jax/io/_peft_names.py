@@ -25,7 +25,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True)
 class NameRule:
-    """What the modules of one form are called on both sides.
+    """Maps the modules of one form to their names in PyTorch.
 
     A placeholder such as `{layer}` stands for a number in both names. One that only `module` has is a leading axis of
     the arrays: the layers of a scan, say.
@@ -87,7 +87,7 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TensorPlace:
-    """Where one leaf of a tree is in PyTorch.
+    """The place of one leaf of a tree in PyTorch: modules and tensor.
 
     Attributes:
       path: of the leaf.
@@ -137,7 +137,7 @@ class TensorPlace:
 
 @dataclasses.dataclass(frozen=True)
 class NameMap:
-    """What the modules of a parameter tree are called in PyTorch.
+    """Maps the modules of a parameter tree to their names in PyTorch.
 
     Attributes:
       rules: the first that fits a module names it.

@@ -73,7 +73,7 @@ def cosine_transform(matrix: jax.Array, *, fft: bool = True) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="fft")
 def inverse_cosine_transform(spectrum: jax.Array, *, fft: bool = True) -> jax.Array:
-    r"""Returns \(C_m^T S C_n\), the matrix whose `cosine_transform` is `spectrum`.
+    r"""Returns the inverse two-dimensional DCT \(C_m^T S C_n\): the matrix whose transform is `spectrum`.
 
     Args:
       spectrum: `[m, n]`.

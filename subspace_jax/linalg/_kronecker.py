@@ -1,4 +1,4 @@
-"""Sums of Kronecker products: the rearrangement that turns them into low-rank matrices, and what follows from it.
+"""Sums of Kronecker products: decomposition by rearrangement into low-rank matrices, and products.
 
 Rearrangement: Approximation with Kronecker Products (Van Loan, Pitsianis, 1993).
 """
@@ -87,7 +87,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def rearrange(matrix: jax.Array, split: KroneckerSplit) -> jax.Array:
-    r"""Returns the matrix whose low-rank terms are the Kronecker terms of the given one.
+    r"""Rearranges a matrix so that its Kronecker terms become low-rank terms.
 
     \(R(A \otimes B) = \mathrm{vec}(A)\,\mathrm{vec}(B)^T\) with row-major vec; linear, one to one, and it keeps the
     Frobenius norm.
@@ -111,7 +111,7 @@ def rearrange(matrix: jax.Array, split: KroneckerSplit) -> jax.Array:
 
 
 def unrearrange(rearranged: jax.Array, split: KroneckerSplit) -> jax.Array:
-    """Returns the matrix `[*stack, m p, n q]` that `rearrange` turns into the given one.
+    """Undoes `rearrange`: returns the matrix `[*stack, m p, n q]`.
 
     Args:
       rearranged: `[*stack, m n, p q]`.
@@ -162,7 +162,7 @@ def kronecker_svd(
 
 
 def kronecker_sum(scales: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-    r"""Returns \(\sum_c \sigma_c\,U_c \otimes V_c\), `[*stack, m p, n q]`.
+    r"""Returns the sum of Kronecker products \(\sum_c \sigma_c\,U_c \otimes V_c\), `[*stack, m p, n q]`.
 
     Args:
       scales: \(\sigma\), `[*stack, r]`.
@@ -186,7 +186,7 @@ def kronecker_sum(scales: jax.Array, left: jax.Array, right: jax.Array) -> jax.A
 def kronecker_rows(
     rows: jax.Array, scales: jax.Array, left: jax.Array, right: jax.Array, *, precision: Any = lax.Precision.HIGHEST
 ) -> jax.Array:
-    r"""Returns rows times a sum of Kronecker products, which is never formed.
+    r"""Multiplies rows by a sum of Kronecker products, which is never formed.
 
     A row read as \(X\), `[m, p]`, becomes \(\sum_c \sigma_c\,U_c^T X V_c\), `[n, q]`, in the order of fewer operations;
     all terms share one product each time.

@@ -31,7 +31,7 @@ def skew(entries: jax.Array, size: int) -> jax.Array:
 
 @jax.custom_jvp
 def cayley(matrix: jax.Array) -> jax.Array:
-    r"""Returns \((I + Q)(I - Q)^{-1}\): a rotation \(R\) for skew-symmetric \(Q\), in float32.
+    r"""Returns the Cayley transform \((I + Q)(I - Q)^{-1}\), a rotation for skew-symmetric \(Q\), in float32.
 
     Its derivative is \(\frac{1}{2} (I + R)\,dQ\,(I + R)\), so that no step solves anything backwards.
 

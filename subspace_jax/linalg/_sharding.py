@@ -90,7 +90,7 @@ def without_repeats(entries: Sequence[Any]) -> list[Any]:
 
 
 def by_compiler(function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
-    """Returns a function of an array that JAX refuses where the array is split over explicit mesh axes.
+    """Runs a function that JAX refuses over explicit mesh axes with axes that the compiler splits.
 
     Args:
       function: keeps the shape; the result is placed as the array.

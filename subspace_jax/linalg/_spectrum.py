@@ -14,7 +14,7 @@ Combine = Literal["min", "max", "energy", "elbow"]
 
 
 def energy_terms(values: jax.Array, share: float, total: jax.Array | None = None) -> jax.Array:
-    r"""Returns the smallest \(r\) with \(\sum_{c \le r} s_c^2 \ge \tau \sum_c s_c^2\).
+    r"""Counts the leading terms that hold a share of the energy: least \(r\), \(\sum_{c \le r} s_c^2 \ge \tau \sum_c s_c^2\).
 
     Args:
       values: \(s\), `[*stack, k]`, largest first.
@@ -111,7 +111,7 @@ def count_terms(
 def allocate_terms(
     spectra: Sequence[np.ndarray], costs: Sequence[int], budget: int, *, least: int, most: int
 ) -> list[np.ndarray]:
-    r"""Returns how many terms every matrix gets of a budget that all share.
+    r"""Allocates a budget of values that several matrices share, and returns the number of terms of each.
 
     After `least` terms each, the term with the most energy for its cost, \(s_c^2\) per value, comes next; one that does
     not fit any more is passed over.

@@ -44,7 +44,7 @@ def project(matrix: jax.Array, basis: jax.Array, *, mode: Mode = "keep", side: S
 
 
 def to_coordinates(matrix: jax.Array, basis: jax.Array, *, side: Side = "in") -> jax.Array:
-    r"""Returns \(U^T G\), `[*stack, k, out]`, or \(G U\), `[*stack, in, k]`, in float32.
+    r"""Returns coordinates of a matrix in a subspace: \(U^T G\), `[*stack, k, out]`, or \(G U\), `[*stack, in, k]`.
 
     Args:
       matrix: \(G\), `[*stack, in, out]`.
@@ -57,7 +57,7 @@ def to_coordinates(matrix: jax.Array, basis: jax.Array, *, side: Side = "in") ->
 
 
 def from_coordinates(coordinates: jax.Array, basis: jax.Array, *, side: Side = "in") -> jax.Array:
-    r"""Returns \(U C\) or \(C U^T\), the matrix of the given coordinates.
+    r"""Returns the matrix of given coordinates in a subspace: \(U C\) or \(C U^T\).
 
     Args:
       coordinates: \(C\), `[*stack, k, out]` or `[*stack, in, k]`.
@@ -72,7 +72,7 @@ def from_coordinates(coordinates: jax.Array, basis: jax.Array, *, side: Side = "
 def transport(
     coordinates: jax.Array, old: jax.Array, new: jax.Array, *, side: Side = "in", squares: bool = False
 ) -> jax.Array:
-    r"""Returns coordinates in another basis: \(R C\) or \(C R^T\) with \(R = U_{new}^T U_{old}\).
+    r"""Transports coordinates to another basis: \(R C\) or \(C R^T\) with \(R = U_{new}^T U_{old}\).
 
     Args:
       coordinates: \(C\), in the old basis.

@@ -26,7 +26,7 @@ class _PrincipalVectors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Grassmann(Manifold):
-    r"""Subspaces \(\mathrm{span}(X)\), `[*stack, n, k]` with \(X^T X = I\); \(X\) and \(X Q\) are the same point.
+    r"""The Grassmannian of subspaces \(\mathrm{span}(X)\), `[*stack, n, k]`, \(X^T X = I\); \(X Q\) is the same point.
 
     Tangent vectors have \(X^T V = 0\). The distance is the norm of the principal angles, and transport is parallel
     along the shortest geodesic, so that it keeps inner products. Where an angle is \(\pi/2\) there are several shortest

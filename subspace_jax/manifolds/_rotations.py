@@ -17,7 +17,7 @@ from subspace_jax.manifolds._manifold import Manifold
 
 @dataclasses.dataclass(frozen=True)
 class SpecialOrthogonal(Manifold):
-    r"""Rotations \(X\), `[*stack, n, n]`, with \(X^T X = I\) and determinant one: the group SO(n).
+    r"""The rotation group SO(n): \(X\), `[*stack, n, n]`, with \(X^T X = I\) and determinant one.
 
     Tangent vectors are \(X \Omega\) with skew-symmetric \(\Omega\). The distance is the geodesic one,
     \(|\log(X^T Y)|_F\). Transport keeps \(\Omega\), the group's own way (left translation), and with it inner products.

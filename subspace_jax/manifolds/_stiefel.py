@@ -16,7 +16,7 @@ from subspace_jax.manifolds._manifold import Manifold
 
 @dataclasses.dataclass(frozen=True)
 class Stiefel(Manifold):
-    r"""Matrices \(X\), `[*stack, n, k]`, with \(X^T X = I\), and the metric of the surrounding matrices.
+    r"""The Stiefel manifold of \(X\), `[*stack, n, k]`, with \(X^T X = I\) and the Euclidean metric.
 
     Tangent vectors have \(X^T V + V^T X = 0\). The distance is the length of the straight line \(|X - Y|_F\), since the
     geodesic one has no closed form. Transport is the projection onto the new tangent space, which may shorten.

@@ -23,7 +23,7 @@ def _square(matrix: Any, least: int = 1) -> jax.Array:
 
 
 def accuracy_curve(matrix: Any, weights: Any = None) -> jax.Array:
-    r"""Returns \(A_t = \frac{1}{t+1} \sum_{i \le t} R_{t,i}\) for every time, `[tasks]`.
+    r"""Returns the accuracy over the tasks seen so far, at every time: \(A_t = \frac{1}{t+1} \sum_{i \le t} R_{t,i}\).
 
     Args:
       matrix: \(R\), lower triangle needed.
@@ -39,7 +39,7 @@ def accuracy_curve(matrix: Any, weights: Any = None) -> jax.Array:
 
 
 def average_accuracy(matrix: Any, weights: Any = None) -> jax.Array:
-    r"""Returns \(A_{T-1}\), the mean score over all tasks at the end (ACC; "Last" of MTIL).
+    r"""Returns the mean score over all tasks at the end, \(A_{T-1}\) (ACC; "Last" of MTIL).
 
     Args:
       matrix: \(R\), last row needed.
@@ -64,7 +64,7 @@ def learning_accuracy(matrix: Any) -> jax.Array:
 
 
 def backward_transfer(matrix: Any) -> jax.Array:
-    r"""Returns \(\mathrm{BWT} = \frac{1}{T-1} \sum_{i<T-1} (R_{T-1,i} - R_{i,i})\); negative is forgetting.
+    r"""Returns backward transfer, \(\frac{1}{T-1} \sum_{i<T-1} (R_{T-1,i} - R_{i,i})\); negative is forgetting.
 
     Args:
       matrix: \(R\), diagonal and last row needed.
@@ -105,7 +105,7 @@ def forgetting(matrix: Any, step: int | None = None) -> jax.Array:
 
 
 def forward_transfer(matrix: Any, base: Any) -> jax.Array:
-    r"""Returns \(\mathrm{FWT} = \frac{1}{T-1} \sum_{i \ge 1} (R_{i-1,i} - b_i)\).
+    r"""Returns forward transfer, \(\frac{1}{T-1} \sum_{i \ge 1} (R_{i-1,i} - b_i)\).
 
     Args:
       matrix: \(R\), entries above the diagonal needed; NaN where one is missing.
@@ -119,7 +119,7 @@ def forward_transfer(matrix: Any, base: Any) -> jax.Array:
 
 
 def intransigence(matrix: Any, single: Any) -> jax.Array:
-    r"""Returns the mean of \(s_i - R_{i,i}\): the loss of a task's score in a stream against training on it alone.
+    r"""Returns intransigence: the mean of \(s_i - R_{i,i}\), a task's score alone less that in the stream.
 
     Args:
       matrix: \(R\), diagonal needed.
@@ -150,7 +150,7 @@ class MultiDomainScores(NamedTuple):
 
 
 def multi_domain_scores(matrix: Any) -> MultiDomainScores:
-    """Returns Transfer, Average and Last; the whole matrix is needed, and a missing entry gives NaN.
+    """Returns Transfer, Average and Last of multi-domain learning; a missing entry of the matrix gives NaN.
 
     Transfer averages each column above the diagonal first, so that late tasks do not weigh more.
 

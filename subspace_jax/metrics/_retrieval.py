@@ -35,7 +35,7 @@ def retrieval_scores(
     same_set: bool = False,
     block: int = 256,
 ) -> RetrievalScores:
-    r"""Ranks the gallery by cosine similarity and scores what is found.
+    r"""Ranks a gallery by cosine similarity for each query, and scores the ranking.
 
     Average precision of a query with \(m\) matches is \(\frac{1}{m} \sum_r rel_r \frac{1}{r} \sum_{j \le r} rel_j\),
     over the whole list. Equal similarities keep the gallery's order. Queries without a match are left out.

@@ -1,4 +1,4 @@
-"""The loop: resume, step, report, save, stop in time."""
+"""The training loop: resume, step, report, save, stop in time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fit(
     save_frozen: bool = True,
     on_metrics: Callable[[int, dict[str, jax.Array]], None] | None = None,
 ) -> TrainState:
-    """Trains until `steps` steps are taken in all, by this run and those before it.
+    """Trains for `steps` steps in all, counting those of runs that it resumes.
 
     With a checkpointer the run resumes from its latest checkpoint, and saves every `every` steps, at the end, and when
     it is told to stop: at SIGTERM the running step is finished and saved, and `fit` returns early, on all processes

@@ -1,4 +1,4 @@
-"""The devices as a mesh, and batches on it."""
+"""Makes a mesh of all devices, and places batches on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from subspace_jax.core import path_string
 
 
 def make_mesh(axes: Mapping[str, int], *, explicit: bool = False, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns all devices as a mesh with named axes, laid out by `jax.make_mesh`.
+    """Makes a mesh of all devices with named axes, laid out by `jax.make_mesh`.
 
     Args:
       axes: size of every axis by name, the slowest links first; one of them may be -1, which takes what is left.
@@ -59,7 +59,7 @@ def _sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
 
 
 def shard_batch(batch: Any, mesh: Mesh, axis: str | Sequence[str] = "data") -> Any:
-    """Returns a batch on a mesh, its leading axis split over one or more mesh axes.
+    """Places a batch on a mesh, its leading axis split over one or more mesh axes.
 
     Every process gives its own rows, and the batch is made of all of them in the order of the devices; on one process
     they are the whole batch. Processes that hold the same part of the mesh axes (those that differ only along others)

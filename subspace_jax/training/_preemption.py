@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """Listens for SIGTERM while it is entered.
+    """Context manager that listens for SIGTERM.
 
     On one process the signal only sets a mark, and the handler that was there before comes back at the end. Of several
     processes JAX's own service listens; it tells all of them to stop after the same step, whichever was told.

@@ -40,7 +40,7 @@ def init_train_state(
     *,
     compute_dtype: Any = None,
 ) -> TrainState:
-    """Returns the state before the first step, every array where it belongs.
+    """Makes the state before the first step, with every array placed.
 
     With `compute_dtype` the frozen weights are cast to it here, once, and every stand-in says that it stands for an
     array of that dtype, so that the model computes in it; what learns is kept in float32, and so are the parts of
@@ -95,7 +95,7 @@ def init_train_state(
 
 
 def with_compute_dtype(adapted: Any, dtype: Any) -> Any:
-    """Returns an adapted tree whose weights stand for arrays of `dtype`; what learns is in float32."""
+    """Makes the weights of an adapted tree stand for arrays of `dtype`, with trained values in float32."""
     dtype = jnp.dtype(dtype)
 
     def cast(value: Any, to: Any) -> Any:

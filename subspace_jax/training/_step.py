@@ -25,7 +25,7 @@ def make_train_step(
     has_aux: bool = False,
     remat: Callable[..., Any] | None = None,
 ) -> TrainStep:
-    r"""Returns the compiled step of a training run.
+    r"""Makes the compiled step of a training run.
 
     Only the trainable tree is differentiated. With `accumulate=n` the batch is cut into \(n\) micro-batches, of which
     one is in memory at a time, and the gradient is \(\sum_i w_i g_i / \sum_i w_i\): that of the whole batch where the
@@ -123,7 +123,7 @@ def _cut(path: Any, value: jax.Array, count: int) -> jax.Array:
 
 
 class TrainStep:
-    """What `make_train_step` returns: a compiled function of state and batch."""
+    """A compiled training step, a function of state and batch; made by `make_train_step`."""
 
     def __init__(self, step: Callable[..., Any]) -> None:
         self._step = step

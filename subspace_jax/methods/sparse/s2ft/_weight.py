@@ -20,7 +20,7 @@ Parameterization = Literal["delta", "in_place"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseSlice(Weight):
-    r"""\(W\) of which a few rows (input features) or columns (output features) are trained densely.
+    r"""A frozen array of which a few rows (input features) or columns (output features) are trained densely.
 
     Rows: \(x W + x_{sel}\,\Delta\), so that of the input only the slice \(x_{sel}\) is kept for the gradient.
     Columns: \(x W\) with \(x \Delta\) added to the selected outputs. No gradient of the size of \(W\) is formed.

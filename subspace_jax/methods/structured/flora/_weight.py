@@ -20,7 +20,7 @@ IN_FACTORS = ("in_0", "in_1", "in_2", "in_3")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tucker(Weight):
-    r"""\(W + s\,G \times_1 U_1 \cdots \times_N U_N\): a core \(G\) with one factor for every axis.
+    r"""A frozen array plus a core with one factor for every axis: \(W + s\,G \times_1 U_1 \cdots \times_N U_N\).
 
     A product is used as \(x W + s\,((x U_{in})\,G)\,U_{out}^T\). A convolution adds a product over its input features,
     a convolution with the small kernel, and a product over its output features.

@@ -101,7 +101,7 @@ class CosineValues(NamedTuple):
 
 
 def cosine_values(adapted: Any) -> CosineValues:
-    """Returns how many values LoCA trains, with and without the locations.
+    """Counts the values that LoCA trains, with and without the locations.
 
     Args:
       adapted: an adapted tree; arrays may be abstract.
@@ -127,7 +127,7 @@ def cosine_values(adapted: Any) -> CosineValues:
 
 
 def fix_locations(adapted: Any) -> Any:
-    """Turns LoCA's locations into the integers that they stand for; from then on coefficients learn alone.
+    """Rounds LoCA's locations to integers for good; from then on only coefficients learn.
 
     For the part of training after `alternating`'s cut-off, and for files: a coefficient and two integers each.
 

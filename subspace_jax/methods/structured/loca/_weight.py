@@ -25,7 +25,7 @@ FFT_COST = 150
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CosineSpectrum(Weight):
-    r"""\(W + \alpha\,C^T S\,C\) with a frozen \(W\), cosine bases \(C\) and a spectrum \(S\) of few coefficients.
+    r"""A frozen array plus a cosine spectrum of few coefficients: \(W + \alpha\,C^T S\,C\), with cosine bases \(C\).
 
     Coefficient \(a_j\) is added to \(S\) at the cell \(l_j = \mathrm{round}(u_j (d - 1))\) of its location \(u_j\).
     Locations get the central difference of the loss over neighboring cells, \(\frac{1}{2} a_j (Z_{l+1} - Z_{l-1})\)
@@ -172,7 +172,7 @@ class CosineSpectrum(Weight):
 
 
 def cell(location: jax.Array, size: int, highest: float) -> jax.Array:
-    """Returns the integer place of a location from 0 to 1 among `size` cells, half to even.
+    """Rounds a location from 0 to 1 to the index of one of `size` cells, half to even.
 
     Args:
       location: `[...]`.

@@ -17,7 +17,7 @@ from subspace_jax.linalg import cayley, cayley_neumann, skew, whole_matrices, wi
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotated(Weight):
-    r"""\(R K\) with a frozen \(K\) and a block-diagonal rotation \(R\) of its input axis.
+    r"""A frozen array whose input axis is rotated block by block: \(R K\), with a block-diagonal rotation \(R\).
 
     Each block is the Cayley transform of a skew-symmetric matrix. A dense layer rotates its input, \((x R) K\), and
     \(R\) itself is never built; a convolution rotates its kernel.

@@ -19,7 +19,7 @@ Pairing = Literal["paper", "peft"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomBases(Weight):
-    r"""\(W + s \sum_n \Gamma_n A^T \Lambda_n B_n^T\) with frozen \(W, A, B_n\) and trained diagonals.
+    r"""A frozen array plus frozen random bases under trained diagonals: \(W + s \sum_n \Gamma_n A^T \Lambda_n B_n^T\).
 
     So for an output side no smaller than the input side \(d\); else \(W + s \sum_n B_n \Lambda_n A\,\Gamma_n\). Every
     matrix of the sum has a small rank and the sum has the full one. The bases are the largest that any weight of the

@@ -13,7 +13,7 @@ from subspace_jax.weights import map_weights, original_arrays
 
 
 def active_values(adapted: Any) -> int:
-    r"""Returns how many trained values SoKA's terms in use have, \(\sum r (m n + p q + 1)\).
+    r"""Counts the trained values of SoKA's terms in use, \(\sum r (m n + p q + 1)\).
 
     What `summary` counts as trainable, of SoKA's weights alone.
 

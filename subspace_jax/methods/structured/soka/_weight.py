@@ -17,7 +17,7 @@ from subspace_jax.linalg import KroneckerSplit, kronecker_rows, kronecker_sum, w
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KroneckerSum(Weight):
-    r"""\(W + \sum_c \mu_c\,\sigma_c\,U_c \otimes V_c\) with a frozen \(W\) and trainable scales and factors.
+    r"""A frozen array plus a sum of trainable Kronecker products: \(W + \sum_c \mu_c\,\sigma_c\,U_c \otimes V_c\).
 
     A row read as a matrix \(X\) meets each term as \(\sigma_c U_c^T X V_c\), so the sum is not formed where the
     operation is a product over all inputs; convolutions and lookups form it.

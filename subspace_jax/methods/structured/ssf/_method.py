@@ -207,7 +207,7 @@ def _with_outputs(array: jax.Array, role: Role) -> Role:
 
 
 def fold(adapted: Any) -> Any:
-    """Returns ordinary parameters with every scale and shift folded in, and the biases created that layers lacked.
+    """Folds every scale and shift into ordinary parameters, and creates the biases that layers lack.
 
     Args:
       adapted: a tree of dicts with weights of `ssf`; other stand-in weights are merged as well.

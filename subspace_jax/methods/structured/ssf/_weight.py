@@ -16,7 +16,7 @@ from subspace_jax.linalg import wide_dtype
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaled(Weight):
-    r"""\(W\,\mathrm{diag}(g)\): a frozen kernel, or the scale of a norm, times a factor for every output feature.
+    r"""A frozen kernel, or the scale of a norm, times a factor for every output feature: \(W\,\mathrm{diag}(g)\).
 
     Attributes:
       base: \(W\), of the weight's shape.
@@ -62,7 +62,7 @@ class Scaled(Weight):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaledShifted(Scaled):
-    r"""\(x \mapsto g\,(x W) + t\): a kernel without a bias whose output features are scaled and shifted.
+    r"""A kernel without a bias whose output features are scaled and shifted: \(x \mapsto g\,(x W) + t\).
 
     No array stands for it, as a kernel cannot add; folding makes a bias of `shift`.
 
@@ -83,7 +83,7 @@ class ScaledShifted(Scaled):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShiftedBias(Weight):
-    r"""\(g\,b + t\): a frozen bias that follows the scale of its sibling, and is shifted.
+    r"""A frozen bias that follows the scale of its layer's kernel, and is shifted: \(g\,b + t\).
 
     Attributes:
       base: \(b\), of the weight's shape.
