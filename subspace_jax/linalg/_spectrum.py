@@ -14,7 +14,9 @@ Combine = Literal["min", "max", "energy", "elbow"]
 
 
 def energy_terms(values: jax.Array, share: float, total: jax.Array | None = None) -> jax.Array:
-    r"""Counts the leading terms that hold a share of the energy: least \(r\), \(\sum_{c \le r} s_c^2 \ge \tau \sum_c s_c^2\).
+    r"""Counts the leading terms that hold a share \(\tau\) of the energy.
+
+    That is the smallest \(r\) with \(\sum_{c \le r} s_c^2 \ge \tau \sum_c s_c^2\).
 
     Args:
       values: \(s\), `[*stack, k]`, largest first.

@@ -46,6 +46,8 @@ def project(matrix: jax.Array, basis: jax.Array, *, mode: Mode = "keep", side: S
 def to_coordinates(matrix: jax.Array, basis: jax.Array, *, side: Side = "in") -> jax.Array:
     r"""Returns coordinates of a matrix in a subspace: \(U^T G\), `[*stack, k, out]`, or \(G U\), `[*stack, in, k]`.
 
+    The result is in at least float32.
+
     Args:
       matrix: \(G\), `[*stack, in, out]`.
       basis: \(U\), `[*stack, d, k]`.

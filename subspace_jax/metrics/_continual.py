@@ -29,6 +29,9 @@ def accuracy_curve(matrix: Any, weights: Any = None) -> jax.Array:
       matrix: \(R\), lower triangle needed.
       weights: numbers of test examples by task, for accuracy over all of them pooled; equal weights if None.
 
+    Returns:
+      `[tasks]`.
+
     Example:
       >>> [round(float(a), 4) for a in accuracy_curve([[0.9, 0.2, 0.3], [0.8, 0.85, 0.25], [0.7, 0.8, 0.95]])]
       [0.9, 0.825, 0.8167]
