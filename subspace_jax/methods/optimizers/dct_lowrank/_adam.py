@@ -103,7 +103,7 @@ def scale_by_dct_adam(
       `norm` and `largest` in `static_args`.
 
     Raises:
-      RankError: `rank` or `every` is no positive integer.
+      RankError: `rank` or `every` is not a positive integer.
       ValueError: an unknown `transform`, `norm` or `basis`, or "fft" for another basis than cosines.
 
     Example:
@@ -230,7 +230,7 @@ def dct_adam(
       `optax.inject_hyperparams` name `rank`, `every`, `norm` and `largest` in `static_args`.
 
     Raises:
-      RankError: `rank` or `every` is no positive integer.
+      RankError: `rank` or `every` is not a positive integer.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj

@@ -96,7 +96,7 @@ def scale_by_trion(
       `largest` in `static_args`.
 
     Raises:
-      RankError: `rank` is no positive integer.
+      RankError: `rank` is not a positive integer.
       ValueError: an unknown `scale`, `transform`, `norm` or `basis`.
 
     Example:
@@ -206,7 +206,7 @@ def trion(
       `optax.inject_hyperparams` name `rank`, `norm` and `largest` in `static_args`.
 
     Raises:
-      RankError: `rank` is no positive integer.
+      RankError: `rank` is not a positive integer.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
