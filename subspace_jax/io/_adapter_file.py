@@ -86,11 +86,23 @@ def load_adapter(path: str | os.PathLike[str], base_params: Any, *, verify: bool
     try:
         nodes = _nodes(metadata[_KEY])
         base = BaseArrays(base_params)
+        names = _stored_names(nodes, base)
         _check_paths(nodes, base.leaves, "the file", "the parameters")
         leaves = _unpack(nodes, tensors, base, verify)
     except ManifestError as error:
         raise AdapterFileError(f"{path}: {error}") from error
-    return map_with_paths(lambda name, _: leaves[name], base_params)
+    return map_with_paths(lambda path, _: leaves[names.get(path, path)], base_params)
+
+
+def _stored_names(nodes: Mapping[str, Any], base: BaseArrays) -> dict[str, str]:
+    """What a file calls paths that had another name then; the base arrays get that name too.
+
+    Once the variables of Flax NNX had a name `value` of their own.
+    """
+    names = {path: f"{path}/value" for path in base.leaves if path not in nodes and f"{path}/value" in nodes}
+    for path, name in names.items():
+        base.leaves[name] = base.leaves.pop(path)
+    return names
 
 
 def _pack(adapted: Any, base: BaseArrays, has_base: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from subspace_jax.core import path_string
+from subspace_jax.core import leaves_with_paths
 from subspace_jax.io._array import ArraySpec, array_spec, check_representable, empty, has_entries, to_stored
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._describe import describe_node
@@ -90,7 +90,22 @@ def _describe_leaves(opt_state: Any, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    """Path and value of every array; the fields of stand-in weights by their own names."""
+    found = []
+    for path, leaf in leaves_with_paths(tree):
+        inside = jax.tree_util.tree_leaves_with_path(leaf)
+        found.extend(("/".join(filter(None, (path, _field_path(keys)))), value) for keys, value in inside)
+    return found
+
+
+def _field_path(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _stored_name(nodes: Mapping[str, Any], path: str) -> str:
+    """What a file calls a leaf: once the variables of Flax NNX had a name `value` of their own."""
+    old = f"{path}/value"
+    return old if path not in nodes and old in nodes else path
 
 
 def check_manifest(manifest: Any) -> None:
@@ -131,6 +146,8 @@ def check_template(manifest: Mapping[str, Any], like: Any) -> None:
     nodes = manifest["opt_state"]
     saved: dict[str, Any] = {path: type(node.get("value")).__name__ for path, node in nodes.items()}
     saved |= stored_specs(manifest, "opt_state")
+    for path in expected:
+        saved |= {path: saved.pop(name)} if (name := _stored_name(saved, path)) in saved else {}
     arrays = {p: s for p, s in expected.items() if isinstance(s, ArraySpec) and isinstance(saved.get(p, s), ArraySpec)}
     others = expected.keys() - arrays.keys()
     wrong = differences(arrays, {p: s for p, s in saved.items() if p not in others})
@@ -162,7 +179,7 @@ def placements(shardings: Any, specs: Mapping[str, ArraySpec]) -> dict[str, jax.
     else:
         is_leaf = lambda v: isinstance(v, jax.sharding.Sharding)  # noqa: E731
         leaves = jax.tree_util.tree_leaves_with_path(shardings, is_leaf=is_leaf)
-        given = {path_string(path): leaf for path, leaf in leaves}
+        given = {_field_path(path): leaf for path, leaf in leaves}
     wrong = []
     for path, sharding in given.items():
         if path not in specs:
@@ -219,7 +236,8 @@ def unpack(
     if like is not None:
         leaf = leaf_of("opt_state")
         nodes = manifest["opt_state"]
-        leaves = [rebuild_node(nodes[path], path, leaf) for path, _ in _leaves(like)]
+        names = [_stored_name(nodes, path) for path, _ in _leaves(like)]
+        leaves = [rebuild_node(nodes[name], name, leaf) for name in names]
         opt_state = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return Checkpoint(
         step=manifest["step"],

@@ -99,6 +99,7 @@ __all__ = [
     "transport",
     "truncated_svd",
     "unrearrange",
+    "whole_matrices",
     "wide_dtype",
     "wide_matmul",
 ]
