@@ -1,4 +1,4 @@
-"""Every error that users can meet; all but `FetchError`, `AssetMissingError` and the archive's are `SubspaceError`s."""
+"""Every error of the library; all but `FetchError`, `AssetMissingError` and the archive's are `SubspaceError`s."""
 
 from subspace_jax.assets import AssetMissingError as AssetMissingError
 from subspace_jax.assets import FetchError as FetchError

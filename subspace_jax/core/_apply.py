@@ -30,9 +30,9 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
 
     Args:
       fn: any function; `model.apply` of Flax Linen, a function that merges an NNX graph, a plain one. Everything
-        that is not a weight (arrays, flags, keys, strings) reaches it as it came.
+        that is not a weight (arrays, flags, keys, strings) is passed on unchanged.
       on_materialize: what to do where the model needs the full array: "error" refuses and names the primitive, the
-        weight and the mend; "warn" forms it with a warning; "allow" forms it.
+        weight and what helps; "warn" forms it with a warning; "allow" forms it.
 
     Returns:
       The function. Its result is what `fn` returns; a weight that `fn` hands through comes out as it went in.

@@ -1,4 +1,4 @@
-"""Errors that users can meet; each message names the leaf, what came, what was expected and the mend."""
+"""Errors of the library; each message names the leaf, what came, what was expected and what helps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PatternError(SubspaceError):
 
 
 class RoleError(SubspaceError):
-    """It is not known, or not possible, to read a leaf as a matrix from inputs to outputs."""
+    """A leaf cannot be read as a matrix from inputs to outputs, or it is not known how."""
 
 
 class RankError(SubspaceError):
@@ -39,7 +39,7 @@ class NotMergeableError(SubspaceError):
 
 
 class StructureError(SubspaceError):
-    """Two trees that must fit together do not."""
+    """Two trees that must have the same structure or shapes do not."""
 
 
 class WeightFileError(SubspaceError):

@@ -59,7 +59,7 @@ class Operation(abc.ABC):
     @property
     @abc.abstractmethod
     def x_labels(self) -> Labels:
-        """Labels of the axes of `x`; an axis that meets a weight axis has that axis' label."""
+        """Labels of the axes of `x`; an axis that is contracted or batched with a weight axis has its label."""
 
     @property
     @abc.abstractmethod

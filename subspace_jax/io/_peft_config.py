@@ -61,7 +61,7 @@ class Settings:
     Attributes:
       method: one of METHODS.
       values: the config's own keys.
-      ignored: one line for every key that was passed over and is worth knowing of.
+      ignored: one line for every ignored key that a user should know of.
     """
 
     method: str

@@ -61,7 +61,7 @@ def _cayley_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[
 def _inverse_by_sweeps(matrix: jax.Array) -> jax.Array:
     """The inverse of matrices with a positive definite symmetric part, which need no pivoting.
 
-    On CPU many decompositions beside products in one program can wait for each other for ever (jax 0.10, two cores);
+    On CPU many decompositions beside products in one program can deadlock (jax 0.10, two cores);
     this is made of elementwise operations alone.
     """
     size = matrix.shape[-1]

@@ -16,7 +16,7 @@ from subspace_jax.manifolds._manifold import Manifold
 
 
 class _PrincipalVectors(NamedTuple):
-    """How two subspaces lie to each other: `start` and `turned` are the bases' rotations to principal vectors."""
+    """Principal vectors of two subspaces: `start` and `turned` rotate the bases to them."""
 
     start: jax.Array
     turned: jax.Array

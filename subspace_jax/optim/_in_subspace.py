@@ -173,7 +173,7 @@ def in_subspace(
         if rank is not None:
             bases, inside = lax.cond(state.count % every == 0, refresh, lambda: (bases, state.inner))
         coordinates = [
-            # A fixed subspace may hold nothing of a gradient; a refreshed one holds the most of it.
+            # A fixed subspace may be orthogonal to a gradient; a refreshed one holds as much of it as it can.
             leaf if place is None else place.coordinates(leaf, columns, drop_rounding=rank is None)
             for leaf, columns, place in zip(held.arrays, bases, places, strict=True)
         ]
@@ -199,7 +199,7 @@ def in_complement(
     r"""Runs an optimizer in the coordinates of the complement of given subspaces.
 
     The exact way to keep an adaptive optimizer out of a subspace: \(U^T u = 0\) whatever the inner optimizer does, and
-    its moments know nothing of the removed directions. It stores a basis of the complement, `[*stack, d, d - k]`; where
+    its moments are orthogonal to the removed directions. It stores a basis of the complement, `[*stack, d, d - k]`; where
     that is too large, `sandwich` needs the subspace's own alone.
 
     Args:

@@ -50,7 +50,7 @@ def project_orthogonal(
     entry on its own, as signs, elementwise clipping and other roots of squares do, and does not commute with the
     projection:
 
-    - before Adam: the moments hold nothing of the removed directions, but the update does: on a 12 x 7 kernel with
+    - before Adam: the moments are orthogonal to the removed directions, but the update is not: on a 12 x 7 kernel with
       three random directions removed, about a seventh of the accumulated update of 50 steps lies in them (none where
       the directions are coordinate axes). The update need not descend either.
     - after Adam: \(U^T u = 0\) to rounding, whatever came earlier in the chain, weight decay included; the moments are
@@ -66,7 +66,7 @@ def project_orthogonal(
         weight's factors the side's own is projected: `a` for "in", `b` for "out".
       mode: "remove", or "keep".
       side: which axis the subspaces lie in.
-      rtol: a matrix of which less than this share is left becomes zero: that is rounding, which Adam would blow up to
+      rtol: a matrix of which less than this share is left becomes zero: that is rounding, which Adam would amplify to
         full size. \(32\,\epsilon\) of float32 if None.
       renorm: "rms" gives what is left of each matrix the norm that the whole had. A projection shortens; by default
         it may.
@@ -172,7 +172,7 @@ def sandwich(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Projects the gradient before and the update after an optimizer, as adaptive optimizers need.
 
-    The update has nothing of the removed directions, and without momentum
+    The update has no component along the removed directions, and without momentum
     \(\langle g, u \rangle = (P g)^T D (P g) \ge 0\) for the step \(-u\).
 
     Args:

@@ -46,7 +46,7 @@ def fit(
       on_metrics: called with the number of every step taken and its metrics; reading a number waits for the step.
 
     Returns:
-      The last state; `state.step` is below `steps` where the run was told to stop.
+      The last state; `state.step` is below `steps` if the run was stopped.
 
     Raises:
       ValueError: `steps` or `every` is not positive, or the batches end too early; what was learned is saved first.

@@ -15,7 +15,7 @@ class Preemption:
     """Context manager that listens for SIGTERM.
 
     On one process the signal only sets a mark, and the handler that was there before comes back at the end. Of several
-    processes JAX's own service listens; it tells all of them to stop after the same step, whichever was told.
+    processes JAX's own service listens; it makes all of them stop after the same step, whichever got the signal.
     """
 
     def __init__(self) -> None:

@@ -95,7 +95,7 @@ class LowRankCore(Weight):
         return dataclasses.replace(found, in_sizes=found.role.in_shape(shape), out_sizes=found.role.out_shape(shape))
 
     def learning_size(self, name: str) -> int | None:
-        """Returns how many values of a diagonal core meet factors that are not zero, as padded ones are."""
+        """Returns how many values of a diagonal core belong to factors that are not padding."""
         halves = (self.left, self.right)
         if name != "core" or any(half is None for half in halves) or self.core.ndim != self.left.ndim - 1:
             return None

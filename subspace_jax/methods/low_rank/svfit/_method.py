@@ -44,7 +44,7 @@ def svfit(
 
     Returns:
       A method whose weights are `LowRankCore` with a diagonal core `[*stack, rank]`. Stacked layers with different
-      automatic ranks are padded to the largest; a padded value meets vectors of zeros and stays zero.
+      automatic ranks are padded to the largest; a padded value multiplies vectors of zeros and stays zero.
 
     Raises:
       RankError: `rank` is above the weight's smaller side, or `information` is not in (0, 1].

@@ -121,7 +121,7 @@ def contrastive_loss(
     left, right = (_normalized(v) for v in _widened(left, right))
     logits = wide_matmul(left, right.T, split=(-2, None)) / temperature
     rows = jnp.arange(len(left)) if labels is None else labels
-    # Every row meets all columns, so that these are needed whole on every device.
+    # Every row is compared with all columns, so that these are needed whole on every device.
     same = (rows[:, None] == whole_matrices(rows[None, :])).astype(logits.dtype)
     return jnp.mean(optax.softmax_cross_entropy(logits, same / jnp.sum(same, axis=-1, keepdims=True)))
 

@@ -16,7 +16,7 @@ from subspace_jax.methods.sparse.s2ft._weight import DenseSlice
 def fuse_slices(*adapted: Any) -> Any:
     """Returns one adapter whose change is the sum of those of several adapters of one base.
 
-    Slots are put one after the other, so selections that do not meet keep their values exactly, and rows that two
+    Slots are concatenated, so selections that do not overlap keep their values exactly, and rows that two
     adapters both change get both changes.
 
     Args:
@@ -26,7 +26,7 @@ def fuse_slices(*adapted: Any) -> Any:
       A tree whose weights train the change ("delta") of all their slots.
 
     Raises:
-      StructureError: a weight is no `DenseSlice`, or rows of one tree meet columns of another.
+      StructureError: a weight is not a `DenseSlice`, or one tree has rows where another has columns.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj

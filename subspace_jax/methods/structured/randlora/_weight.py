@@ -182,7 +182,7 @@ class RandomBases(Weight):
     def _forming_is_cheaper(self, x: jax.Array, operation: Operation, drops: bool) -> bool:
         """Compares multiplications of both routes, forward and backward, for `x` of this size.
 
-        Factored: the rows meet both bases forward, their gradient both backward, and the gradient of the scaled copies
+        Factored: rows times both bases forward, their gradient times both backward, and the gradient of the copies
         is one more product at the smaller side. Formed: the sum and its gradient, and the gradient of the whole
         weight; where the input of the sum is dropped, two more products, since base and sum have other inputs.
         """
