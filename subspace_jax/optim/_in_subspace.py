@@ -199,8 +199,8 @@ def in_complement(
     r"""Runs an optimizer in the coordinates of the complement of given subspaces.
 
     The exact way to keep an adaptive optimizer out of a subspace: \(U^T u = 0\) whatever the inner optimizer does, and
-    its moments are orthogonal to the removed directions. It stores a basis of the complement, `[*stack, d, d - k]`; where
-    that is too large, `sandwich` needs the subspace's own alone.
+    its moments are orthogonal to the removed directions. It stores a basis of the complement, `[*stack, d, d - k]`;
+    where that is too large, `sandwich` needs the subspace's own alone.
 
     Args:
       inner: the optimizer of coordinates, which cannot use parameters.

@@ -45,8 +45,8 @@ class SubspaceMap:
     def on_side(self, matrix: jax.Array) -> jax.Array:
         """The matrix, transposed if need be, so that the subspace's own side comes first.
 
-        Decompositions fix the signs of left singular vectors. A basis of right ones would have signs that vectors which
-        nobody sees decide, and moments would be carried over flips.
+        Decompositions fix the signs of left singular vectors. Those of right ones would depend on left vectors that are
+        not kept, and moments would be carried over flips.
         """
         return matrix if self.side == "in" else jnp.swapaxes(matrix, -1, -2)
 

@@ -19,8 +19,8 @@ from subspace_jax.linalg import KroneckerSplit, kronecker_rows, kronecker_sum, w
 class KroneckerSum(Weight):
     r"""A frozen array plus a sum of trainable Kronecker products: \(W + \sum_c \mu_c\,\sigma_c\,U_c \otimes V_c\).
 
-    A row read as a matrix \(X\) is multiplied by each term as \(\sigma_c U_c^T X V_c\), so the sum is not formed where the
-    operation is a product over all inputs; convolutions and lookups form it.
+    A row read as a matrix \(X\) is multiplied by each term as \(\sigma_c U_c^T X V_c\), so the sum is not formed where
+    the operation is a product over all inputs; convolutions and lookups form it.
 
     Attributes:
       base: \(W\), of the weight's shape.
