@@ -182,7 +182,7 @@ def test_bad_options_are_refused_by_name():
         sj.methods.osf.schedule(0, 3)
     with pytest.raises(PatternError, match=r"v: osf\.ranks"):
         sj.methods.osf.ranks({"v": 1.0}, {"w": jnp.zeros((2, 2))})
-    with pytest.raises(RankError, match="w: .*not finite"):
+    with pytest.raises(RankError, match=r"w: .*not finite"):
         sj.methods.osf.ranks({"w": np.nan}, {"w": jnp.zeros((2, 2))})
     with pytest.raises(StatisticsError, match="no batches"):
         sj.methods.osf.importance(lambda p, x: x @ p["w"], {"w": jnp.zeros((2, 2))}, [])
