@@ -31,8 +31,12 @@ def product(
 
     Args:
       left: array with one axis per label of `left_labels`.
-      right: likewise for `right_labels`.
+      left_labels: names of its axes.
+      right: array with one axis per label of `right_labels`.
+      right_labels: names of its axes.
       out_labels: labels of the result, in order.
+      precision: as `lax.dot_general` takes it.
+      preferred_element_type: dtype of the sums and of the result.
 
     Example:
       >>> import jax.numpy as jnp
