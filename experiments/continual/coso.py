@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment
+from experiments.runner import Context, Experiment, Tuning
 from experiments.tasks import latent_tasks
 
 
@@ -49,12 +49,12 @@ class CosoConfig:
     tasks: int = 6
     steps: int = 300
     batch_size: int = 64
-    rates: tuple[float, ...] = (5e-3, 1e-2)
+    rates: tuple[float, ...] = (1.2e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
     r1: int = 12
     r2: int = 24
     gap: int = 1
     energy_threshold: float = 0.98
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 METHODS = ("adam", "coso, no history", "coso, output side", "coso, input side")
@@ -149,4 +149,5 @@ EXPERIMENT = Experiment(
     config=CosoConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment
+from experiments.runner import Context, Experiment, Tuning
 from experiments.tasks import latent_tasks
 
 
@@ -46,7 +46,7 @@ class OsfConfig:
     tasks: int = 5
     steps: int = 400
     batch_size: int = 64
-    rates: tuple[float, ...] = (2e-3, 4e-3)
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
     kernel_std: float = 0.02
     seeds: tuple[int, ...] = (0, 1, 2, 3)
 
@@ -134,4 +134,5 @@ EXPERIMENT = Experiment(
     config=OsfConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )

@@ -26,7 +26,7 @@ import jax
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_rates, mean_and_spread, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_rates, mean_and_spread, with_spread
 from experiments.tasks import digits_task
 
 
@@ -37,7 +37,8 @@ class LolduConfig:
     Attributes:
       ranks: numbers of pivots of each hidden kernel that learn; the first is compared with the baselines.
       steps: optimizer steps.
-      head_rate: learning rate of the last layer, the same in every arm.
+      head_rate: learning rate of the last layer beside an adapter, the same in every arm.
+      head_rates: learning rates tried for the last layer alone.
       loldu_rates: learning rates tried for pivots, with a scale of one.
       small_scale_rates: learning rates tried with the scale 1 / rank.
       lora_rates: learning rates tried for LoRA.
@@ -47,9 +48,10 @@ class LolduConfig:
     ranks: tuple[int, ...] = (64, 32, 16)
     steps: int = 300
     head_rate: float = 1e-3
-    loldu_rates: tuple[float, ...] = (1e-2, 3e-2)
-    small_scale_rates: tuple[float, ...] = (3e-2, 1.0)
-    lora_rates: tuple[float, ...] = (1e-3, 3e-3)
+    head_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    loldu_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    small_scale_rates: tuple[float, ...] = (3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+    lora_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -58,7 +60,7 @@ def run(config: LolduConfig, context: Context) -> dict[str, Any]:
     head, hidden = {"out/*": sj.full()}, digits_task.HIDDEN
     largest = config.ranks[0]
     arms: dict[str, tuple[dict[str, sj.Method], tuple[float, ...]]] = {
-        "head only": ({}, (config.head_rate,)),
+        "head only": ({}, config.head_rates),
         "lora r=1": ({hidden: sj.lora(1)}, config.lora_rates),
         "lora r=8": ({hidden: sj.lora(8)}, config.lora_rates),
         **{f"loldu r={r}": ({hidden: sj.loldu(r, sigma=1.0)}, config.loldu_rates) for r in config.ranks},
@@ -67,7 +69,8 @@ def run(config: LolduConfig, context: Context) -> dict[str, Any]:
     jobs = [(name, rules, rate) for name, (rules, rates) in arms.items() for rate in rates]
     runs = []
     for name, rules, rate in context.track(jobs, "turned digits"):
-        optimizer = optax.multi_transform({"head": optax.adam(config.head_rate), "adapter": optax.adam(rate)}, _label)
+        head_rate = config.head_rate if rules else rate
+        optimizer = optax.multi_transform({"head": optax.adam(head_rate), "adapter": optax.adam(rate)}, _label)
         for seed in config.seeds:
             losses, accuracy, count = digits_task.adapt_and_fit(head | rules, optimizer, seed, config.steps)
             runs.append(
@@ -132,4 +135,5 @@ EXPERIMENT = Experiment(
     config=LolduConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_rates
+from experiments.runner import Context, Experiment, Tuning, best_rates
 from experiments.tasks import digits_task
 from experiments.tasks.training import warmup_linear
 
@@ -48,7 +48,7 @@ class LoraSbConfig:
     rank: int = 16
     steps: int = 200
     samples: int = 64
-    learning_rates: tuple[float, ...] = (3e-2, 1e-1)
+    learning_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -113,4 +113,5 @@ EXPERIMENT = Experiment(
     config=LoraSbConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )

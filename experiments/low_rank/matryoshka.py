@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_runs, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_runs, with_spread
 from experiments.tasks import digits_task
 
 
@@ -46,7 +46,7 @@ class MatryoshkaConfig:
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
     steps: int = 300
     batch_size: int = 64
-    rates: tuple[float, ...] = (2e-3, 4e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     seeds: tuple[int, ...] = (0, 1, 2, 3)
 
 
@@ -189,5 +189,6 @@ EXPERIMENT = Experiment(
     config=MatryoshkaConfig,
     run=run,
     rows=rows,
+    tuning=Tuning("aurac_log"),
     plot=plot,
 )

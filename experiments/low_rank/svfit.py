@@ -22,7 +22,7 @@ import jax
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_rates
+from experiments.runner import Context, Experiment, Tuning, best_rates
 from experiments.tasks import digits_task
 from subspace_jax.linalg import truncated_svd
 
@@ -35,7 +35,8 @@ class SvfitConfig:
       rank: singular values of each hidden kernel that learn.
       small_rank: as `rank`, for the comparison of largest and smallest.
       steps: optimizer steps.
-      head_rate: learning rate of the last layer, the same in every arm.
+      head_rate: learning rate of the last layer beside an adapter, the same in every arm.
+      head_rates: learning rates tried for the last layer alone.
       svfit_rates: learning rates tried for singular values.
       lora_rates: learning rates tried for LoRA.
       seeds: one network and one run of every arm per seed.
@@ -45,8 +46,9 @@ class SvfitConfig:
     small_rank: int = 16
     steps: int = 300
     head_rate: float = 1e-3
-    svfit_rates: tuple[float, ...] = (3e-2, 1e-1)
-    lora_rates: tuple[float, ...] = (1e-3, 3e-3)
+    head_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    svfit_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    lora_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -66,7 +68,7 @@ def run(config: SvfitConfig, context: Context) -> dict[str, Any]:
     """Runs every arm with every of its rates."""
     head = {"out/*": sj.full()}
     arms = {
-        "head only": ({}, (config.head_rate,)),
+        "head only": ({}, config.head_rates),
         "lora r=1": ({digits_task.HIDDEN: sj.lora(1)}, config.lora_rates),
         "lora r=8": ({digits_task.HIDDEN: sj.lora(8)}, config.lora_rates),
         f"svfit r={config.rank}": ({digits_task.HIDDEN: sj.svfit(config.rank)}, config.svfit_rates),
@@ -76,10 +78,8 @@ def run(config: SvfitConfig, context: Context) -> dict[str, Any]:
     jobs = [(name, rules, rate) for name, (rules, rates) in arms.items() for rate in rates]
     runs = []
     for name, rules, rate in context.track(jobs, "turned digits"):
-        optimizer = optax.multi_transform(
-            {"head": optax.adam(config.head_rate), "adapter": optax.adam(rate)},
-            _label,
-        )
+        head_rate = config.head_rate if rules else rate
+        optimizer = optax.multi_transform({"head": optax.adam(head_rate), "adapter": optax.adam(rate)}, _label)
         for seed in config.seeds:
             losses, accuracy, count = digits_task.adapt_and_fit(head | rules, optimizer, seed, config.steps)
             runs.append(
@@ -111,4 +111,5 @@ EXPERIMENT = Experiment(
     config=SvfitConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_runs, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_runs, with_spread
 from subspace_jax.methods.optimizers.lora_pro import Adjusted, equivalent_gradient, plain_pair
 
 
@@ -48,8 +48,8 @@ class LoraProConfig:
     alpha: float = 8.0
     steps: int = 300
     batch_size: int = 64
-    sgd_rates: tuple[float, ...] = (3e-3, 1e-2)
-    adam_rates: tuple[float, ...] = (1e-3, 3e-3)
+    sgd_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    adam_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
@@ -137,9 +137,11 @@ def _gap(factors: Any, gradients: Any, whole: jax.Array, pro: bool) -> jax.Array
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """Returns one line per arm and rate."""
+    """Returns one line per arm at its best rate, then one per arm and rate."""
     table = [["method and rate", "loss at the end", "smallest", "largest", "gap"]]
-    for method, found in best_runs(results["runs"], "loss", smallest=True).items():
+    best = best_runs(results["runs"], "loss", smallest=True, arm="arm")
+    lines = {f"best: {found[0]['method']}": found for found in best.values()}
+    for method, found in (lines | best_runs(results["runs"], "loss", smallest=True)).items():
         losses = [r["loss"] for r in found]
         loss, gap = with_spread(losses, 3, 1.0), with_spread([r["gap"] for r in found], 3, 1.0)
         table.append([method, loss, f"{min(losses):.3f}", f"{max(losses):.3f}", gap])
@@ -152,4 +154,5 @@ EXPERIMENT = Experiment(
     config=LoraProConfig,
     run=run,
     rows=rows,
+    tuning=Tuning("loss", smallest=True, arm="arm"),
 )

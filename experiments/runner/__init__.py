@@ -9,6 +9,7 @@ from experiments.runner._commands import list_entries as list_entries
 from experiments.runner._commands import run_commands as run_commands
 from experiments.runner._experiment import Context as Context
 from experiments.runner._experiment import Experiment as Experiment
+from experiments.runner._experiment import Tuning as Tuning
 from experiments.runner._registry import find as find
 from experiments.runner._registry import find_module as find_module
 from experiments.runner._registry import modules as modules
@@ -16,6 +17,7 @@ from experiments.runner._registry import names as names
 from experiments.runner._results import best_rates as best_rates
 from experiments.runner._results import best_runs as best_runs
 from experiments.runner._results import environment as environment
+from experiments.runner._results import grids as grids
 from experiments.runner._results import human_bytes as human_bytes
 from experiments.runner._results import markdown_table as markdown_table
 from experiments.runner._results import mean_and_spread as mean_and_spread
@@ -28,6 +30,7 @@ __all__ = [
     "Context",
     "Experiment",
     "Settings",
+    "Tuning",
     "best_rates",
     "best_runs",
     "by_family",
@@ -36,6 +39,7 @@ __all__ = [
     "environment",
     "find",
     "find_module",
+    "grids",
     "human_bytes",
     "list_entries",
     "main",

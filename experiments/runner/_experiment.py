@@ -59,6 +59,23 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuning:
+    """By which figure of its runs an experiment chooses the learning rate of each arm.
+
+    The command line checks that every arm's best rate lies inside its grid and writes grid and best into the result.
+
+    Attributes:
+      key: name of the figure in a run.
+      smallest: whether small is good.
+      arm: name of the entry of a run that names the arm.
+    """
+
+    key: str = "accuracy"
+    smallest: bool = False
+    arm: str = "method"
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """One entry of `python -m experiments list`.
 
@@ -70,6 +87,7 @@ class Experiment:
       rows: the table of a result, header first.
       plot: draws a result into a file, where a picture says more.
       assets: packages of real data and weights that it needs.
+      tuning: how the best learning rate of each arm is found among its `runs`; None where nothing is tuned.
     """
 
     name: str
@@ -79,3 +97,4 @@ class Experiment:
     rows: Callable[[Mapping[str, Any]], Sequence[Sequence[str]]]
     plot: Callable[[Mapping[str, Any], Path], None] | None = None
     assets: tuple[str, ...] = ()
+    tuning: Tuning | None = None

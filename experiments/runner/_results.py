@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -108,18 +109,40 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def best_runs(
-    runs: Sequence[Mapping[str, Any]], key: str, *, smallest: bool = False
+    runs: Sequence[Mapping[str, Any]], key: str, *, smallest: bool = False, arm: str = "method"
 ) -> dict[str, list[Mapping[str, Any]]]:
-    """Returns every method's runs at the learning rate whose mean of `key` over seeds is best."""
+    """Returns every arm's runs at the learning rate whose mean of `key` over seeds is best; not a number is worst."""
     best: dict[str, list[Mapping[str, Any]]] = {}
-    for method in dict.fromkeys(r["method"] for r in runs):
+    worst = math.inf if smallest else -math.inf
+
+    def score(found: Sequence[Mapping[str, Any]]) -> float:
+        mean = mean_and_spread([r[key] for r in found])[0]
+        return mean if math.isfinite(mean) else worst
+
+    for name in dict.fromkeys(r[arm] for r in runs):
         by_rate: dict[float, list[Mapping[str, Any]]] = {}
         for r in runs:
-            if r["method"] == method:
+            if r[arm] == name:
                 by_rate.setdefault(r["learning_rate"], []).append(r)
-        choose = min if smallest else max
-        best[method] = choose(by_rate.values(), key=lambda found: mean_and_spread([r[key] for r in found])[0])
+        best[name] = (min if smallest else max)(by_rate.values(), key=score)
     return best
+
+
+def grids(
+    runs: Sequence[Mapping[str, Any]], key: str, *, smallest: bool = False, arm: str = "method"
+) -> dict[str, dict[str, Any]]:
+    """Returns every arm's learning rates, the best of them, and whether it lies at the edge of its grid.
+
+    >>> runs = [{"method": "a", "learning_rate": r, "accuracy": r} for r in (0.1, 0.2)]
+    >>> grids(runs, "accuracy")
+    {'a': {'rates': [0.1, 0.2], 'best': 0.2, 'at_edge': True}}
+    """
+    found = {}
+    for name, best in best_runs(runs, key, smallest=smallest, arm=arm).items():
+        rates = sorted({r["learning_rate"] for r in runs if r[arm] == name})
+        rate = best[0]["learning_rate"]
+        found[name] = {"rates": rates, "best": rate, "at_edge": rate in (rates[0], rates[-1])}
+    return found
 
 
 def best_rates(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:

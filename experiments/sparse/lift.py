@@ -46,7 +46,7 @@ class LiftConfig:
     budget: int = 2
     outliers: float = 0.06
     examples: int = 512
-    seeds: tuple[int, ...] = tuple(range(20))
+    seeds: tuple[int, ...] = tuple(range(200))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_runs, mean_and_spread
+from experiments.runner import Context, Experiment, Tuning, best_runs, mean_and_spread
 from experiments.tasks.training import Trainer
 
 
@@ -50,7 +50,7 @@ class OftConfig:
     steps: int = 600
     batch_size: int = 128
     test_size: int = 1024
-    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -119,4 +119,5 @@ EXPERIMENT = Experiment(
     config=OftConfig,
     run=run,
     rows=rows,
+    tuning=Tuning("relative_error", smallest=True),
 )

@@ -38,7 +38,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_rates, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_rates, with_spread
 from experiments.tasks import digits_task
 
 
@@ -59,7 +59,7 @@ class SokaConfig:
     terms: int = 4
     rank: int = 4
     steps: int = 150
-    rates: tuple[float, ...] = (1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     planted: int = 3
     noise: tuple[float, ...] = (0.0, 0.01)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -143,4 +143,5 @@ EXPERIMENT = Experiment(
     config=SokaConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )

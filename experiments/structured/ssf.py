@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_runs, mean_and_spread
+from experiments.runner import Context, Experiment, Tuning, best_runs, mean_and_spread
 from experiments.tasks import digits_task
 
 
@@ -46,7 +46,7 @@ class SsfConfig:
     steps: int = 1500
     batch_size: int = 128
     spread: float = 0.5
-    rates: tuple[float, ...] = (3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -165,4 +165,5 @@ EXPERIMENT = Experiment(
     config=SsfConfig,
     run=run,
     rows=rows,
+    tuning=Tuning("error", smallest=True),
 )

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_runs, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_runs, with_spread
 from experiments.tasks import digits_task
 from subspace_jax.methods.systems.gcr import GrassmannHead
 
@@ -54,7 +54,7 @@ class GcrConfig:
     dims: tuple[int, ...] = (1, 2, 4, 8)
     steps: int = 1500
     batch_size: int = 64
-    rates: tuple[float, ...] = (0.02, 0.05)
+    rates: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     momentum: float = 0.9
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
@@ -200,4 +200,5 @@ EXPERIMENT = Experiment(
     config=GcrConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )
