@@ -4,6 +4,7 @@ from subspace_jax.optim._holes import Leaves as Leaves
 from subspace_jax.optim._holes import filled as filled
 from subspace_jax.optim._holes import is_hole as is_hole
 from subspace_jax.optim._holes import like_updates as like_updates
+from subspace_jax.optim._holes import rest_without_gradient as rest_without_gradient
 from subspace_jax.optim._in_subspace import Decomposition as Decomposition
 from subspace_jax.optim._in_subspace import InSubspaceState as InSubspaceState
 from subspace_jax.optim._in_subspace import in_complement as in_complement
@@ -57,6 +58,7 @@ __all__ = [
     "refuse_unseen",
     "replace_basis",
     "reset_moments",
+    "rest_without_gradient",
     "riemannian",
     "sandwich",
     "subspace_map",

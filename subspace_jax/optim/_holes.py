@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import optax
 
 
 def is_hole(value: Any) -> bool:
@@ -41,6 +42,58 @@ def filled(new: Any, old: Any) -> Any:
       {'a': 1.0, 'b': 3.0}
     """
     return jax.tree.map(lambda n, o: o if n is None else n, new, old, is_leaf=_is_none)
+
+
+def rest_without_gradient(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Runs an optimizer on the arrays that have a gradient; where there is None the parameters and its state rest.
+
+    Optimizers of optax take None for a gradient in part only: Adam refuses it, momentum is lost.
+
+    Args:
+      inner: any optimizer; it sees None among the updates, the parameters and its state alike.
+
+    Returns:
+      A transformation with the state of `inner`, whose structure stays. Its `update` needs `params` to tell what has no
+      gradient.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, subspace_jax as sj
+      >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+      >>> optimizer = sj.optim.rest_without_gradient(optax.adam(0.1))
+      >>> updates, _ = optimizer.update({"a": jnp.ones(2), "b": None}, optimizer.init(params), params)
+      >>> updates["b"] is None
+      True
+    """
+    extended = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return update_resting(extended, updates, state, params, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(extended.init, update)
+
+
+def update_resting(
+    inner: optax.GradientTransformationExtraArgs, updates: Any, state: Any, like: Any, params: Any, **extra: Any
+) -> tuple[Any, Any]:
+    """Updates by an optimizer, which rests where the updates have None and a tree `like` the parameters has arrays."""
+    if like is None or jax.tree.structure(updates) == jax.tree.structure(like):
+        return inner.update(updates, state, params, **extra)
+
+    def inside(update: Any, value: Any) -> Any:
+        """None may stand for a whole weight; here it stands for each of its arrays."""
+        return jax.tree.map(lambda _: None, value) if update is None else update
+
+    given = jax.tree.map(inside, updates, like, is_leaf=_is_none)
+    flags = jax.tree.map(lambda u, v: None if v is None else u is not None, given, like, is_leaf=_is_none)
+
+    def hidden(value: Any, has_gradient: bool) -> Any:
+        return value if is_hole(value) or has_gradient else None
+
+    # An optimizer's own holes have no array to hide.
+    seen = optax.tree.map_params(inner, hidden, state, flags, is_leaf=lambda v: isinstance(v, optax.MaskedNode))
+    resting = None if params is None else like_updates(given, params)
+    found, new = inner.update(given, seen, resting, **extra)
+    return like_updates(updates, found), filled(new, state)
 
 
 def _is_none(value: Any) -> bool:

@@ -16,7 +16,7 @@ from jax import lax
 from subspace_jax.core import Role, check_choice, check_int, leaves_with_paths, select_paths
 from subspace_jax.linalg import Side, complete
 from subspace_jax.optim._bases import bases_by_path, check_bases, check_orthonormal
-from subspace_jax.optim._holes import Leaves, filled
+from subspace_jax.optim._holes import Leaves, update_resting
 from subspace_jax.optim._matrix_views import matrix_views
 from subspace_jax.optim._subspace_map import (
     Moments,
@@ -153,7 +153,6 @@ def in_subspace(
         return InSubspaceState(jnp.zeros([], jnp.int32), jax.tree.unflatten(treedef, bases), state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, InSubspaceState]:
-        del params
         held = Leaves(updates)
         bases = held.of(state.basis)
         places = places_of(updates, bases, rule, roles)
@@ -177,13 +176,14 @@ def in_subspace(
             leaf if place is None else place.coordinates(leaf, columns, drop_rounding=rank is None)
             for leaf, columns, place in zip(held.arrays, bases, places, strict=True)
         ]
-        directions, inside = extended.update(held.tree(coordinates), inside, None, **extra)
+        # The parameters have other shapes than coordinates; they tell only what has no gradient.
+        directions, inside = update_resting(extended, held.tree(coordinates), inside, params, None, **extra)
         lifted = [
             direction if place is None else place.lifted(direction, columns, scale, leaf)
             for direction, columns, place, leaf in zip(held.of(directions), bases, places, held.arrays, strict=True)
         ]
         count = jnp.asarray(optax.safe_increment(state.count))
-        return held.tree(lifted), InSubspaceState(count, held.kept(bases, state.basis), filled(inside, state.inner))
+        return held.tree(lifted), InSubspaceState(count, held.kept(bases, state.basis), inside)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -15,7 +15,7 @@ import optax
 from subspace_jax.core import Role, StructureError, check_choice
 from subspace_jax.linalg import Mode, project
 from subspace_jax.optim._bases import Side, bases_by_path, check_bases, check_orthonormal, of_sides
-from subspace_jax.optim._holes import filled
+from subspace_jax.optim._holes import rest_without_gradient
 from subspace_jax.optim._matrix_views import MatrixView, map_matrices
 from subspace_jax.optim._rounding import ROUNDING, without_rounding
 
@@ -201,7 +201,7 @@ def sandwich(
       [0.0, 0.0]
     """
     after = project_orthogonal(basis, mode, side, rtol=rtol, renorm=renorm, roles=roles)
-    extended = optax.with_extra_args_support(inner)
+    extended = rest_without_gradient(inner)
 
     def init(params: Any) -> SandwichState:
         first: Any = after.init(params)
@@ -217,7 +217,7 @@ def sandwich(
         if jax.tree.structure(directions) != jax.tree.structure(updates):  # the views are of another tree
             seen = check_bases(bases, directions, side, roles, gradients=True)
         steps = _project_tree(directions, bases, seen, side, mode, rtol, renorm)
-        return steps, SandwichState(state.projection, filled(held, state.inner))
+        return steps, SandwichState(state.projection, held)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -30,7 +30,7 @@ from subspace_jax.core import (
 )
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.manifolds import Manifold, Retraction
-from subspace_jax.optim._holes import filled, like_updates
+from subspace_jax.optim._holes import like_updates, rest_without_gradient
 from subspace_jax.optim._moments import FIRST_MOMENTS, map_moments
 from subspace_jax.optim._rounding import without_rounding
 
@@ -107,7 +107,7 @@ def riemannian(
     def mask(tree: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(tree), [m is not None for _, m in _places(tree, manifold)])
 
-    masked = optax.with_extra_args_support(optax.masked(inner, mask))
+    masked = rest_without_gradient(optax.masked(inner, mask))
 
     def init(params: Any) -> RiemannianState:
         _check_patterns(manifold, params)
@@ -121,8 +121,7 @@ def riemannian(
         if params is None:
             raise ValueError("riemannian: update needs params; call optimizer.update(gradients, state, params).")
         count = jnp.asarray(optax.safe_increment(state.count))
-        params = like_updates(updates, params)
-        points = _points(params, manifold)
+        points = _points(like_updates(updates, params), manifold)
         if transport != "none":
             updates = _map_points(_tangent, updates, points)
         directions, held = masked.update(updates, state.inner, params, **extra)
@@ -136,7 +135,7 @@ def riemannian(
             return placed_like(new.astype(point.dtype), point) - point
 
         found = _map_points(step, directions, points, with_path=True)
-        return found, RiemannianState(count, filled(_transported(held, points, moved, transport), state.inner))
+        return found, RiemannianState(count, _transported(held, points, moved, transport))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -8,4 +8,4 @@ from .contract import CASES
 @pytest.mark.parametrize("axes", ["auto", "explicit"])
 def test_every_transformation_gives_the_same_on_8_devices_and_traces_once(axes):
     lines, output = run_on_8_devices(__file__, axes)
-    assert lines == [f"{case.name}: ok" for case in CASES], output
+    assert lines == [f"{case.name}: ok" for case in CASES if not case.variant], output

@@ -15,13 +15,13 @@ from subspace_jax.methods.low_rank.svfit import SplitSVD
 from subspace_jax.optim import (
     MatrixView,
     check_paths,
-    filled,
     is_hole,
     like_updates,
     map_matrices,
     matrix_views,
     refuse_unseen,
     reset_moments,
+    rest_without_gradient,
     without_rounding,
 )
 
@@ -112,7 +112,7 @@ def projection(
       (True, True)
     """
     check_choice("osf.projection: mode", mode, ("factored", "dense"))
-    extended = optax.with_extra_args_support(inner)
+    extended = rest_without_gradient(inner)
     given = _high_of(frozen)
 
     def projected(tree: Any, high: dict[str, High]) -> Any:
@@ -139,7 +139,7 @@ def projection(
             steps = projected(steps, high)
         elif project_params:
             steps = _after(steps, like_updates(steps, params), high)
-        return steps, OSFState(state.high, filled(held, state.inner))
+        return steps, OSFState(state.high, held)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -13,7 +13,7 @@ import optax
 
 from subspace_jax.core import Weight, check_int, is_weight
 from subspace_jax.methods.structured.loca._weight import CosineSpectrum
-from subspace_jax.optim import filled, is_hole, like_updates
+from subspace_jax.optim import is_hole, like_updates, rest_without_gradient
 
 # Two roundings of single precision below the highest location, beyond which a location would get no gradient.
 MARGIN = 2.0**-20
@@ -77,8 +77,8 @@ def alternating(
     check_int("alternating: coefficient_steps", coefficient_steps)
     check_int("alternating: location_steps", location_steps)
     check_int("alternating: cutoff_step", cutoff_step, least=0)
-    first = optax.with_extra_args_support(coefficients)
-    second = optax.with_extra_args_support(locations)
+    first = rest_without_gradient(coefficients)
+    second = rest_without_gradient(locations)
 
     def init(params: Any) -> AlternatingState:
         places = _select(params, True)
@@ -93,18 +93,18 @@ def alternating(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("alternating: call update(updates, state, params); it needs the parameters.")
-        params = like_updates(updates, params)
-        ours, theirs = ((_select(updates, one), _select(params, one)) for one in (False, True))
+        resting = like_updates(updates, params)
+        ours, theirs = ((_select(updates, one), _select(resting, one), _select(params, one)) for one in (False, True))
 
         def move_coefficients() -> tuple[Any, Any, Any, Any]:
-            change, inner = first.update(ours[0], state.coefficients, ours[1], **extra)
-            return _like(change, ours[1]), _still(theirs[1]), filled(inner, state.coefficients), state.locations
+            change, inner = first.update(ours[0], state.coefficients, ours[2], **extra)
+            return _like(change, ours[1]), _still(theirs[1]), inner, state.locations
 
         def move_locations() -> tuple[Any, Any, Any, Any]:
-            change, inner = second.update(theirs[0], state.locations, theirs[1], **extra)
+            change, inner = second.update(theirs[0], state.locations, theirs[2], **extra)
             change = _like(change, theirs[1])
             change = jax.tree.map(_projected, change, theirs[1], is_leaf=is_weight) if project else change
-            return _still(ours[1]), change, state.coefficients, filled(inner, state.locations)
+            return _still(ours[1]), change, state.coefficients, inner
 
         place = state.count % (coefficient_steps + location_steps)
         turn = (state.count > 0) & (state.count < cutoff_step) & (place >= coefficient_steps)
