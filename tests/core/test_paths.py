@@ -1,8 +1,11 @@
+import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import subspace_jax as sj
 from subspace_jax.core import (
     PatternError,
     is_weight,
@@ -113,3 +116,16 @@ def test_select_paths():
     assert select_paths(tree, ["a/*", "c/w"]) == ["a/b", "a/w", "c/w"]
     with pytest.raises(PatternError, match=r"'a/v' matches no leaf; nearest paths: 'a/w'"):
         select_paths(tree, ["**/w", "a/v"])
+
+
+def test_variables_of_nnx_have_the_paths_of_their_arrays():
+    """`nnx.Optimizer` initializes with variables and updates with arrays."""
+    model = nnx.Dict(head=nnx.Linear(2, 3, rngs=nnx.Rngs(0)), value=nnx.Param(jnp.ones(1)))
+    state = nnx.state(model)
+    paths = [p for p, _ in leaves_with_paths(state)]
+    assert paths == ["head/bias", "head/kernel", "value"] == [p for p, _ in leaves_with_paths(nnx.pure(state))]
+    assert select_paths(state, "*/kernel") == ["head/kernel"]
+    # A key of a dict, and a field of a stand-in, are names.
+    assert [p for p, _ in leaves_with_paths({"a": {"value": jnp.ones(1)}})] == ["a/value"]
+    adapted = sj.adapt(state, {"head/kernel": sj.lora(1), "value": sj.full()}, key=jax.random.key(0))
+    assert [row.path for row in sj.summary(adapted).rows] == paths

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 from flax.core import freeze
 from hypothesis import HealthCheck, given, settings
 
@@ -258,3 +259,20 @@ def test_bases_of_another_origin_are_in_the_file(path, assert_same_bits):
     save_adapter(path, {**tree, owner: foreign}, base=params)
     assert f"{owner}/basis_a" in read_safetensors(path)[0]
     assert_same_bits(load_adapter(path, params), {**tree, owner: foreign})
+
+
+def test_a_file_of_old_paths_loads_onto_variables_of_nnx(path):
+    """Once `.value` of a variable was a name in its path; a dict with that key writes the same file."""
+    kernel, bias = jnp.arange(12.0).reshape(4, 3), jnp.ones(3)
+    old = {"l": {"kernel": {"value": kernel}, "bias": {"value": bias}}}
+    adapted = sj.adapt(old, {"l/kernel/value": sj.lora(2)}, key=jax.random.key(0))
+    save_adapter(path, adapted, base=old)
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    model.kernel[...], model.bias[...] = kernel, bias
+    base = nnx.state(nnx.Dict(l=model))
+    found = dict(sj.core.leaves_with_paths(load_adapter(path, base)))
+    np.testing.assert_array_equal(found["l/kernel"].a, adapted["l"]["kernel"]["value"].a)
+    again = load_adapter(save_adapter(path, load_adapter(path, base), base=base), base)
+    np.testing.assert_array_equal(
+        dict(sj.core.leaves_with_paths(again))["l/kernel"].a, adapted["l"]["kernel"]["value"].a
+    )

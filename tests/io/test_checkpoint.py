@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import subspace_jax as sj
 from subspace_jax.io import (
@@ -390,3 +391,15 @@ def test_regenerated_arrays_go_where_shardings_say(folder):
     assert places["w"].basis_a.spec == jax.sharding.PartitionSpec(None, "x")
     assert places["w"].feature_scales.spec == jax.sharding.PartitionSpec(None, "x")
     np.testing.assert_array_equal(back["w"].basis_b, adapted["w"].basis_b)
+
+
+def test_a_state_of_old_paths_loads_into_variables_of_nnx(folder, adapted):
+    """Once `.value` of a variable was a name in its path; a dict with that key writes the same file."""
+    old = {"w": {"value": jnp.arange(6.0).reshape(2, 3)}}
+    optimizer = optax.adam(1e-3)
+    _, state = optimizer.update(old, optimizer.init(old))
+    save_checkpoint(folder, 1, adapted, opt_state=state)
+    like = optimizer.init(nnx.state(nnx.Dict(w=nnx.Param(jnp.zeros((2, 3))))))
+    found = restore_checkpoint(folder, like=like).opt_state
+    assert jax.tree.structure(found) == jax.tree.structure(like)
+    np.testing.assert_array_equal(jax.tree.leaves(found[0].mu)[0], state[0].mu["w"]["value"])

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from jax.sharding import PartitionSpec as P
 
 from subspace_jax import linalg
+from subspace_jax.linalg import wide_matmul
+from tests.tolerances import tolerance
 
 
 def random(*shape, seed=0):
@@ -149,3 +152,30 @@ def test_orthonormalize_of_nearly_parallel_columns_is_orthonormal():
     columns = random(50, 1) + 1e-4 * random(50, 12, seed=4)
     found = np.asarray(jax.jit(linalg.orthonormalize)(array(columns)), np.float64)
     np.testing.assert_allclose(found.T @ found, np.eye(12), atol=1e-5)
+
+
+def _joins(a, b):
+    try:
+        return np.broadcast_shapes(a, b) is not None
+    except ValueError:
+        return False
+
+
+STACKS = [(), (1,), (3,), (1, 1), (2, 1), (2, 3)]
+
+
+@pytest.mark.parametrize(("one", "other"), [(a, b) for a in STACKS for b in STACKS if _joins(a, b)])
+def test_products_of_stacks_over_explicit_axes(one, other):
+    """Types of split arrays are checked on one device too; the result inherits rows and columns."""
+    mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    rng = np.random.default_rng(0)
+    left, right = (rng.normal(size=s).astype(np.float32) for s in ((*one, 4, 3), (*other, 3, 5)))
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(v, jax.sharding.NamedSharding(mesh, P(*(None,) * (v.ndim - 2), *spec)))
+            for v, spec in ((left, ("a", None)), (right, (None, "b")))
+        ]
+        found = jax.jit(wide_matmul)(*placed)
+        depth = found.ndim - 2
+        assert tuple(jax.typeof(found).sharding.spec) == (*(None,) * depth, "a", "b")
+    np.testing.assert_allclose(found, left @ right, rtol=0, atol=tolerance(size=3, norm=10.0))

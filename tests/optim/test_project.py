@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import subspace_jax as sj
 from subspace_jax.core import PatternError, Role, RoleError, StructureError
+from subspace_jax.linalg import orthonormalize
+from tests.tolerances import tolerance
 
 IN, OUT = 12, 7
 
@@ -367,3 +371,49 @@ def test_bad_bases_are_refused_by_name():
     transform = sj.project_orthogonal({"w": columns()})
     with pytest.raises(StructureError, match="other side"):
         transform.update(params, transform.init(params), basis={"w": columns(OUT, 2)})
+
+
+class Small(nnx.Module):
+    """Two layers."""
+
+    def __init__(self):
+        self.l1, self.l2 = nnx.Linear(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.l2(jnp.tanh(self.l1(x)))
+
+
+@pytest.mark.parametrize("make", [sj.sandwich, lambda inner, basis: optax.chain(inner, sj.project_orthogonal(basis))])
+def test_an_nnx_optimizer_keeps_out_of_the_subspace(make):
+    columns = orthonormalize(jnp.asarray(np.random.default_rng(0).normal(size=(6, 2)), jnp.float32))
+    model = Small()
+    before = model.l1.kernel[...]
+    optimizer = nnx.Optimizer(model, make(optax.adam(0.1), {"l1/kernel": columns}), wrt=nnx.Param)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 6))) ** 2))(model))
+    change = model.l1.kernel[...] - before
+    assert jnp.abs(change).max() > 0.1
+    assert jnp.abs(columns.T @ change).max() <= tolerance(size=6, norm=jnp.abs(change).max())
+
+
+def test_a_basis_that_fits_no_leaf_of_the_updates_is_refused():
+    optimizer = sj.project_orthogonal({"a/w": jnp.eye(3)[:, :1]})
+    state = optimizer.init({"a": {"w": jnp.ones((3, 2))}})
+    for tree in ({"b": {"w": jnp.ones((3, 2))}}, {"a": jnp.ones((3, 2))}):  # the second one is a prefix of the path
+        with pytest.raises(PatternError, match="a/w"):
+            optimizer.update(tree, state)
+    updates, _ = optimizer.update({"a": {"w": None}, "b": jnp.ones(2)}, state)  # no gradient is no other tree
+    assert updates["a"]["w"] is None
+
+
+@pytest.mark.parametrize(("make", "times"), [(sj.project_orthogonal, 1), (lambda b: sj.sandwich(optax.sgd(1.0), b), 1)])
+def test_a_step_reads_the_tree_once(monkeypatch, make, times):
+    params = {"w": jnp.ones((3, 2))}
+    optimizer = make({"w": jnp.eye(3)[:, :1]})
+    state, calls = optimizer.init(params), []
+    for module in ("_bases", "_matrix_views"):
+        original = sys.modules[f"subspace_jax.optim.{module}"].matrix_views
+        counted = lambda *a, original=original: (calls.append(None), original(*a))[1]
+        monkeypatch.setattr(f"subspace_jax.optim.{module}.matrix_views", counted)
+    optimizer.update(params, state, params)
+    assert len(calls) == times

@@ -8,6 +8,7 @@ import pytest
 
 import subspace_jax as sj
 from subspace_jax.core import PatternError, RankError, StructureError
+from tests.tolerances import tolerance
 
 SPACES = (sj.manifolds.Grassmann(), sj.manifolds.Stiefel(), sj.manifolds.SpecialOrthogonal())
 by_name = pytest.mark.parametrize("space", SPACES, ids=lambda s: s.name)
@@ -219,3 +220,30 @@ def test_bad_input_is_refused():
         sj.methods.gcr.grassmann_sgd(0.1, transport="isometric")
     with pytest.raises(RankError, match="renormalize_every=0"):
         sj.methods.gcr.grassmann_sgd(0.1, renormalize_every=0)
+
+
+@pytest.mark.parametrize("space", [sj.manifolds.Grassmann(), sj.manifolds.Stiefel()])
+@pytest.mark.parametrize("transport", ["project", "none"])
+def test_gradients_in_bfloat16_stay_on_the_manifold(space, transport):
+    """Without momentum nothing else would widen the update."""
+    point = space.random_point(jax.random.key(0), (10, 3))
+    gradient = jnp.asarray(np.random.default_rng(0).normal(size=(10, 3)), jnp.bfloat16)
+    optimizer = sj.riemannian(space, optax.sgd(0.1), transport=transport)
+    state = optimizer.init(point)
+    for _ in range(3):
+        updates, state = optimizer.update(gradient, state, point)
+        assert updates.dtype == jnp.float32
+        point = optax.apply_updates(point, updates)
+    assert jnp.abs(point.T @ point - jnp.eye(3)).max() <= tolerance(size=10)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_adam_does_not_take_rounding_for_a_tangent(seed):
+    """A gradient in the span of a subspace has no tangent part; Adam gives rounding steps of full length."""
+    space = sj.manifolds.Grassmann()
+    point = space.random_point(jax.random.key(seed), (10, 3))
+    gradient = 100.0 * point @ jnp.asarray(np.random.default_rng(seed).normal(size=(3, 3)), jnp.float32)
+    optimizer = sj.riemannian(space, optax.adam(0.1))
+    updates, state = optimizer.update(gradient, optimizer.init(point), point)
+    assert jnp.abs(updates).max() <= tolerance()
+    assert not any(np.asarray(v).any() for v in jax.tree.leaves(state.inner.inner_state[0].mu))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 
 import subspace_jax as sj
 from subspace_jax.core import PatternError, StructureError
+from tests.tolerances import tolerance
 
 STACK = {"w": sj.Role.dense((1,), (2,), (0,))}
 
@@ -272,3 +275,25 @@ def test_cost_of_a_step_at_width_512():
     ):
         ratio = cost(make(method), lambda frozen: sj.methods.osf.projection(optax.adam(1e-3), frozen)) / plain
         assert least <= ratio <= most, ratio
+
+
+def test_narrow_gradients_end_at_projected_factors():
+    """The step is in the factors' dtype: rounded to bfloat16 it would leave the allowed space by a thousandth."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+    trainable, frozen = sj.partition(sj.adapt({"w": w}, {"w": sj.osf(3)}, key=jax.random.key(0)))
+    optimizer = sj.methods.osf.projection(optax.sgd(0.1), frozen)
+    gradient = jax.tree.map(lambda v: jnp.sin(1 + jnp.arange(v.size)).reshape(v.shape).astype(jnp.bfloat16), trainable)
+    updates, _ = optimizer.update(gradient, optimizer.init(trainable), trainable)
+    new = optax.apply_updates(trainable, updates)["w"]
+    assert jnp.abs(frozen["w"].high_left.T @ new.left).max() <= tolerance(size=8)
+
+
+def test_a_gradient_of_frozen_directions_moves_nothing_under_adam():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+    trainable, frozen = sj.partition(sj.adapt({"w": w}, {"w": sj.osf(3)}, key=jax.random.key(0)))
+    optimizer = sj.methods.osf.projection(optax.adam(0.1), frozen)
+    zero = jax.tree.map(jnp.zeros_like, trainable)["w"]
+    inside = 100.0 * frozen["w"].high_left @ jnp.ones((frozen["w"].high_left.shape[-1], zero.left.shape[-1]))
+    gradient = {"w": dataclasses.replace(zero, left=inside)}
+    updates, _ = optimizer.update(gradient, optimizer.init(trainable), trainable)
+    assert jnp.abs(updates["w"].left).max() <= tolerance(size=8)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import subspace_jax as sj
-from subspace_jax.core import RankError, StatisticsError
+from subspace_jax.core import RankError, StatisticsError, StructureError
 
 SHAPES = [(12, 7), (7, 12), (8, 8)]
 
@@ -151,3 +151,9 @@ def test_bad_input_is_refused_by_name():
         sj.adapt({"w": jnp.ones((4, 6))}, {"w": sj.methods.lora_sb.lora_xs(5)}, key=jax.random.key(0))
     with pytest.raises(ValueError, match="update"):
         sj.lora_sb(2, learning_rate=0.1, update="adam")
+
+
+def test_a_tree_without_cores_of_its_own_is_refused():
+    adapted = sj.adapt({"w": jnp.eye(8)}, {"w": sj.dora(sj.methods.lora_sb.lora_xs(2))}, key=jax.random.key(0))
+    with pytest.raises(StructureError, match="inside another weight"):
+        sj.methods.lora_sb.scale_by_lora_sb(adapted)

@@ -12,6 +12,7 @@ import scipy.linalg
 import subspace_jax as sj
 from subspace_jax.core import StructureError
 from subspace_jax.methods.optimizers.lora_pro import adjust_pair, equivalent_gradient, plain_pair
+from tests.tolerances import assert_rounding, tolerance
 
 SCALE = 2.0
 
@@ -228,3 +229,82 @@ def test_bad_input_is_refused():
     half = {"w": dataclasses.replace(trainable["layer_0"], b=None)}
     with pytest.raises(StructureError, match="both factors together"):
         sj.methods.lora_pro.scale_by_lora_pro().init(half)
+
+
+def spec_loop(a, b, w, x, y, scale, rate, steps):
+    """The specification's SGD in float64, with the damping of 1e-8 that is above float64's rounding."""
+    a, b, w, x, y = (np.asarray(v, np.float64) for v in (a, b, w, x, y))
+    for _ in range(steps):
+        whole = x.T @ (x @ (w + scale * a @ b) - y) / len(x)
+        left, right = scale * whole @ b.T, scale * a.T @ whole
+        ga, gb = a.T @ a, b @ b.T
+        a_inverse, b_inverse = (np.linalg.pinv(g, rcond=1e-12, hermitian=True) for g in (ga, gb))
+        if not b.any():
+            step_a, step_b = left, a_inverse @ right / scale**2
+        else:
+            step_a = left @ b_inverse / scale**2
+            step_b = a_inverse @ (right - right @ b.T @ b_inverse @ b) / scale**2
+            (la, ua), (lb, ub) = np.linalg.eigh(ga), np.linalg.eigh(gb)
+            turned = -ua.T @ (a.T @ step_a) @ ub
+            solution = ua @ (turned / np.maximum(la[:, None] + lb[None, :], 1e-8)) @ ub.T
+            step_a, step_b = step_a + a @ solution, step_b - solution @ b
+        a, b = a - rate * step_a, b - rate * step_b
+    return 0.5 * np.sum((x @ (w + scale * a @ b) - y) ** 2) / len(x)
+
+
+@pytest.mark.parametrize("examples", [4, 8])
+def test_fewer_examples_than_the_rank_train_as_in_float64(examples):
+    """The Gram matrix of B is singular then; its small eigenvalues in float32 are rounding, above any fixed damping."""
+    rng = np.random.default_rng(0)
+    w, goal = (rng.normal(size=(32, 32)) / np.sqrt(32) for _ in range(2))
+    x = rng.normal(size=(examples, 32))
+    y = x @ goal
+    trainable, frozen = sj.partition(
+        sj.adapt({"w": jnp.asarray(w, jnp.float32)}, {"w": sj.lora(16, alpha=32.0)}, key=jax.random.key(0))
+    )
+    start = trainable["w"]
+    optimizer = sj.lora_pro(3e-3)
+
+    @jax.jit
+    def train(trainable):
+        def loss(t):
+            merged = sj.combine(t, frozen)["w"].materialize()
+            return 0.5 * jnp.sum((jnp.asarray(x, jnp.float32) @ merged - jnp.asarray(y, jnp.float32)) ** 2) / len(x)
+
+        def step(carry, _):
+            t, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(t), state, t)
+            return (optax.apply_updates(t, updates), state), None
+
+        (t, _), _ = jax.lax.scan(step, (trainable, optimizer.init(trainable)), None, length=300)
+        return loss(t)
+
+    expected = spec_loop(start.a, start.b, w, x, y, 2.0, 3e-3, 300)
+    np.testing.assert_allclose(train(trainable), expected, rtol=1e-2)
+
+
+def test_two_equal_columns_give_the_projection():
+    a, b, whole = problem()
+    a = a.at[:, 1].set(a[:, 0])
+    found = equivalent_gradient(a, b, adjust_pair(a, b, *gradients(a, b, whole), SCALE), SCALE)
+    left, right = projectors(a, b)
+    wide = np.asarray(whole, np.float64)
+    outside = (np.eye(7) - left) @ wide @ (np.eye(5) - right)
+    # Gram matrices square the condition of the factors.
+    condition = np.linalg.cond(np.asarray(b, np.float64)) ** 2
+    np.testing.assert_allclose(found, wide - outside, rtol=0, atol=tolerance(size=condition, norm=np.abs(wide).max()))
+
+
+def test_a_pair_without_gradient_rests_and_half_of_one_is_refused():
+    trainable, _ = tree()
+    given = jax.tree.map(jnp.cos, trainable)
+    optimizer = sj.methods.lora_pro.scale_by_lora_pro_adam()
+    both, _ = optimizer.update(given, optimizer.init(trainable), trainable)
+    one, state = optimizer.update(given | {"layer_1": None}, optimizer.init(trainable), trainable)
+    assert one["layer_1"] is None
+    assert_rounding(one["layer_0"].a, both["layer_0"].a)
+    assert np.asarray(state.mu[0][0]).any()
+    assert not np.asarray(state.mu[0][1]).any()
+    half = given | {"layer_1": dataclasses.replace(given["layer_1"], a=None)}
+    with pytest.raises(StructureError, match="one factor of a pair has no gradient"):
+        optimizer.update(half, optimizer.init(trainable), trainable)

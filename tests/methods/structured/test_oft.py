@@ -151,3 +151,12 @@ def test_block_size_moves_to_the_nearest_divisor_with_a_warning():
     assert sj.summary(sj.adapt(params, {"w": sj.oft(None, blocks=2)}, key=jax.random.key(0))).trainable == 2 * 15
     with pytest.raises(ValueError, match="give one of"):
         sj.oft(4, blocks=2)
+
+
+def test_the_constraint_holds_inside_another_weight():
+    adapted = sj.adapt({"w": jnp.eye(8)}, {"w": sj.dora(sj.oft(4))}, key=jax.random.key(0))
+    trainable, _ = sj.partition(adapted)
+    optimizer = optax.chain(optax.sgd(1.0), sj.methods.oft.coft_projection(1e-2))
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, trainable), optimizer.init(trainable), trainable)
+    entries = updates["w"].direction.skew_entries
+    np.testing.assert_allclose(np.sqrt(2) * np.linalg.norm(entries, axis=-1), 1e-2 / np.sqrt(2), rtol=1e-5)
