@@ -25,7 +25,7 @@ quickstart: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/python -m experiments quickstart
 
 test: $(VENV)/.installed-$(EXTRAS)
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 $(TESTS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -116,7 +116,7 @@ def best_runs(
     worst = math.inf if smallest else -math.inf
 
     def score(found: Sequence[Mapping[str, Any]]) -> float:
-        mean = mean_and_spread([r[key] for r in found])[0]
+        mean = statistics.fmean(r[key] for r in found)
         return mean if math.isfinite(mean) else worst
 
     for name in dict.fromkeys(r[arm] for r in runs):

@@ -25,67 +25,74 @@ class Case:
       start: how far the merged weight may be from the array at the start, relative to the array's largest entry;
         0 for bitwise equality.
       refuses: kinds of kernel that the method refuses with an error of the library's own.
-      variant: another setting of a method that stands here with all kinds of kernel; it is tried on the few of `FEW`.
+      whole: tried on all kinds of kernel and inside every transform, and trained on 8 devices: one setting of each
+        parameterization. The others share its code there, so they are tried on `FEW` kernels: what a method's own
+        start, or another route of a parameterization, can get wrong.
     """
 
     name: str
     factory: Callable[[int], sj.Method]
     start: float = 0.0
     refuses: tuple[str, ...] = ()
-    variant: bool = False
+    whole: bool = False
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """Names of the kernels that it is tried on."""
-        return tuple(name for name in (FEW if self.variant else KERNELS) if name not in self.refuses)
+        return tuple(name for name in (KERNELS if self.whole else FEW) if name not in self.refuses)
 
 
 FEW = ("wide", "heads_in", "conv_strided", "tied", "stacked", "bfloat16")
 
 METHODS = (
-    Case("full", lambda rank: sj.full()),
-    Case("lora", lambda rank: sj.lora(rank, alpha=3.0, dropout=0.3)),
-    Case("rslora", lambda rank: sj.lora(rank, alpha=3.0, rank_stabilized=True), variant=True),
+    Case("full", lambda rank: sj.full(), whole=True),
+    Case("lora", lambda rank: sj.lora(rank, alpha=3.0, dropout=0.3), whole=True),
+    Case("rslora", lambda rank: sj.lora(rank, alpha=3.0, rank_stabilized=True)),
     Case("pissa", lambda rank: sj.pissa(rank), start=1e-5),
-    Case("pissa_exact", lambda rank: sj.pissa(rank, alpha=3.0, svd="exact"), start=1e-5, variant=True),
-    Case("qpissa", lambda rank: sj.qpissa(rank, steps=2), start=0.3),
-    Case("dora_lora", lambda rank: sj.dora(sj.lora(rank)), start=1e-6),
-    Case("dora_pissa", lambda rank: sj.dora(sj.pissa(rank)), start=1e-5, variant=True),
-    Case("dora_exact", lambda rank: sj.dora(sj.lora(rank, alpha=3.0), norm="exact"), start=1e-6, variant=True),
-    Case("matryoshka", lambda rank: sj.matryoshka(sj.lora(rank, dropout=0.3), rank_scale="sqrt")),
-    Case("dora_matryoshka", lambda rank: sj.dora(sj.matryoshka(sj.lora(rank))), start=1e-6, variant=True),
-    Case("flora", lambda rank: sj.flora(rank, window_ranks=(2, 1), dropout=0.3, factor_init="kaiming_fan_in")),
-    Case("ssf", lambda rank: sj.ssf(std=0.0)._replace(plan=None)),
-    Case("oft", lambda rank: sj.oft(None, blocks=1)),
-    Case("oft_series", lambda rank: sj.oft(None, blocks=1, terms=5, magnitude=True), variant=True),
-    Case("svfit", lambda rank: sj.svfit(rank), start=1e-5),
-    Case("svfit_formed", lambda rank: sj.svfit(rank, route="materialized"), start=1e-5, variant=True),
-    Case("osf", lambda rank: sj.osf(0.5), start=1e-5),
-    Case("osf_common", lambda rank: sj.osf(0.5, width="common", route="factored"), start=1e-5, variant=True),
-    Case("lift", lambda rank: sj.lift(rank, filter_rank=rank)),
-    Case("lift_blocks", lambda rank: sj.lift(rank, filter_rank=rank, blocks=(2, 1)), variant=True),
-    Case("s2ft_rows", lambda rank: sj.s2ft(0.5), refuses=("conv_strided", "conv_dilated", "conv_grouped")),
-    Case("s2ft_columns", lambda rank: sj.s2ft(0.5, side="columns", parameterization="in_place")),
+    Case("pissa_exact", lambda rank: sj.pissa(rank, alpha=3.0, svd="exact"), start=1e-5),
+    Case("qpissa", lambda rank: sj.qpissa(rank, steps=2), start=0.3, whole=True),
+    Case("dora_lora", lambda rank: sj.dora(sj.lora(rank)), start=1e-6, whole=True),
+    Case("dora_pissa", lambda rank: sj.dora(sj.pissa(rank)), start=1e-5),
+    Case("dora_exact", lambda rank: sj.dora(sj.lora(rank, alpha=3.0), norm="exact"), start=1e-6),
+    Case("matryoshka", lambda rank: sj.matryoshka(sj.lora(rank, dropout=0.3), rank_scale="sqrt"), whole=True),
+    Case("dora_matryoshka", lambda rank: sj.dora(sj.matryoshka(sj.lora(rank))), start=1e-6),
+    Case(
+        "flora", lambda rank: sj.flora(rank, window_ranks=(2, 1), dropout=0.3, factor_init="kaiming_fan_in"), whole=True
+    ),
+    Case("ssf", lambda rank: sj.ssf(std=0.0)._replace(plan=None), whole=True),
+    Case("oft", lambda rank: sj.oft(None, blocks=1), whole=True),
+    Case("oft_series", lambda rank: sj.oft(None, blocks=1, terms=5, magnitude=True)),
+    Case("svfit", lambda rank: sj.svfit(rank), start=1e-5, whole=True),
+    Case("svfit_formed", lambda rank: sj.svfit(rank, route="materialized"), start=1e-5),
+    Case("osf", lambda rank: sj.osf(0.5), start=1e-5, whole=True),
+    Case("osf_common", lambda rank: sj.osf(0.5, width="common", route="factored"), start=1e-5),
+    Case("lift", lambda rank: sj.lift(rank, filter_rank=rank), whole=True),
+    Case("lift_blocks", lambda rank: sj.lift(rank, filter_rank=rank, blocks=(2, 1)), whole=True),
+    Case("s2ft_in", lambda rank: sj.s2ft(0.5), refuses=("conv_strided", "conv_dilated", "conv_grouped"), whole=True),
+    Case("s2ft_out", lambda rank: sj.s2ft(0.5, side="columns", parameterization="in_place"), whole=True),
     Case("loldu", lambda rank: sj.loldu(rank, sigma=0.5), start=1e-5),
     Case("loldu_whole", lambda _: sj.loldu(), start=1e-5),
     Case("corda", lambda rank: _with_gram(sj.corda(rank, alpha=3.0)), start=1e-5),
-    Case("corda_kept", lambda rank: _with_gram(sj.corda(rank, mode="kpm", balanced=True)), start=1e-5, variant=True),
-    Case("randlora", lambda rank: sj.randlora(rank)),
+    Case("corda_kept", lambda rank: _with_gram(sj.corda(rank, mode="kpm", balanced=True)), start=1e-5),
+    Case("randlora", lambda rank: sj.randlora(rank), whole=True),
     Case(
         "randlora_peft",
         lambda rank: sj.randlora(rank, scaling="peft", basis="sparse", pairing="peft", route="factored"),
-        variant=True,
     ),
     Case("lora_xs", lambda rank: sj.methods.lora_sb.lora_xs(rank, alpha=3.0), start=1e-3),
     Case("lora_sb", lambda rank: _with_gradient(sj.lora_sb(rank, learning_rate=1e-3, alpha=3.0)), start=1e-1),
-    Case("soka", lambda rank: sj.soka(rank), start=1e-5),
+    Case("soka", lambda rank: sj.soka(rank), start=1e-5, whole=True),
     Case("o_lora", lambda rank: sj.o_lora(rank, tasks=2, alpha=3.0)),
-    Case("loca", lambda rank: sj.loca(5 * rank, alpha=0.5)),
-    Case("loca_transformed", lambda rank: sj.loca(5 * rank, evaluation="fast"), variant=True),
+    Case("loca", lambda rank: sj.loca(5 * rank, alpha=0.5), whole=True),
+    Case("loca_transformed", lambda rank: sj.loca(5 * rank, evaluation="fast")),
 )
 
-# What is tried on 8 devices: every weight class, in the setting with all kinds of kernel.
-SHARDED = tuple(case for case in METHODS if not case.variant)
+# Of these every check is made, inside every transform too.
+PARAMETERIZATIONS = tuple(case for case in METHODS if case.whole)
+
+# What is tried on 8 devices: every parameterization trains a step, and these start there with arrays that are split.
+STARTS = ("pissa", "loldu", "loldu_whole", "corda", "lora_xs", "lora_sb", "o_lora")
+SHARDED = tuple(case for case in METHODS if case.whole or case.name in STARTS)
 
 
 def _with_gradient(method: sj.Method) -> sj.Method:
@@ -123,7 +130,7 @@ def roles() -> dict[str, sj.Role]:
 def adapt(case: Case, params: dict[str, jax.Array], seed: int = 0) -> Any:
     """Returns the tree with a stand-in of the method in every array's place."""
     rules = {name: case.factory(KERNELS[name].rank) for name in params}
-    return sj.adapt(params, rules, key=jax.random.key(seed), roles=roles())
+    return sj.adapt(params, rules, key=jax.random.key(seed), roles={name: roles()[name] for name in params})
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import subspace_jax as sj
 from subspace_jax.core import SubspaceError, Weight, leaves_with_paths
 
 from .kernels import KERNELS, loss, make_inputs, make_params, model
-from .methods import METHODS, adapt, fresh, supported, trained
+from .methods import METHODS, PARAMETERIZATIONS, adapt, fresh, supported, trained
 
 FLOAT32, BFLOAT16 = 2e-5, 4e-2
 
@@ -23,6 +23,11 @@ FLOAT32, BFLOAT16 = 2e-5, 4e-2
 # Of module scope so that pytest runs all checks of one method together, and what they share is computed once.
 @pytest.fixture(params=METHODS, ids=lambda case: case.name, scope="module")
 def case(request):
+    return request.param
+
+
+@pytest.fixture(params=PARAMETERIZATIONS, ids=lambda case: case.name, scope="module")
+def whole(request):
     return request.param
 
 
@@ -107,48 +112,48 @@ def test_no_gradient_reaches_what_is_frozen(case):
                 assert not np.asarray(gradient, np.float32).any(), f"{part} is frozen and has a gradient"
 
 
-def test_eager_gives_the_same(case):
-    outputs = sj.with_adapters(model)(trained(case), inputs_of(case))
-    assert_close(outputs, reference(case)[0], "eager")
+def test_eager_gives_the_same(whole):
+    outputs = sj.with_adapters(model)(trained(whole), inputs_of(whole))
+    assert_close(outputs, reference(whole)[0], "eager")
 
 
-def test_vmap_over_adapters_gives_the_same(case):
+def test_vmap_over_adapters_gives_the_same(whole):
     """Many adapters of one base in one batch."""
-    trainable, frozen = sj.partition(trained(case))
-    other, _ = sj.partition(trained(case, seed=1))
+    trainable, frozen = sj.partition(trained(whole))
+    other, _ = sj.partition(trained(whole, seed=1))
     stacked = jax.tree.map(lambda *v: jnp.stack(v), other, trainable)
 
     def apply(trainable):
-        return sj.with_adapters(model)(sj.combine(trainable, frozen), inputs_of(case))
+        return sj.with_adapters(model)(sj.combine(trainable, frozen), inputs_of(whole))
 
     outputs = jax.jit(jax.vmap(apply))(stacked)
-    assert_close(jax.tree.map(lambda y: y[1], outputs), reference(case)[0], "vmap")
+    assert_close(jax.tree.map(lambda y: y[1], outputs), reference(whole)[0], "vmap")
     assert all(not jnp.array_equal(*y) for y in jax.tree.leaves(outputs))
 
 
-def test_scan_gives_the_same(case):
+def test_scan_gives_the_same(whole):
     """The model inside a loop over batches, so that weights enter the loop as constants."""
 
     def over_batches(params, inputs):
         return jax.lax.scan(lambda _, batch: (None, model(params, batch)), None, inputs)[1]
 
-    inputs = jax.tree.map(lambda x: jnp.stack([x[::-1], x]), inputs_of(case))
+    inputs = jax.tree.map(lambda x: jnp.stack([x[::-1], x]), inputs_of(whole))
 
     def apply(adapted, inputs):
         return jax.tree.map(lambda y: y[1], sj.with_adapters(over_batches)(adapted, inputs))
 
-    trainable, frozen = sj.partition(trained(case))
+    trainable, frozen = sj.partition(trained(whole))
     (_, outputs), gradients = jax.jit(objective(apply))(trainable, frozen, inputs)
-    assert_close(outputs, reference(case)[0], "scan")
-    assert_close(gradients, reference(case)[1], "scan gradients")
+    assert_close(outputs, reference(whole)[0], "scan")
+    assert_close(gradients, reference(whole)[1], "scan gradients")
 
 
-def test_remat_gives_the_same(case):
-    trainable, frozen = sj.partition(trained(case))
+def test_remat_gives_the_same(whole):
+    trainable, frozen = sj.partition(trained(whole))
     apply = sj.with_adapters(jax.checkpoint(model))
-    (_, outputs), gradients = jax.jit(objective(apply))(trainable, frozen, inputs_of(case))
-    assert_close(outputs, reference(case)[0], "remat")
-    assert_close(gradients, reference(case)[1], "remat gradients")
+    (_, outputs), gradients = jax.jit(objective(apply))(trainable, frozen, inputs_of(whole))
+    assert_close(outputs, reference(whole)[0], "remat")
+    assert_close(gradients, reference(whole)[1], "remat gradients")
 
 
 def test_a_stand_in_has_the_arrays_shape_and_dtype(case):
@@ -184,8 +189,8 @@ def test_partition_and_combine_are_inverse(case):
     assert count == len(jax.tree.leaves(trained(case)))
 
 
-def test_flattening_and_unflattening_are_inverse(case):
-    adapted = trained(case)
+def test_flattening_and_unflattening_are_inverse(whole):
+    adapted = trained(whole)
     leaves, structure = jax.tree.flatten(adapted)
     again = jax.tree.unflatten(structure, leaves)
     assert jax.tree.structure(again) == structure
