@@ -190,9 +190,7 @@ def on_grassmannian(learning_rate):
 
 
 CASES = (
-    Case(
-        "project_before_sgd", lambda rate: optax.chain(projection(), momentum(rate)), "complement", variant=True
-    ),
+    Case("project_before_sgd", lambda rate: optax.chain(projection(), momentum(rate)), "complement", variant=True),
     Case("project_before_adam", lambda rate: optax.chain(projection(), adam(rate)), None, variant=True),
     Case("project_after_adam", lambda rate: optax.chain(adam(rate), projection()), "complement", converges=False),
     Case(

@@ -19,9 +19,9 @@ def added(tree, **options):
 
 
 def test_adds_the_gradient_of_the_term_in_the_loss():
-    params = make_tree()
+    params = make_tree(1)  # those of the start are orthogonal, where the direction of the pull is rounding
     found = dict(leaves_with_paths(added(params, weight=0.5, lam=1.0, alpha=2.0, roles=ROLES)))
-    for path in ("matrix", "stacked", "conv", "heads", "bfloat16"):
+    for path in ("matrix", "stacked", "conv", "bfloat16"):
         term = lambda w, path=path: 0.5 * lambda_orthogonality(w, 1.0, 2.0, role=ROLES.get(path))
         expected = jax.grad(term)(params[path].astype(jnp.float32))
         tolerance = 1e-2 if path == "bfloat16" else 1e-5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -127,10 +127,9 @@ def scale_by_coso(
         places = wanted(params) if held.arrays else []
         subspaces = [_start(leaf, place, r1, r2, tasks) for leaf, place in zip(held.arrays, places, strict=True)]
         moments = [_no_moments(leaf, place, r1) for leaf, place in zip(held.arrays, places, strict=True)]
-        trees = [held.tree([s[i] for s in subspaces]) for i in range(4)]
-        return CosoState(
-            jnp.zeros([], jnp.int32), *trees, held.tree(moments), held.tree([jnp.zeros_like(m) for m in moments])
-        )
+        trees = {name: held.tree([getattr(s, name) for s in subspaces]) for name in _Subspace._fields}
+        nu = held.tree([jnp.zeros_like(m) for m in moments])
+        return CosoState(count=jnp.zeros([], jnp.int32), **trees, mu=held.tree(moments), nu=nu)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, CosoState]:
         del params, extra
@@ -168,8 +167,12 @@ def scale_by_coso(
             _lifted(size * m / (jnp.sqrt(v) + eps), p, s, leaf)
             for m, v, p, s, leaf in zip(first, second, places, subspaces, held.arrays, strict=True)
         ]
-        new = [held.kept([s[i] for s in subspaces], old) for i, old in enumerate(trees)]
-        return held.tree(steps), CosoState(count, *new, held.kept(first, state.mu), held.kept(second, state.nu))
+        new = {
+            name: held.kept([getattr(s, name) for s in subspaces], old)
+            for name, old in zip(_Subspace._fields, trees, strict=True)
+        }
+        new |= {"mu": held.kept(first, state.mu), "nu": held.kept(second, state.nu)}
+        return held.tree(steps), CosoState(count=count, **new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -263,7 +266,7 @@ def coso(
         if params is None and not is_zero(weight_decay):
             raise ValueError("coso: weight_decay needs params=, the current parameters.")
         # The steps of this task, which `next_task` resets: a chained schedule would continue.
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         directions, state = direction.update(updates, state, params, **extra)
 
         def step(u: jax.Array, w: jax.Array | None = None) -> jax.Array:
@@ -276,9 +279,9 @@ def coso(
     return optax.GradientTransformationExtraArgs(direction.init, update)
 
 
-def _start(leaf: jax.Array, place: SubspaceMap | None, r1: int, r2: int, tasks: int) -> Sequence[Any]:
+def _start(leaf: jax.Array, place: SubspaceMap | None, r1: int, r2: int, tasks: int) -> _Subspace:
     if place is None:
-        return (optax.MaskedNode(),) * 4
+        return _Subspace(*(optax.MaskedNode(),) * 4)  # pyright: ignore[reportArgumentType]
     shape = matrix_shape(leaf, place.view)
     size = shape[-2 if place.side == "in" else -1]
     widths = min(r1, *shape[-2:]), min(r2, size), min(size, tasks * r2)

@@ -131,7 +131,8 @@ def scale_by_dct_adam(
             low = jnp.broadcast_to(line, (*whole.shape[:-1], min(rank, whole.shape[-1])))
             indices = jnp.broadcast_to(jnp.arange(low.shape[-1], dtype=jnp.int32), (*low.shape[:-2], low.shape[-1]))
             found.append((low, jnp.copy(low), indices, whole if error_feedback else optax.MaskedNode()))
-        return DctAdamState(jnp.zeros((), jnp.int32), *(held.tree([parts[i] for parts in found]) for i in range(4)))
+        trees = {name: held.tree([parts[i] for parts in found]) for i, name in enumerate(_Leaf._fields)}
+        return DctAdamState(count=jnp.zeros((), jnp.int32), **trees)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, DctAdamState]:
         del params
@@ -150,8 +151,11 @@ def scale_by_dct_adam(
                 step, leaf = _compressed(gradient, view, leaf, state.count, corrections)
                 made.append(step)
                 kept.append(leaf)
-        new = [held.kept([leaf[i] for leaf in kept], old) for i, old in enumerate(trees)]
-        return held.tree(made), DctAdamState(count, *new)
+        new = {
+            name: held.kept([getattr(leaf, name) for leaf in kept], old)
+            for name, old in zip(_Leaf._fields, trees, strict=True)
+        }
+        return held.tree(made), DctAdamState(count=count, **new)
 
     def _adam(mu: jax.Array, nu: jax.Array, gradient: jax.Array) -> Any:
         mu, nu = b1 * mu + (1 - b1) * gradient, b2 * nu + (1 - b2) * gradient * gradient

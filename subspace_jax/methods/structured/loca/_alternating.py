@@ -145,7 +145,7 @@ def _projected(change: Any, params: Any) -> Any:
     if not isinstance(params, Weight):
         return change
     inner = {n: _projected(getattr(change, n), v) for n, v in params.data_items() if isinstance(v, Weight)}
-    if isinstance(params, CosineSpectrum) and not (is_hole(params.locations) or is_hole(change.locations)):
-        new = jnp.clip(params.locations + change.locations, 0.0, params.highest - MARGIN)
-        inner["locations"] = new - params.locations
+    if isinstance(params, CosineSpectrum) and not is_hole(change.locations):
+        old: Any = params.locations
+        inner["locations"] = jnp.clip(old + change.locations, 0.0, params.highest - MARGIN) - old
     return change.map_fields(lambda name, value: inner.get(name, value))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Method, Role, check_rank, require_matrix
+from subspace_jax.core import Method, Role, check_choice, check_number, check_probability, check_rank, require_matrix
 from subspace_jax.methods.structured.loca._weight import CosineSpectrum, Evaluation
-from subspace_jax.weights import map_weights
+from subspace_jax.weights import hidden_zeros, map_weights
 
 
 def loca(
@@ -60,13 +60,11 @@ def loca(
       >>> bool((sj.merge(adapted)["w"] == 1.0).all())
       True
     """
-    check_rank(count)
-    if evaluation not in ("auto", "default", "sparse", "fast", "factored"):
-        raise ValueError(
-            f'loca: evaluation={evaluation!r}; expected "auto", "default", "sparse", "fast" or "factored".'
-        )
-    if not 0.0 <= dropout < 1.0 or not 0.0 < highest <= 1.0:
-        raise ValueError(f"loca: dropout={dropout}, highest={highest}; expected 0 <= dropout < 1 and 0 < highest <= 1.")
+    count = check_rank(count, what="loca: count")
+    check_number("loca: alpha", alpha, above=0.0)
+    check_choice("loca: evaluation", evaluation, get_args(Evaluation))
+    check_probability("loca: dropout", dropout)
+    check_number("loca: highest", highest, above=0.0, most=1.0)
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> CosineSpectrum:
         del stats
@@ -74,7 +72,7 @@ def loca(
         stack = role.stack_shape(array.shape)
         return CosineSpectrum(
             base=array,
-            coefficients=jnp.zeros((*stack, count), jnp.float32),
+            coefficients=hidden_zeros(key, (*stack, count)),
             locations=jax.random.uniform(key, (*stack, 2, count), jnp.float32),
             scale=alpha,
             highest=highest,

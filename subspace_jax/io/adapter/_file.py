@@ -1,0 +1,212 @@
+"""Saves adapters without their base in one safetensors file, and loads them onto the base again."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from subspace_jax.core import is_weight, leaves_with_paths, map_with_paths
+from subspace_jax.io._array import ArraySpec, array_spec, on_host, to_stored
+from subspace_jax.io._base import BaseArrays, digest
+from subspace_jax.io._describe import describe_node
+from subspace_jax.io._errors import AdapterFileError, ManifestError, listing
+from subspace_jax.io._manifest import check_header, differences, header
+from subspace_jax.io._rebuild import array_nodes, concrete_leaf, rebuild_node
+from subspace_jax.io._safetensors import NATIVE_DTYPES, read_safetensors, write_safetensors
+
+_FORMAT = "subspace_jax.adapter"
+_KEY = "subspace_jax"
+
+
+def save_adapter(path: str | os.PathLike[str], adapted: Any, *, base: Any = None) -> pathlib.Path:
+    """Writes what adaptation added to the parameters into one safetensors file, atomically.
+
+    Tensors are named by their slash-joined paths; a manifest in the file's metadata tells how the stand-in weights
+    are made of them. Arrays outside stand-in weights are not stored but recorded by shape, dtype and hash.
+
+    Args:
+      path: the file; its folder must exist.
+      adapted: a tree with stand-in weights, trained or not.
+      base: the parameters that `adapt` was given. Frozen arrays whose bytes equal theirs are left out of the file;
+        those that differ (the residual of PiSSA, moved batch statistics) are stored. Without it, the frozen arrays
+        of all stand-in weights are stored.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      AdapterFileError: nothing is adapted, `base` is another tree, or the file cannot be written.
+
+    Example:
+      >>> import pathlib, tempfile, jax, jax.numpy as jnp, subspace_jax as sj
+      >>> params = {"w": jnp.ones((6, 4)), "b": jnp.zeros(4)}
+      >>> adapted = sj.adapt(params, {"w": sj.lora(rank=2)}, key=jax.random.key(0))
+      >>> path = save_adapter(pathlib.Path(tempfile.mkdtemp(), "adapter.safetensors"), adapted, base=params)
+      >>> list(read_safetensors(path)[0])
+      ['w/a', 'w/b']
+      >>> bool((load_adapter(path, params)["w"].a == adapted["w"].a).all())
+      True
+    """
+    try:
+        manifest, tensors = _pack(adapted, BaseArrays(base), has_base=base is not None)
+    except ManifestError as error:
+        raise AdapterFileError(f"{os.fspath(path)}: nothing was written: {error}") from error
+    write_safetensors(path, tensors, {_KEY: json.dumps(manifest, allow_nan=False, separators=(",", ":"))})
+    return pathlib.Path(path)
+
+
+def load_adapter(path: str | os.PathLike[str], base_params: Any, *, verify: bool = True) -> Any:
+    """Loads the adapters of a file onto the parameters that they were made for.
+
+    Args:
+      path: a file written by `save_adapter`.
+      base_params: the parameters that were adapted; any tree with the same paths.
+      verify: compare the hashes of the parameters too, not only shapes and dtypes. Without it, adapters can be put
+        on parameters with other numbers.
+
+    Returns:
+      A tree of the structure of `base_params` with stand-in weights. What the file left out is taken from
+      `base_params` without a copy.
+
+    Raises:
+      AdapterFileError: the file is damaged or hostile, a tensor is missing, extra or wrongly shaped, or the
+        parameters are not those that were adapted.
+    """
+    tensors, metadata = read_safetensors(path)
+    if _KEY not in metadata:
+        raise AdapterFileError(
+            f"{path}: has no {_KEY!r} manifest in its metadata, so it was not written by save_adapter. Read its "
+            "tensors with read_safetensors."
+        )
+    try:
+        nodes = _nodes(metadata[_KEY])
+        base = BaseArrays(base_params)
+        names = _stored_names(nodes, base)
+        _check_paths(nodes, base.leaves, "the file", "the parameters")
+        leaves = _unpack(nodes, tensors, base, verify)
+    except ManifestError as error:
+        raise AdapterFileError(f"{path}: {error}") from error
+    return map_with_paths(lambda path, _: leaves[names[path] if path in names else path], base_params)
+
+
+def _stored_names(nodes: Mapping[str, Any], base: BaseArrays) -> dict[str, str]:
+    """What a file calls paths that had another name then; the base arrays get that name too.
+
+    Once the variables of Flax NNX had a name `value` of their own.
+    """
+    names = {path: f"{path}/value" for path in base.leaves if path not in nodes and f"{path}/value" in nodes}
+    for path, name in names.items():
+        base.leaves[name] = base.leaves.pop(path)
+    return names
+
+
+def _pack(adapted: Any, base: BaseArrays, has_base: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    leaves = leaves_with_paths(adapted)
+    nodes: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
+    if not any(is_weight(leaf) for _, leaf in leaves):
+        raise ManifestError("the tree holds no stand-in weight, so there is nothing of adapters to save.")
+    for path, leaf in leaves:
+        if path in nodes:
+            raise ManifestError(
+                f"{path!r} is the path of two leaves: a key of some dict is empty or holds a slash. Rename it."
+            )
+        if is_weight(leaf):
+            _shape_of(leaf, path)
+        elif not hasattr(leaf, "dtype"):
+            raise ManifestError(f"{path}: holds a {type(leaf).__name__}, expected an array or a stand-in weight.")
+        if has_base or is_weight(leaf):
+            nodes[path] = describe_node(leaf, arrays, base, path)
+        else:
+            spec = array_spec(leaf, path).to_json()
+            nodes[path] = {"node": "array", **spec, "base": path, "sha256": digest(leaf, path)}
+    if has_base:
+        _check_paths(nodes, base.leaves, "the adapted tree", "base")
+        _check_stand_ins(dict(leaves), base)
+    tensors = {}
+    for name, value in arrays.items():
+        spec = array_spec(value, name)
+        tensors[name] = on_host(to_stored(value, spec), name).view(_file_dtype(spec))
+    return {**header(_FORMAT), "leaves": nodes}, tensors
+
+
+def _unpack(
+    nodes: Mapping[str, Any], tensors: Mapping[str, np.ndarray], base: BaseArrays, verify: bool
+) -> dict[str, Any]:
+    stored: dict[str, ArraySpec] = {}
+    references: dict[str, tuple[ArraySpec, tuple[str, str]]] = {}
+    for path, node in nodes.items():
+        here, there = array_nodes(node, path)
+        stored |= here
+        references |= there
+    expected = {name: ArraySpec(spec.shape, _file_dtype(spec)) for name, spec in stored.items()}
+    found = {name: ArraySpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    if wrong := differences(expected, found):
+        raise ManifestError(f"the tensors are not those of the file's own manifest:{listing(wrong)}")
+    wrong = base.check(((path, spec, sha) for spec, (path, sha) in references.values()), verify=verify)
+    if wrong:
+        raise ManifestError(
+            f"the parameters are not those that were adapted:{listing(wrong)}\nLoad the same pretrained checkpoint, "
+            "in the same dtype; verify=False puts the adapters on other numbers of the same shapes."
+        )
+    arrays = {name: tensors[name].view(spec.stored_dtype) for name, spec in stored.items()}
+    leaves = {path: rebuild_node(node, path, concrete_leaf(arrays, base)) for path, node in nodes.items()}
+    _check_stand_ins(leaves, base)
+    return leaves
+
+
+def _file_dtype(spec: ArraySpec) -> np.dtype:
+    """The dtype of an array in the file: that of its bytes where the format has no word for a one-byte dtype."""
+    if spec.stored_dtype in NATIVE_DTYPES or spec.stored_dtype.itemsize > 1:
+        return spec.stored_dtype
+    return np.dtype(np.uint8)
+
+
+def _nodes(text: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"the manifest is no JSON: {str(error)[:100]}.") from error
+    check_header(manifest, _FORMAT)
+    nodes = manifest.get("leaves")
+    if not isinstance(nodes, dict):
+        raise ManifestError("the manifest lists no leaves.")
+    return nodes
+
+
+def _check_paths(ours: Mapping[str, Any], theirs: Mapping[str, Any], our_name: str, their_name: str) -> None:
+    lines = [f"{path!r} is in {our_name}, not in {their_name}" for path in ours if path not in theirs]
+    lines += [f"{path!r} is in {their_name}, not in {our_name}" for path in theirs if path not in ours]
+    if lines:
+        raise ManifestError(
+            f"{our_name} and {their_name} are not of one tree:{listing(lines)}\nPass the parameters exactly as adapt() "
+            "got them."
+        )
+
+
+def _check_stand_ins(leaves: Mapping[str, Any], base: BaseArrays) -> None:
+    wrong = []
+    for path, leaf in leaves.items():
+        if is_weight(leaf):
+            have, want = base.leaves[path], _shape_of(leaf, path)
+            if (tuple(have.shape), np.dtype(have.dtype)) != (tuple(want), np.dtype(leaf.dtype)):
+                wrong.append(
+                    f"{path!r} is {have.dtype}{list(have.shape)} in the parameters, and the {type(leaf).__name__} "
+                    f"stands for {leaf.dtype}{list(want)}"
+                )
+    if wrong:
+        raise ManifestError(f"the adapters do not fit the parameters:{listing(wrong)}")
+
+
+def _shape_of(weight: Any, path: str) -> tuple[int, ...]:
+    try:
+        return weight.shape
+    except (AttributeError, TypeError, IndexError) as error:
+        raise ManifestError(
+            f"{path}: parts of the {type(weight).__name__} are missing. combine() the two trees of partition() first."
+        ) from error
