@@ -1,28 +1,28 @@
 """Saving and loading: checkpoints of runs, adapters alone in a file, PEFT's folders, and manifests of trees."""
 
-from subspace_jax.io._adapter_file import load_adapter as load_adapter
-from subspace_jax.io._adapter_file import save_adapter as save_adapter
 from subspace_jax.io._atomic import replacing as replacing
-from subspace_jax.io._checkpoint import abstract_checkpoint as abstract_checkpoint
-from subspace_jax.io._checkpoint import latest_step as latest_step
-from subspace_jax.io._checkpoint import restore_checkpoint as restore_checkpoint
-from subspace_jax.io._checkpoint import save_checkpoint as save_checkpoint
-from subspace_jax.io._checkpointer import Checkpointer as Checkpointer
 from subspace_jax.io._describe import describe as describe
 from subspace_jax.io._errors import AdapterFileError as AdapterFileError
 from subspace_jax.io._errors import CheckpointError as CheckpointError
 from subspace_jax.io._errors import ManifestError as ManifestError
-from subspace_jax.io._peft_backbones import bert_names as bert_names
-from subspace_jax.io._peft_backbones import dinov2_names as dinov2_names
-from subspace_jax.io._peft_backbones import llama_names as llama_names
-from subspace_jax.io._peft_folder import load_peft as load_peft
-from subspace_jax.io._peft_folder import save_peft as save_peft
-from subspace_jax.io._peft_names import NameMap as NameMap
-from subspace_jax.io._peft_names import NameRule as NameRule
 from subspace_jax.io._rebuild import rebuild as rebuild
 from subspace_jax.io._safetensors import read_safetensors as read_safetensors
 from subspace_jax.io._safetensors import write_safetensors as write_safetensors
-from subspace_jax.io._state import Checkpoint as Checkpoint
+from subspace_jax.io.adapter import load_adapter as load_adapter
+from subspace_jax.io.adapter import save_adapter as save_adapter
+from subspace_jax.io.checkpoint import Checkpoint as Checkpoint
+from subspace_jax.io.checkpoint import Checkpointer as Checkpointer
+from subspace_jax.io.checkpoint import abstract_checkpoint as abstract_checkpoint
+from subspace_jax.io.checkpoint import latest_step as latest_step
+from subspace_jax.io.checkpoint import restore_checkpoint as restore_checkpoint
+from subspace_jax.io.checkpoint import save_checkpoint as save_checkpoint
+from subspace_jax.io.peft import NameMap as NameMap
+from subspace_jax.io.peft import NameRule as NameRule
+from subspace_jax.io.peft import bert_names as bert_names
+from subspace_jax.io.peft import dinov2_names as dinov2_names
+from subspace_jax.io.peft import llama_names as llama_names
+from subspace_jax.io.peft import load_peft as load_peft
+from subspace_jax.io.peft import save_peft as save_peft
 
 __all__ = [
     "AdapterFileError",

@@ -12,7 +12,7 @@ import numpy as np
 from subspace_jax.io._array import ArraySpec
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import CheckpointError, ManifestError
-from subspace_jax.io._state import (
+from subspace_jax.io.checkpoint._state import (
     Checkpoint,
     check_base,
     check_manifest,

@@ -19,14 +19,14 @@ from subspace_jax.core import Full, Weight, is_weight, leaves_with_paths, map_wi
 from subspace_jax.io._atomic import replacing
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import AdapterFileError, ManifestError, listing
-from subspace_jax.io._peft_config import CONFIG_NAME, FORMAT_VERSION, TENSORS_NAME, Settings, read_settings
-from subspace_jax.io._peft_full import pack_full, unpack_full
-from subspace_jax.io._peft_lora import is_low_rank, pack_lora, unpack_lora
-from subspace_jax.io._peft_names import NameMap, TensorPlace, require_places
-from subspace_jax.io._peft_oft import pack_oft, unpack_oft
-from subspace_jax.io._peft_randlora import pack_randlora, unpack_randlora
-from subspace_jax.io._peft_tensors import index_places, sort_tensors
 from subspace_jax.io._safetensors import read_safetensors, write_safetensors
+from subspace_jax.io.peft._config import CONFIG_NAME, FORMAT_VERSION, TENSORS_NAME, Settings, read_settings
+from subspace_jax.io.peft._full import pack_full, unpack_full
+from subspace_jax.io.peft._lora import is_low_rank, pack_lora, unpack_lora
+from subspace_jax.io.peft._names import NameMap, TensorPlace, require_places
+from subspace_jax.io.peft._oft import pack_oft, unpack_oft
+from subspace_jax.io.peft._randlora import pack_randlora, unpack_randlora
+from subspace_jax.io.peft._tensors import index_places, sort_tensors
 from subspace_jax.methods.structured.oft import Rotated
 from subspace_jax.methods.structured.randlora import RandomBases
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from subspace_jax.io._checkpointer import Checkpointer
-from subspace_jax.io._state import Checkpoint
+from subspace_jax.io.checkpoint._checkpointer import Checkpointer
+from subspace_jax.io.checkpoint._state import Checkpoint
 
 
 def save_checkpoint(

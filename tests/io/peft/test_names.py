@@ -6,7 +6,7 @@ import pytest
 from subspace_jax import models
 from subspace_jax.core import Role, leaves_with_paths
 from subspace_jax.io import ManifestError, NameMap, NameRule, bert_names, dinov2_names, llama_names
-from subspace_jax.io._peft_names import require_places
+from subspace_jax.io.peft._names import require_places
 
 
 def shaped(*shape):

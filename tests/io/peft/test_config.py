@@ -5,7 +5,7 @@ import re
 import pytest
 
 from subspace_jax.io import AdapterFileError, ManifestError
-from subspace_jax.io._peft_config import check_settings, exact_pattern, read_settings
+from subspace_jax.io.peft._config import check_settings, exact_pattern, read_settings
 
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 

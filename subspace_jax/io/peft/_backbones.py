@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from subspace_jax.io._peft_names import NameMap, NameRule
+from subspace_jax.io.peft._names import NameMap, NameRule
 
 
 def bert_names() -> NameMap:

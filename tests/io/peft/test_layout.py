@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from subspace_jax.io import NameMap, NameRule
-from subspace_jax.io import _peft_layout as layout
+from subspace_jax.io.peft import _layout as layout
 
 RNG = np.random.default_rng(0)
 

@@ -12,10 +12,10 @@ import numpy as np
 from subspace_jax.core import Weight
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
-from subspace_jax.io._peft_config import Settings
-from subspace_jax.io._peft_layout import sizes, stack, unstack
-from subspace_jax.io._peft_names import TensorPlace
-from subspace_jax.io._peft_tensors import (
+from subspace_jax.io.peft._config import Settings
+from subspace_jax.io.peft._layout import sizes, stack, unstack
+from subspace_jax.io.peft._names import TensorPlace
+from subspace_jax.io.peft._tensors import (
     ONE_SETTING,
     Found,
     check_original,

@@ -12,7 +12,7 @@ import numpy as np
 from subspace_jax.core import Weight, nearest
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError, listing
-from subspace_jax.io._peft_names import TensorPlace
+from subspace_jax.io.peft._names import TensorPlace
 
 PREFIX = "base_model.model."
 _BASE = ".base_layer"

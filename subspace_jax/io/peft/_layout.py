@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from subspace_jax.io._array import array_spec, on_host
-from subspace_jax.io._peft_names import TensorPlace
+from subspace_jax.io.peft._names import TensorPlace
 
 
 def host_array(value: Any, where: str) -> np.ndarray:

@@ -14,8 +14,8 @@ import numpy as np
 from subspace_jax.core import Weight
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
-from subspace_jax.io._peft_config import Settings, exact_pattern
-from subspace_jax.io._peft_layout import (
+from subspace_jax.io.peft._config import Settings, exact_pattern
+from subspace_jax.io.peft._layout import (
     factor_names,
     factor_shapes,
     host_array,
@@ -28,8 +28,8 @@ from subspace_jax.io._peft_layout import (
     stack,
     unstack,
 )
-from subspace_jax.io._peft_names import TensorPlace
-from subspace_jax.io._peft_tensors import (
+from subspace_jax.io.peft._names import TensorPlace
+from subspace_jax.io.peft._tensors import (
     ONE_SETTING,
     Found,
     check_original,

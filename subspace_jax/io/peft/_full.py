@@ -12,9 +12,9 @@ import numpy as np
 from subspace_jax.core import Full, Weight, is_weight
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError, listing
-from subspace_jax.io._peft_layout import stack, unstack, whole_from_torch, whole_shape, whole_to_torch
-from subspace_jax.io._peft_names import TensorPlace
-from subspace_jax.io._peft_tensors import (
+from subspace_jax.io.peft._layout import stack, unstack, whole_from_torch, whole_shape, whole_to_torch
+from subspace_jax.io.peft._names import TensorPlace
+from subspace_jax.io.peft._tensors import (
     Found,
     check_shapes,
     index_places,
