@@ -91,7 +91,7 @@ def load_adapter(path: str | os.PathLike[str], base_params: Any, *, verify: bool
         leaves = _unpack(nodes, tensors, base, verify)
     except ManifestError as error:
         raise AdapterFileError(f"{path}: {error}") from error
-    return map_with_paths(lambda path, _: leaves[names[path] if path in names else path], base_params)
+    return map_with_paths(lambda name, _: leaves[names.get(name, name)], base_params)
 
 
 def _stored_names(nodes: Mapping[str, Any], base: BaseArrays) -> dict[str, str]:

@@ -146,7 +146,7 @@ def scale_by_dct_adam(
             if is_hole(leaf.indices) or view is None:
                 moments, step = _adam(leaf.mu, leaf.nu, gradient.astype(jnp.float32))
                 made.append(step(corrections).astype(gradient.dtype))
-                kept.append(_Leaf(*moments, leaf.indices, leaf.error))
+                kept.append(_Leaf(moments[0], moments[1], leaf.indices, leaf.error))
             else:
                 step, leaf = _compressed(gradient, view, leaf, state.count, corrections)
                 made.append(step)
