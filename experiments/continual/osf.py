@@ -46,7 +46,7 @@ class OsfConfig:
     tasks: int = 5
     steps: int = 400
     batch_size: int = 64
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     kernel_std: float = 0.02
     seeds: tuple[int, ...] = (0, 1, 2, 3)
 
@@ -102,25 +102,16 @@ def follow(config: OsfConfig, stream: latent_tasks.Stream, name: str, rate: floa
 def train(adapted: Any, key: jax.Array, data: Any, arm: str, rate: float, steps: int, batch_size: int) -> Any:
     """Trains the kernel and the head of one task; one compiled program for all tasks and seeds."""
     x, y, features = data
-    trainable, frozen = sj.partition(adapted)
     optimizer = optax.adam(rate)
     if arm.startswith("osf"):
-        optimizer = sj.methods.osf.projection(optimizer, frozen, **METHODS[arm])
+        optimizer = sj.methods.osf.projection(optimizer, sj.partition(adapted)[1], **METHODS[arm])
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
-        trainable, state = carry
+    def loss(adapted: Any, key: jax.Array) -> jax.Array:
         rows = jax.random.randint(key, (batch_size,), 0, len(x))
+        logits = latent_tasks.apply(adapted, features, x[rows])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
 
-        def loss(t: Any) -> jax.Array:
-            logits = latent_tasks.apply(sj.combine(t, frozen), features, x[rows])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
-
-        updates, state = optimizer.update(jax.grad(loss)(trainable), state, trainable)
-        return (optax.apply_updates(trainable, updates), state), None
-
-    start = trainable, optimizer.init(trainable)
-    (trainable, _), _ = jax.lax.scan(step, start, jax.random.split(key, steps))
-    return sj.combine(trainable, frozen)
+    return sj.training.scan_steps(loss, optimizer, adapted, jax.random.split(key, steps)).adapted
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:

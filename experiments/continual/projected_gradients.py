@@ -132,21 +132,14 @@ def fit(
       The trained tree, the optimizer's state and the loss of every step.
     """
     x, y = data
-    trainable, frozen = sj.partition(adapted)
 
-    def objective(trainable: Any, rows: jax.Array) -> jax.Array:
-        whole = sj.combine(trainable, frozen)
+    def objective(whole: Any, key: jax.Array) -> jax.Array:
+        rows = jax.random.randint(key, (batch_size,), 0, len(x))
         loss = optax.softmax_cross_entropy_with_integer_labels(apply(whole, x[rows]), y[rows]).mean()
         return loss + sj.methods.o_lora.penalty(whole) if penalty else loss
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-        trainable, state = carry
-        value, gradients = jax.value_and_grad(objective)(trainable, jax.random.randint(key, (batch_size,), 0, len(x)))
-        updates, state = optimizer.update(gradients, state, trainable)
-        return (optax.apply_updates(trainable, updates), state), value
-
-    (trainable, state), losses = jax.lax.scan(step, (trainable, state), jax.random.split(key, steps))
-    return sj.combine(trainable, frozen), state, losses
+    end = sj.training.scan_steps(objective, optimizer, adapted, jax.random.split(key, steps), opt_state=state)
+    return end.adapted, end.opt_state, end.losses
 
 
 def scores(table: np.ndarray) -> dict[str, float]:

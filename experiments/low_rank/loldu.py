@@ -37,7 +37,7 @@ class LolduConfig:
     Attributes:
       ranks: numbers of pivots of each hidden kernel that learn; the first is compared with the baselines.
       steps: optimizer steps.
-      head_rate: learning rate of the last layer beside an adapter, the same in every arm.
+      head_rate: learning rate of the last layer beside an adapter, the same in every arm: the best of it alone.
       head_rates: learning rates tried for the last layer alone.
       loldu_rates: learning rates tried for pivots, with a scale of one.
       small_scale_rates: learning rates tried with the scale 1 / rank.
@@ -47,12 +47,12 @@ class LolduConfig:
 
     ranks: tuple[int, ...] = (64, 32, 16)
     steps: int = 300
-    head_rate: float = 1e-3
+    head_rate: float = 3e-2
     head_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     loldu_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     small_scale_rates: tuple[float, ...] = (3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
     lora_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 def run(config: LolduConfig, context: Context) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class LoraSbConfig:
     steps: int = 200
     samples: int = 64
     learning_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 def still_start(method: sj.Method) -> sj.Method:

@@ -95,19 +95,13 @@ def _fit(config: MechanismConfig, method: str, weight: Any, target: Any, x: Any,
         "random": _random_orthonormal(config.rank),
     }[method]
     adapted = sj.adapt(params, {"w": core}, key=jax.random.key(seed), stats=stats)
-    trainable, frozen = sj.partition(adapted)
-    optimizer = optax.adam(config.learning_rate)
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
-        trainable, state = carry
-        rows = jax.random.randint(key, (config.batch_size,), 0, config.samples)
-        gradient = jax.grad(lambda t: loss(sj.combine(t, frozen), jnp.asarray(x)[rows]))(trainable)
-        updates, state = optimizer.update(gradient, state, trainable)
-        return (optax.apply_updates(trainable, updates), state), None
+    def objective(adapted: Any, key: jax.Array) -> jax.Array:
+        return loss(adapted, jnp.asarray(x)[jax.random.randint(key, (config.batch_size,), 0, config.samples)])
 
-    keys = jax.random.split(jax.random.key(seed), config.steps)
-    trained = jax.jit(lambda start: jax.lax.scan(step, start, keys)[0][0])((trainable, optimizer.init(trainable)))
-    return float(loss(sj.combine(trained, frozen), jnp.asarray(x)) / loss(params, jnp.asarray(x)))
+    keys, optimizer = jax.random.split(jax.random.key(seed), config.steps), optax.adam(config.learning_rate)
+    trained = jax.jit(lambda tree: sj.training.scan_steps(objective, optimizer, tree, keys).adapted)(adapted)
+    return float(loss(trained, jnp.asarray(x)) / loss(params, jnp.asarray(x)))
 
 
 def _random_orthonormal(rank: int) -> sj.Method:

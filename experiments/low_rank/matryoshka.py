@@ -103,19 +103,13 @@ def train(
     batch_size: int,
 ) -> Any:
     """Trains what learns with Adam; one compiled loop for every rate and seed."""
-    trainable, frozen = sj.partition(adapted)
-    optimizer = optax.adam(rate)
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
-        trainable, state = carry
+    def loss(adapted: Any, key: jax.Array) -> jax.Array:
         rows_key, rank_key = jax.random.split(key)
         rows = jax.random.randint(rows_key, (batch_size,), 0, len(x))
-        gradients = jax.grad(lambda t: objective(sj.combine(t, frozen), rank_key, x[rows], y[rows]))(trainable)
-        updates, state = optimizer.update(gradients, state, trainable)
-        return (optax.apply_updates(trainable, updates), state), None
+        return objective(adapted, rank_key, x[rows], y[rows])
 
-    (trainable, _), _ = jax.lax.scan(step, (trainable, optimizer.init(trainable)), jax.random.split(key, steps))
-    return sj.combine(trainable, frozen)
+    return sj.training.scan_steps(loss, optax.adam(rate), adapted, jax.random.split(key, steps)).adapted
 
 
 def run(config: MatryoshkaConfig, context: Context) -> dict[str, Any]:

@@ -189,23 +189,13 @@ def _train(
     config: PissaConfig, key: jax.Array, adapted: Any, x: jax.Array, labels: jax.Array, steps: int
 ) -> tuple[Any, jax.Array]:
     """Trains what learns of a tree; returns it with the loss of every step."""
-    trainable, frozen = sj.partition(adapted)
-    tx = optax.adam(config.learning_rate)
 
-    def step(state: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
-        trainable, moments = state
+    def loss(adapted: Any, key: jax.Array) -> jax.Array:
         chosen = jax.random.choice(key, len(x), (config.batch,), replace=False)
+        return optax.softmax_cross_entropy_with_integer_labels(_apply(adapted, x[chosen]), labels[chosen]).mean()
 
-        def loss(trainable: Any) -> jax.Array:
-            logits = _apply(sj.combine(trainable, frozen), x[chosen])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
-
-        value, gradients = jax.value_and_grad(loss)(trainable)
-        updates, moments = tx.update(gradients, moments)
-        return (optax.apply_updates(trainable, updates), moments), value
-
-    (trainable, _), losses = jax.lax.scan(step, (trainable, tx.init(trainable)), jax.random.split(key, steps))
-    return sj.combine(trainable, frozen), losses
+    end = sj.training.scan_steps(loss, optax.adam(config.learning_rate), adapted, jax.random.split(key, steps))
+    return end.adapted, end.losses
 
 
 def _rules(config: PissaConfig) -> dict[str, dict[str, sj.Method]]:

@@ -35,7 +35,7 @@ class SvfitConfig:
       rank: singular values of each hidden kernel that learn.
       small_rank: as `rank`, for the comparison of largest and smallest.
       steps: optimizer steps.
-      head_rate: learning rate of the last layer beside an adapter, the same in every arm.
+      head_rate: learning rate of the last layer beside an adapter, the same in every arm: the best of it alone.
       head_rates: learning rates tried for the last layer alone.
       svfit_rates: learning rates tried for singular values.
       lora_rates: learning rates tried for LoRA.
@@ -45,11 +45,11 @@ class SvfitConfig:
     rank: int = 64
     small_rank: int = 16
     steps: int = 300
-    head_rate: float = 1e-3
+    head_rate: float = 3e-2
     head_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    svfit_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    svfit_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
     lora_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 def bottom_values(rank: int) -> sj.Method:

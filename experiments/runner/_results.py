@@ -62,7 +62,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Returns mean and sample standard deviation; the latter is 0 for one value."""
+    """Returns mean and sample standard deviation; the latter is 0 for one value, NaN if a value is not finite."""
+    if not all(map(math.isfinite, values)):
+        return statistics.fmean(values), math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 

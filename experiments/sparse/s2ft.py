@@ -167,32 +167,19 @@ def measure_shift(config: S2ftConfig, seed: int) -> list[dict[str, Any]]:
 def _fit_shift(adapted: Any, data: tuple[jax.Array, jax.Array]) -> Any:
     x, y = data
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-2, 2000))
-    trainable, frozen = sj.partition(adapted)
     product = sj.with_adapters(lambda p: jnp.mean((x @ p["w"] - y) ** 2))
-
-    def step(carry: Any, _: None) -> tuple[Any, None]:
-        trainable, state = carry
-        updates, state = optimizer.update(jax.grad(lambda t: product(sj.combine(t, frozen)))(trainable), state)
-        return (optax.apply_updates(trainable, updates), state), None
-
-    (trainable, _), _ = jax.lax.scan(step, (trainable, optimizer.init(trainable)), None, length=2000)
-    return sj.combine(trainable, frozen)
+    return sj.training.scan_steps(lambda tree, _: product(tree), optimizer, adapted, steps=2000).adapted
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
 def fit(adapted: Any, key: jax.Array, x: jax.Array, y: jax.Array, optimizer: Any, steps: int) -> Any:
     """Returns the tree trained on batches of 128 rows; one compiled loop."""
-    trainable, frozen = sj.partition(adapted)
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
-        trainable, state = carry
+    def loss(adapted: Any, key: jax.Array) -> jax.Array:
         chosen = jax.random.randint(key, (128,), 0, len(x))
-        objective = lambda t: _cross_entropy(sj.combine(t, frozen), x[chosen], y[chosen])  # noqa: E731
-        updates, state = optimizer.update(jax.grad(objective)(trainable), state, trainable)
-        return (optax.apply_updates(trainable, updates), state), None
+        return _cross_entropy(adapted, x[chosen], y[chosen])
 
-    (trainable, _), _ = jax.lax.scan(step, (trainable, optimizer.init(trainable)), jax.random.split(key, steps))
-    return sj.combine(trainable, frozen)
+    return sj.training.scan_steps(loss, optimizer, adapted, jax.random.split(key, steps)).adapted
 
 
 _PRETRAINING = optax.adam(1e-3)

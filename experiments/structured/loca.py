@@ -100,20 +100,14 @@ def fit(change: jax.Array, config: LocaConfig, cutoff: int, seed: int) -> float:
     adapted = sj.adapt({"w": jnp.zeros(SHAPE)}, {"w": sj.loca(config.count)}, key=jax.random.key(seed))
     optimizer = turns(config.coefficient_rate, config.location_rate, cutoff)
 
+    def distance(adapted: Any, _: None = None) -> jax.Array:
+        return jnp.sum((adapted["w"].materialize() - change) ** 2)
+
     @jax.jit
-    def train(trainable: Any, frozen: Any) -> jax.Array:
-        def distance(trainable: Any) -> jax.Array:
-            return jnp.sum((sj.combine(trainable, frozen)["w"].materialize() - change) ** 2)
+    def train(adapted: Any) -> jax.Array:
+        return distance(sj.training.scan_steps(distance, optimizer, adapted, steps=config.fit_steps).adapted)
 
-        def step(carry: Any, _: None) -> tuple[Any, None]:
-            trainable, state = carry
-            updates, state = optimizer.update(jax.grad(distance)(trainable), state, trainable)
-            return (optax.apply_updates(trainable, updates), state), None
-
-        (trainable, _), _ = jax.lax.scan(step, (trainable, optimizer.init(trainable)), None, length=config.fit_steps)
-        return distance(trainable) / jnp.sum(change**2)
-
-    return float(train(*sj.partition(adapted)))
+    return float(train(adapted) / jnp.sum(change**2))
 
 
 def run(config: LocaConfig, context: Context) -> dict[str, Any]:

@@ -68,18 +68,11 @@ def target(kind: str, size: int, seed: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
 def fit(adapted: Any, goal: jax.Array, optimizer: Any, steps: int) -> jax.Array:
     """Returns the share of the goal's squared norm that is left after training the adapter of a zero matrix on it."""
-    trainable, frozen = sj.partition(adapted)
 
-    def distance(trainable: Any) -> jax.Array:
-        return jnp.sum((sj.combine(trainable, frozen)["w"].materialize() - goal) ** 2)
+    def distance(adapted: Any, _: None = None) -> jax.Array:
+        return jnp.sum((adapted["w"].materialize() - goal) ** 2)
 
-    def step(carry: Any, _: None) -> tuple[Any, None]:
-        trainable, state = carry
-        updates, state = optimizer.update(jax.grad(distance)(trainable), state)
-        return (optax.apply_updates(trainable, updates), state), None
-
-    (trainable, _), _ = jax.lax.scan(step, (trainable, optimizer.init(trainable)), None, steps)
-    return distance(trainable)
+    return distance(sj.training.scan_steps(distance, optimizer, adapted, steps=steps).adapted)
 
 
 def _fits(config: RandloraConfig, context: Context) -> list[dict[str, Any]]:

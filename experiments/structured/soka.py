@@ -62,7 +62,7 @@ class SokaConfig:
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     planted: int = 3
     noise: tuple[float, ...] = (0.0, 0.01)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 def random_factors(terms: int) -> sj.Method:

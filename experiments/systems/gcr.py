@@ -176,6 +176,8 @@ def linear_probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.nd
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    if not (np.isfinite(x).all() and np.isfinite(x_test).all()):
+        return 0.0  # a rate at which the network diverged
     return float(make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, y).score(x_test, y_test))
 
 

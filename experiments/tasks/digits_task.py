@@ -89,18 +89,13 @@ def fit(
       The trained tree and the loss of every step.
     """
     x, y = digits
-    trainable, frozen = sj.partition(adapted)
 
-    def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-        trainable, state = carry
+    def objective(adapted: Any, key: jax.Array) -> jax.Array:
         rows = jax.random.randint(key, (batch_size,), 0, len(x))
-        objective = lambda t: loss(sj.combine(t, frozen), x[rows], y[rows])  # noqa: E731
-        value, gradients = jax.value_and_grad(objective)(trainable)
-        updates, state = optimizer.update(gradients, state, trainable)
-        return (optax.apply_updates(trainable, updates), state), value
+        return loss(adapted, x[rows], y[rows])
 
-    (trainable, _), losses = jax.lax.scan(step, (trainable, optimizer.init(trainable)), jax.random.split(key, steps))
-    return sj.combine(trainable, frozen), losses
+    end = sj.training.scan_steps(objective, optimizer, adapted, jax.random.split(key, steps))
+    return end.adapted, end.losses
 
 
 @functools.cache

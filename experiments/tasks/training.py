@@ -1,4 +1,4 @@
-"""The training loop that experiments share: differentiate what learns, donate the state, log every step."""
+"""The training loop that experiments share: the library's own step, timed and logged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Trained:
 
 
 class Trainer:
-    """Trains what `partition` calls trainable; compiles once for all runs of the same shapes.
+    """Trains with `sj.training.make_train_step`, compiled once for all runs of the same shapes.
 
     Args:
       loss: `loss(adapted, batch)`, a scalar.
@@ -47,19 +47,10 @@ class Trainer:
 
     def __init__(self, loss: Callable[[Any, Any], jax.Array], optimizer: optax.GradientTransformation) -> None:
         self._optimizer = optimizer
+        self._step = sj.training.make_train_step(lambda adapted, batch, key: loss(adapted, batch), optimizer)
         self._compiled: Any = None
         self.compile_seconds = 0.0
         self.flops = 0.0
-
-        def step(trainable: Any, state: Any, frozen: Any, batch: Any):
-            def objective(trainable: Any) -> jax.Array:
-                return loss(sj.combine(trainable, frozen), batch)
-
-            value, gradients = jax.value_and_grad(objective)(trainable)
-            updates, state = optimizer.update(gradients, state, trainable)
-            return optax.apply_updates(trainable, updates), state, value
-
-        self._step = jax.jit(step, donate_argnums=(0, 1))
 
     def run(
         self, adapted: Any, batches: Iterable[Any], on_step: Callable[[float, float], None] = lambda loss, seconds: None
@@ -74,20 +65,16 @@ class Trainer:
         Returns:
           What came out.
         """
-        trainable, frozen = sj.partition(adapted)
-        trainable = jax.tree.map(jnp.copy, trainable)  # the donated step must not free the caller's arrays
-        state = self._optimizer.init(trainable)
-        state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        state = self._start(adapted)
+        state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
         losses, seconds = [], []
         for batch in batches:
-            batch = jax.tree.map(jnp.asarray, batch)
-            self._compile(trainable, state, frozen, batch)
-            start = time.perf_counter()
-            trainable, state, value = self._compiled(trainable, state, frozen, batch)
-            losses.append(float(value))
-            seconds.append(time.perf_counter() - start)
-            on_step(losses[-1], seconds[-1])
-        return Trained(sj.combine(trainable, frozen), losses, statistics.median(seconds), state_bytes)
+            state, loss, spent = self._advance(state, jax.tree.map(jnp.asarray, batch))
+            losses.append(loss)
+            seconds.append(spent)
+            on_step(loss, spent)
+        adapted = sj.combine(state.trainable, state.frozen)
+        return Trained(adapted, losses, statistics.median(seconds), state_bytes)
 
     def timed_step(self, adapted: Any, batch: Any) -> Callable[[], float]:
         """Returns a function that takes one more step on the same batch and returns its seconds.
@@ -96,26 +83,32 @@ class Trainer:
           adapted: tree with stand-in weights.
           batch: what every step sees.
         """
-        trainable, frozen = sj.partition(adapted)
-        carry = jax.tree.map(jnp.copy, trainable)
-        carry, batch = (carry, self._optimizer.init(carry)), jax.tree.map(jnp.asarray, batch)
-        self._compile(*carry, frozen, batch)
+        state, batch = self._start(adapted), jax.tree.map(jnp.asarray, batch)
+        self._compile(state, batch)
 
         def step() -> float:
-            nonlocal carry
-            start = time.perf_counter()
-            trainable, state, value = self._compiled(*carry, frozen, batch)
-            jax.block_until_ready(value)
-            carry = trainable, state
-            return time.perf_counter() - start
+            nonlocal state
+            state, _, seconds = self._advance(state, batch)
+            return seconds
 
         return step
 
-    def _compile(self, *arguments: Any) -> None:
+    def _start(self, adapted: Any) -> sj.training.TrainState:
+        return sj.training.init_train_state(adapted, self._optimizer, jax.random.key(0))
+
+    def _advance(self, state: sj.training.TrainState, batch: Any) -> tuple[sj.training.TrainState, float, float]:
+        """Takes a step; returns the state, the loss and the seconds that the step took."""
+        self._compile(state, batch)
+        start = time.perf_counter()
+        new, metrics = self._compiled(state._replace(frozen=None), state.frozen, batch)
+        loss = float(metrics["loss"])
+        return new._replace(frozen=state.frozen), loss, time.perf_counter() - start
+
+    def _compile(self, state: sj.training.TrainState, batch: Any) -> None:
         """Compiles the step once, for all runs of the same shapes."""
         if self._compiled is None:
             start = time.perf_counter()
-            self._compiled = self._step.lower(*arguments).compile()
+            self._compiled = self._step.lower(state, batch).compile()
             self.compile_seconds = time.perf_counter() - start
             self.flops = float(self._compiled.cost_analysis().get("flops", 0.0))
 

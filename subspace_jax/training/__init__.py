@@ -4,12 +4,15 @@ from subspace_jax.training._fit import fit as fit
 from subspace_jax.training._hosts import initialize_distributed as initialize_distributed
 from subspace_jax.training._mesh import make_mesh as make_mesh
 from subspace_jax.training._mesh import shard_batch as shard_batch
+from subspace_jax.training._scan import ScanResult as ScanResult
+from subspace_jax.training._scan import scan_steps as scan_steps
 from subspace_jax.training._state import TrainState as TrainState
 from subspace_jax.training._state import init_train_state as init_train_state
 from subspace_jax.training._step import TrainStep as TrainStep
 from subspace_jax.training._step import make_train_step as make_train_step
 
 __all__ = [
+    "ScanResult",
     "TrainState",
     "TrainStep",
     "fit",
@@ -17,5 +20,6 @@ __all__ = [
     "initialize_distributed",
     "make_mesh",
     "make_train_step",
+    "scan_steps",
     "shard_batch",
 ]
