@@ -2,7 +2,8 @@
 
 The stream of `latent_tasks`: 5 tasks, Adam, 400 steps each. Before every task but the first, which is free and the
 same for all, OSF freezes the share (t - 1) / 5 of the kernel's singular triples. "gradients only" leaves out the
-projection after Adam, "no projection" both; "frozen kernel" trains heads only. Every method has the same two rates.
+projection after Adam, "no projection" both; "frozen kernel" trains heads only. Every method has the same eight
+rates.
 
     python -m experiments run osf
 

@@ -35,7 +35,6 @@ class SvfitConfig:
       rank: singular values of each hidden kernel that learn.
       small_rank: as `rank`, for the comparison of largest and smallest.
       steps: optimizer steps.
-      head_rate: learning rate of the last layer beside an adapter, the same in every arm: the best of it alone.
       head_rates: learning rates tried for the last layer alone.
       svfit_rates: learning rates tried for singular values.
       lora_rates: learning rates tried for LoRA.
@@ -45,7 +44,6 @@ class SvfitConfig:
     rank: int = 64
     small_rank: int = 16
     steps: int = 300
-    head_rate: float = 3e-2
     head_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     svfit_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
     lora_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -66,9 +64,8 @@ def bottom_values(rank: int) -> sj.Method:
 
 def run(config: SvfitConfig, context: Context) -> dict[str, Any]:
     """Runs every arm with every of its rates."""
-    head = {"out/*": sj.full()}
     arms = {
-        "head only": ({}, config.head_rates),
+        "head only": ({"out/*": sj.full()}, config.head_rates),
         "lora r=1": ({digits_task.HIDDEN: sj.lora(1)}, config.lora_rates),
         "lora r=8": ({digits_task.HIDDEN: sj.lora(8)}, config.lora_rates),
         f"svfit r={config.rank}": ({digits_task.HIDDEN: sj.svfit(config.rank)}, config.svfit_rates),
@@ -78,26 +75,16 @@ def run(config: SvfitConfig, context: Context) -> dict[str, Any]:
     jobs = [(name, rules, rate) for name, (rules, rates) in arms.items() for rate in rates]
     runs = []
     for name, rules, rate in context.track(jobs, "turned digits"):
-        head_rate = config.head_rate if rules else rate
-        optimizer = optax.multi_transform({"head": optax.adam(head_rate), "adapter": optax.adam(rate)}, _label)
+        optimizer = optax.adam(rate)
         for seed in config.seeds:
-            losses, accuracy, count = digits_task.adapt_and_fit(head | rules, optimizer, seed, config.steps)
+            losses, accuracy, count = digits_task.adapt_and_fit(rules, optimizer, seed, config.steps)
             runs.append(
                 {
                     **{"method": name, "learning_rate": rate, "seed": seed, "accuracy": accuracy},
-                    **{"early_loss": digits_task.early(losses), "adapter_values": count - 1290},
+                    **{"early_loss": digits_task.early(losses), "adapter_values": count},
                 }
             )
     return {"runs": runs}
-
-
-def _label(tree: Any) -> Any:
-    """Names the optimizer of every trained array."""
-
-    def one(path: Any, _: Any) -> str:
-        return "head" if path[0].key == "out" else "adapter"
-
-    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:

@@ -1,7 +1,7 @@
 """FLoRA on a planted change of a convolution, beside factored and flattened LoRA of equal size.
 
 A 3x3 convolution of 32 to 32 channels has to become another that differs by a Tucker tensor of ranks 4 (in), 4 (out),
-2 and 2 (window). Outputs have noise of 0.01. Every method has the same data, 1500 Adam steps and two learning rates.
+2 and 2 (window). Outputs have noise of 0.01. Every method has the same data, 1500 Adam steps and five learning rates.
 "factored" is LoRA as a 3x3 convolution to r channels, then a 1x1; "reshape" flattens the kernel to (3 in) x (3 out).
 
     python -m experiments run flora

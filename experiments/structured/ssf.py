@@ -2,7 +2,7 @@
 
 A network 64-64-64-10 is trained on the 8x8 digits. The teacher is the same network with a random map after each of
 its layers, g = 1 + 0.5 N and t = 0.5 N. Every arm matches the teacher's outputs on the same 1200 digits, with 1500
-steps of Adam and two learning rates.
+steps of Adam and five learning rates.
 
     python -m experiments run ssf
 

@@ -2,7 +2,7 @@
 
 A ReLU network from 64 pixels over 128 units to 32 features reads the 8x8 digits of scikit-learn, half of them for
 training. Its head is linear, or has a subspace of dimension k for each class, trained by Riemannian SGD; all with
-momentum 0.9, the same learning rate for backbone and head, and the same two rates tried. The angle is the mean over
+momentum 0.9, the same learning rate for backbone and head, and the same seven rates tried. The angle is the mean over
 classes of that between two test features of a class. For transfer a network learns the digits 0 to 4, and a logistic
 regression on its frozen features the digits 5 to 9.
 

@@ -2,7 +2,7 @@
 
 A ReLU layer of 256 units and 64 features, trained with a softmax head or with classes as subspaces of dimension k, on
 the pixels ("scratch") or on the mean token of the first nine blocks of a pretrained ViT-S/14 ("ViT"). Momentum 0.9,
-one learning rate for layers and head, the same two rates tried for every head. Transfer is the test accuracy of a
+one learning rate for layers and head, the same six rates tried for every head. Transfer is the test accuracy of a
 logistic regression on the 64 features of images that the network never saw: MNIST, and the 8x8 digits.
 
     python -m experiments run gcr_fashion
