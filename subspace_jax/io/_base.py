@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,14 +13,33 @@ from subspace_jax.io._array import ArraySpec, array_spec, on_host, to_stored
 from subspace_jax.io._errors import ManifestError
 
 
+class Changes(NamedTuple):
+    """In which entries an array differs from another.
+
+    Attributes:
+      positions: of those entries in the flat array, ascending, `[k]`, int32 or int64.
+      values: what they are, `[k]`.
+    """
+
+    positions: np.ndarray
+    values: np.ndarray
+
+
 class BaseArrays:
     """The arrays of the original parameters by path, with the hash of each, computed once when first asked for.
 
     Made of None it holds nothing, so that nothing is left out.
     """
 
-    def __init__(self, params: Any) -> None:
+    def __init__(self, params: Any, *, sparse: bool = False) -> None:
+        """Takes the leaves of a tree.
+
+        Args:
+          params: the original parameters.
+          sparse: store only the changed entries of arrays that differ from their leaf in few of them.
+        """
         self.leaves: dict[str, Any] = dict(leaves_with_paths(params))
+        self._sparse = sparse
         self._digests: dict[str, str] = {}
         for path, leaf in self.leaves.items():
             if is_weight(leaf):
@@ -37,6 +56,21 @@ class BaseArrays:
         if leaf is None or leaf.shape != value.shape or leaf.dtype != value.dtype:
             return False
         return leaf is value or np.array_equal(_bytes(leaf, path), _bytes(value, path))
+
+    def changes(self, path: str, value: Any) -> Changes | None:
+        """Returns what changes the leaf at `path` into `value`; None if that takes over half the bytes of `value`."""
+        leaf = self.leaves.get(path)
+        if not self._sparse or leaf is None or leaf.shape != value.shape or leaf.dtype != value.dtype:
+            return None
+        spec = array_spec(value, path)
+        if spec.key or spec.weak or spec.stored_dtype != spec.dtype:
+            return None
+        old, new = (_bytes(v, path).reshape(-1, spec.dtype.itemsize) for v in (leaf, value))
+        positions = np.flatnonzero((old != new).any(axis=1))
+        positions = positions.astype(np.int32 if len(new) < 2**31 else np.int64)
+        if 2 * len(positions) * (positions.itemsize + spec.dtype.itemsize) > new.size:
+            return None
+        return Changes(positions, new[positions].reshape(-1).view(spec.dtype))
 
     def digest(self, path: str) -> str:
         """Returns the SHA-256 of the bytes of one leaf."""

@@ -83,7 +83,8 @@ class _Description:
             return {"node": "dict", "items": [[key, child(key, item)] for key, item in value.items()]}
         if type(value) in (list, tuple):
             return {"node": type(value).__name__, "items": [child(i, item) for i, item in enumerate(value)]}
-        if isinstance(value, tuple) and (names := getattr(value, "_fields", None)):
+        # A named tuple may have no fields, as optax.EmptyState.
+        if isinstance(value, tuple) and (names := getattr(value, "_fields", None)) is not None:
             cls, fields = type(value), tuple(names)
             items = [child(name, item) for name, item in zip(fields, value, strict=True)]
             name = f"{cls.__module__}:{cls.__qualname__}"
@@ -117,6 +118,12 @@ class _Description:
         node = {"node": "array", **array_spec(value, path).to_json()}
         if frozen and self.base.holds(leaf_path, value):
             return {**node, "base": leaf_path, "sha256": self.base.digest(leaf_path)}
+        if frozen and (changes := self.base.changes(leaf_path, value)) is not None:
+            stored = {"changed_at": changes.positions, "changed_to": changes.values}
+            inside = {
+                name: self.array(array, join(path, name), leaf_path, frozen=False) for name, array in stored.items()
+            }
+            return {**node, "base": leaf_path, "sha256": self.base.digest(leaf_path), **inside}
         self.arrays[path] = value
         return node
 

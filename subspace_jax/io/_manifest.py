@@ -3,8 +3,8 @@
 A description is a JSON object. Its tree consists of nodes, each with the field "node": "none", "value" (a Python
 value), "array" (shape, dtype, and where the numbers are), "dict", "list", "tuple", "namedtuple", or "weight" (class,
 static fields, data fields). The numbers of an array are stored under the array's slash-joined path, or are those of a
-leaf of the original parameters, which is named with its hash, or follow from the weight's static fields and are told
-by their hash.
+leaf of the original parameters, which is named with its hash, but for a few entries that may be stored, or follow from
+the weight's static fields and are told by their hash.
 """
 
 from __future__ import annotations

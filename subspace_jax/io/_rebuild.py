@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import subspace_jax.weights  # noqa: F401  (enters every stand-in weight of the library into Weight.classes)
 from subspace_jax.core import Weight, nearest, put
-from subspace_jax.io._array import ArraySpec, array_spec, from_stored
+from subspace_jax.io._array import ArraySpec, array_spec, from_stored, on_host
 from subspace_jax.io._base import BaseArrays, digest
 from subspace_jax.io._errors import ManifestError, listing
 from subspace_jax.io._manifest import MakeLeaf, Regenerated, check_header, differences, join, static_names
@@ -101,6 +103,17 @@ def _rebuild(node: Any, path: str, leaf: MakeLeaf) -> Any:
             return None
         case {"node": "value", "value": value}:
             return decode(value, Any, path)
+        case {
+            "node": "array",
+            "base": str() as base,
+            "sha256": str() as sha256,
+            "changed_at": dict() as at,
+            "changed_to": dict() as to,
+            **rest,
+        }:
+            spec = ArraySpec.from_json(rest, path)
+            positions, values = (_rebuild(n, join(path, k), leaf) for k, n in (("changed_at", at), ("changed_to", to)))
+            return _changed(leaf(path, spec, (base, sha256)), positions, values, spec, path)
         case {"node": "array", "base": str() as base, "sha256": str() as sha256, **rest}:
             return leaf(path, ArraySpec.from_json(rest, path), (base, sha256))
         case {"node": "array", **rest}:
@@ -122,6 +135,23 @@ def _rebuild(node: Any, path: str, leaf: MakeLeaf) -> Any:
         case {"node": "weight", "class": str() as name, "static": dict() as static, "data": dict() as data}:
             return _rebuild_weight(name, static, data, path, leaf)
     raise ManifestError(f"{path or 'the tree'}: {str(node)[:80]!r} is no node of a manifest that this version knows.")
+
+
+def _changed(array: Any, positions: Any, values: Any, spec: ArraySpec, path: str) -> Any:
+    """The array with other values in some entries; an abstract one as it is."""
+    at, to = (getattr(v, "dtype", None) for v in (positions, values))
+    shapes = [getattr(v, "shape", None) for v in (positions, values)]
+    if at not in (np.int32, np.int64) or to != spec.dtype or shapes[0] != shapes[1] or len(shapes[0] or ()) != 1:
+        raise ManifestError(f"{path}: its changed entries are {at}{shapes[0]} and {to}{shapes[1]}, which do not fit.")
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array
+    host, places = np.array(on_host(array, path), order="C"), np.asarray(positions)
+    if places.size and not 0 <= places.min() <= places.max() < host.size:
+        raise ManifestError(f"{path}: has changed entries outside of its shape {spec.shape}.")
+    host.reshape(-1)[places] = np.asarray(values)
+    if not isinstance(array, jax.Array):
+        return host
+    return jax.device_put(host, array.sharding) if array.committed else jnp.asarray(host)
 
 
 def _rebuild_dict(items: list[Any], path: str, leaf: MakeLeaf) -> dict[Any, Any]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import subspace_jax as sj
@@ -67,6 +68,13 @@ def test_python_values_and_containers(assert_same_bits):
     assert list(back) == list(tree)
     assert type(back["pair"]) is Pair
     assert str(jax.random.key_impl(back["keys"])) == "rbg"
+
+
+def test_named_tuples_without_fields(assert_same_bits):
+    tree = {"state": (optax.EmptyState(), optax.adam(1e-3).init(jnp.ones(2)))}
+    back = round_trip(tree)
+    assert_same_bits(back, tree)
+    assert type(back["state"][0]) is optax.EmptyState
 
 
 def test_named_tuple_of_unloaded_module():
@@ -224,7 +232,7 @@ WEIGHT = ("tree", "items", 0, 1)
         (("format_version",), True, "format_version True"),
         (("tree",), ..., "no node"),
         (("tree", "node"), "future", "no node"),
-        (("tree", "items", 0), [1.5, None], "no entry of a dict"),
+        (("tree", "items", 0), [1.5, None], "not an entry of a dict"),
         ((*WEIGHT, "class"), "LowRnak", "w: .*'LowRnak' is not known.*'LowRank'"),
         ((*WEIGHT, "static", "sclae"), 1.0, "w: LowRank has no static field 'sclae'"),
         ((*WEIGHT, "static", "scale"), "big", r"w\.scale: holds 'big', expected float"),

@@ -18,29 +18,42 @@ from subspace_jax.io._errors import AdapterFileError, ManifestError, listing
 from subspace_jax.io._manifest import check_header, differences, header
 from subspace_jax.io._rebuild import array_nodes, concrete_leaf, rebuild_node
 from subspace_jax.io._safetensors import NATIVE_DTYPES, read_safetensors, write_safetensors
+from subspace_jax.io.adapter._checks import (
+    base_hashes,
+    check_links,
+    check_paths,
+    check_stand_ins,
+    checksum,
+    refuse_base,
+    shape_of,
+)
 
 _FORMAT = "subspace_jax.adapter"
 _KEY = "subspace_jax"
+_CHECKSUM = "subspace_jax.sha256"
 
 
 def save_adapter(path: str | os.PathLike[str], adapted: Any, *, base: Any = None) -> pathlib.Path:
     """Writes what adaptation added to the parameters into one safetensors file, atomically.
 
     Tensors are named by their slash-joined paths; a manifest in the file's metadata tells how the stand-in weights
-    are made of them. Arrays outside stand-in weights are not stored but recorded by shape, dtype and hash.
+    are made of them, and a checksum of manifest and tensors stands beside it. Arrays outside stand-in weights are not
+    stored but recorded by shape, dtype and hash.
 
     Args:
       path: the file; its folder must exist.
       adapted: a tree with stand-in weights, trained or not.
-      base: the parameters that `adapt` was given. Frozen arrays whose bytes equal theirs are left out of the file;
-        those that differ (the residual of PiSSA, moved batch statistics) are stored. Without it, the frozen arrays
-        of all stand-in weights are stored.
+      base: the parameters that `adapt` was given, whose hashes are recorded. Frozen arrays whose bytes equal theirs
+        are left out of the file; of those that differ in few entries (LIFT's after a new selection) these entries are
+        stored, and others (the residual of PiSSA, moved batch statistics) whole. Without it, the frozen arrays of all
+        stand-in weights are stored, and nothing is known of the base they were made for.
 
     Returns:
       The path of the file.
 
     Raises:
-      AdapterFileError: nothing is adapted, `base` is another tree, or the file cannot be written.
+      AdapterFileError: nothing is adapted, `base` is another tree, a weight reads arrays that another one stores
+        which `adapted` does not hold, or the file cannot be written.
 
     Example:
       >>> import pathlib, tempfile, jax, jax.numpy as jnp, subspace_jax as sj
@@ -53,10 +66,11 @@ def save_adapter(path: str | os.PathLike[str], adapted: Any, *, base: Any = None
       True
     """
     try:
-        manifest, tensors = _pack(adapted, BaseArrays(base), has_base=base is not None)
+        manifest, tensors = _pack(adapted, BaseArrays(base, sparse=True), has_base=base is not None)
     except ManifestError as error:
         raise AdapterFileError(f"{os.fspath(path)}: nothing was written: {error}") from error
-    write_safetensors(path, tensors, {_KEY: json.dumps(manifest, allow_nan=False, separators=(",", ":"))})
+    text = json.dumps(manifest, allow_nan=False, separators=(",", ":"))
+    write_safetensors(path, tensors, {_KEY: text, _CHECKSUM: checksum(text, tensors)})
     return pathlib.Path(path)
 
 
@@ -67,7 +81,7 @@ def load_adapter(path: str | os.PathLike[str], base_params: Any, *, verify: bool
       path: a file written by `save_adapter`.
       base_params: the parameters that were adapted; any tree with the same paths.
       verify: compare the hashes of the parameters too, not only shapes and dtypes. Without it, adapters can be put
-        on parameters with other numbers.
+        on parameters with other values, on purpose.
 
     Returns:
       A tree of the structure of `base_params` with stand-in weights. What the file left out is taken from
@@ -75,7 +89,8 @@ def load_adapter(path: str | os.PathLike[str], base_params: Any, *, verify: bool
 
     Raises:
       AdapterFileError: the file is damaged or hostile, a tensor is missing, extra or wrongly shaped, or the
-        parameters are not those that were adapted.
+        parameters are not those that were adapted. Files of earlier versions have no checksum, so their numbers
+        cannot be checked.
     """
     tensors, metadata = read_safetensors(path)
     if _KEY not in metadata:
@@ -83,15 +98,20 @@ def load_adapter(path: str | os.PathLike[str], base_params: Any, *, verify: bool
             f"{path}: has no {_KEY!r} manifest in its metadata, so it was not written by save_adapter. Read its "
             "tensors with read_safetensors."
         )
+    if _CHECKSUM in metadata and metadata[_CHECKSUM] != checksum(metadata[_KEY], tensors):
+        raise AdapterFileError(
+            f"{path}: its bytes are not those that were written, by the checksum that it holds. The file is damaged: "
+            "copy or download it again, or save the adapter anew."
+        )
     try:
-        nodes = _nodes(metadata[_KEY])
+        nodes, fingerprints = _nodes(metadata[_KEY])
         base = BaseArrays(base_params)
         names = _stored_names(nodes, base)
-        _check_paths(nodes, base.leaves, "the file", "the parameters")
-        leaves = _unpack(nodes, tensors, base, verify)
+        check_paths(nodes, base.leaves, "the file", "the parameters")
+        leaves = _unpack(nodes, tensors, base, fingerprints if verify else {}, verify)
     except ManifestError as error:
         raise AdapterFileError(f"{path}: {error}") from error
-    return map_with_paths(lambda name, _: leaves[names.get(name, name)], base_params)
+    return map_with_paths(lambda name, _: leaves[str(names.get(name, name))], base_params)
 
 
 def _stored_names(nodes: Mapping[str, Any], base: BaseArrays) -> dict[str, str]:
@@ -117,7 +137,7 @@ def _pack(adapted: Any, base: BaseArrays, has_base: bool) -> tuple[dict[str, Any
                 f"{path!r} is the path of two leaves: a key of some dict is empty or holds a slash. Rename it."
             )
         if is_weight(leaf):
-            _shape_of(leaf, path)
+            shape_of(leaf, path)
         elif not hasattr(leaf, "dtype"):
             raise ManifestError(f"{path}: holds a {type(leaf).__name__}, expected an array or a stand-in weight.")
         if has_base or is_weight(leaf):
@@ -125,18 +145,25 @@ def _pack(adapted: Any, base: BaseArrays, has_base: bool) -> tuple[dict[str, Any
         else:
             spec = array_spec(leaf, path).to_json()
             nodes[path] = {"node": "array", **spec, "base": path, "sha256": digest(leaf, path)}
+    check_links(adapted)
+    fingerprints = {}
     if has_base:
-        _check_paths(nodes, base.leaves, "the adapted tree", "base")
-        _check_stand_ins(dict(leaves), base)
+        check_paths(nodes, base.leaves, "the adapted tree", "base")
+        check_stand_ins(dict(leaves), base)
+        fingerprints = base_hashes(dict(leaves), nodes, base)
     tensors = {}
     for name, value in arrays.items():
         spec = array_spec(value, name)
         tensors[name] = on_host(to_stored(value, spec), name).view(_file_dtype(spec))
-    return {**header(_FORMAT), "leaves": nodes}, tensors
+    return {**header(_FORMAT), "leaves": nodes, "base": fingerprints}, tensors
 
 
 def _unpack(
-    nodes: Mapping[str, Any], tensors: Mapping[str, np.ndarray], base: BaseArrays, verify: bool
+    nodes: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    base: BaseArrays,
+    fingerprints: Mapping[str, str],
+    verify: bool,
 ) -> dict[str, Any]:
     stored: dict[str, ArraySpec] = {}
     references: dict[str, tuple[ArraySpec, tuple[str, str]]] = {}
@@ -149,14 +176,17 @@ def _unpack(
     if wrong := differences(expected, found):
         raise ManifestError(f"the tensors are not those of the file's own manifest:{listing(wrong)}")
     wrong = base.check(((path, spec, sha) for spec, (path, sha) in references.values()), verify=verify)
-    if wrong:
-        raise ManifestError(
-            f"the parameters are not those that were adapted:{listing(wrong)}\nLoad the same pretrained checkpoint, "
-            "in the same dtype; verify=False puts the adapters on other numbers of the same shapes."
-        )
+    refuse_base(wrong)
     arrays = {name: tensors[name].view(spec.stored_dtype) for name, spec in stored.items()}
     leaves = {path: rebuild_node(node, path, concrete_leaf(arrays, base)) for path, node in nodes.items()}
-    _check_stand_ins(leaves, base)
+    check_stand_ins(leaves, base)
+    refuse_base(
+        [
+            f"{path!r} has other numbers in the base tree than when this was saved"
+            for path, recorded in fingerprints.items()
+            if base.digest(path) != recorded
+        ]
+    )
     return leaves
 
 
@@ -167,7 +197,8 @@ def _file_dtype(spec: ArraySpec) -> np.dtype:
     return np.dtype(np.uint8)
 
 
-def _nodes(text: str) -> dict[str, Any]:
+def _nodes(text: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a manifest says of the leaves, and the hashes of adapted arrays of the base."""
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -176,37 +207,7 @@ def _nodes(text: str) -> dict[str, Any]:
     nodes = manifest.get("leaves")
     if not isinstance(nodes, dict):
         raise ManifestError("the manifest lists no leaves.")
-    return nodes
-
-
-def _check_paths(ours: Mapping[str, Any], theirs: Mapping[str, Any], our_name: str, their_name: str) -> None:
-    lines = [f"{path!r} is in {our_name}, not in {their_name}" for path in ours if path not in theirs]
-    lines += [f"{path!r} is in {their_name}, not in {our_name}" for path in theirs if path not in ours]
-    if lines:
-        raise ManifestError(
-            f"{our_name} and {their_name} are not of one tree:{listing(lines)}\nPass the parameters exactly as adapt() "
-            "got them."
-        )
-
-
-def _check_stand_ins(leaves: Mapping[str, Any], base: BaseArrays) -> None:
-    wrong = []
-    for path, leaf in leaves.items():
-        if is_weight(leaf):
-            have, want = base.leaves[path], _shape_of(leaf, path)
-            if (tuple(have.shape), np.dtype(have.dtype)) != (tuple(want), np.dtype(leaf.dtype)):
-                wrong.append(
-                    f"{path!r} is {have.dtype}{list(have.shape)} in the parameters, and the {type(leaf).__name__} "
-                    f"stands for {leaf.dtype}{list(want)}"
-                )
-    if wrong:
-        raise ManifestError(f"the adapters do not fit the parameters:{listing(wrong)}")
-
-
-def _shape_of(weight: Any, path: str) -> tuple[int, ...]:
-    try:
-        return weight.shape
-    except (AttributeError, TypeError, IndexError) as error:
-        raise ManifestError(
-            f"{path}: parts of the {type(weight).__name__} are missing. combine() the two trees of partition() first."
-        ) from error
+    fingerprints = manifest.get("base", {})
+    if not isinstance(fingerprints, dict) or not fingerprints.keys() <= nodes.keys():
+        raise ManifestError(f"{str(fingerprints)[:80]!r} does not tell the hashes of adapted arrays.")
+    return nodes, fingerprints

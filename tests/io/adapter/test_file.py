@@ -276,3 +276,142 @@ def test_a_file_of_old_paths_loads_onto_variables_of_nnx(path):
     np.testing.assert_array_equal(
         dict(sj.core.leaves_with_paths(again))["l/kernel"].a, adapted["l"]["kernel"]["value"].a
     )
+
+
+def rng_params(**shapes):
+    return {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def data_start(path):
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_flipped_bit_anywhere_in_the_data_is_refused(path, params, adapted, with_base):
+    save_adapter(path, adapted, base=params if with_base else None)
+    whole, start = path.read_bytes(), data_start(path)
+    places = np.random.default_rng(0).integers(8 * start, 8 * len(whole), 40)
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(AdapterFileError, match="damaged: copy or download it again") as caught:
+            load_adapter(path, params)
+        assert str(path) in str(caught.value)
+
+
+def test_a_changed_number_in_the_manifest_is_refused(path, params, adapted):
+    save_adapter(path, adapted, base=params)
+    whole = path.read_bytes()
+    scale = b'\\"scale\\":1.0'
+    assert scale in whole
+    path.write_bytes(whole.replace(scale, scale[:-3] + b"3.0", 1))
+    with pytest.raises(AdapterFileError, match="damaged"):
+        load_adapter(path, params)
+
+
+def test_files_without_checksum_and_fingerprints_load(path, params, adapted, assert_same_bits):
+    save_adapter(path, adapted, base=params)
+    rewrite(path, lambda tensors, manifest: manifest.pop("base"))
+    assert list(read_safetensors(path)[1]) == ["subspace_jax"]
+    assert_same_bits(load_adapter(path, params), adapted)
+
+
+@pytest.mark.parametrize("method", [sj.pissa(2), sj.loldu(), sj.lora(2)], ids=["pissa", "loldu", "lora"])
+def test_a_base_of_other_values_is_refused_by_path(path, method, assert_same_bits):
+    """Also where the file holds all that the weight is made of, so that no array of the base is read."""
+    params = rng_params(w=(8, 6), v=(8, 6))
+    tree = sj.adapt(params, {"w": method}, key=jax.random.key(0))
+    save_adapter(path, tree, base=params)
+    other = {**params, "w": params["w"].at[3, 2].add(1e-3)}
+    with pytest.raises(AdapterFileError, match=r"'w' has other numbers in the base.*\n.*verify=False") as caught:
+        load_adapter(path, other)
+    assert str(path) in str(caught.value)
+    assert "'v'" not in str(caught.value)
+    assert load_adapter(path, other, verify=False)["w"].trainable == tree["w"].trainable
+    assert_same_bits(load_adapter(path, params), tree)
+
+
+def test_a_head_that_learns_as_a_whole_may_be_drawn_anew(path, assert_same_bits):
+    params = rng_params(w=(8, 6), head=(6, 3))
+    tree = sj.adapt(params, {"w": sj.lora(2), "head": sj.full()}, key=jax.random.key(0))
+    tree = {**tree, "head": type(tree["head"])(**{**vars(tree["head"]), "value": tree["head"].value + 1})}
+    save_adapter(path, tree, base=params)
+    assert_same_bits(load_adapter(path, {**params, "head": jnp.zeros((6, 3))}), tree)
+
+
+def test_a_part_without_the_weight_that_owns_the_bases_is_refused(path, assert_same_bits):
+    params = {"first": {"w": jnp.ones((6, 8))}, "second": {"w": jnp.ones((8, 6))}}
+    tree = sj.adapt(params, {"*/w": sj.randlora(2)}, key=jax.random.key(0))
+    owner, reader = ("first", "second") if tree["first"]["w"].basis_a is not None else ("second", "first")
+    with pytest.raises(AdapterFileError, match=f"stored as 'basis_a' at {owner}/w.*resolve_links"):
+        save_adapter(path, tree[reader], base=params[reader])
+    assert not path.exists()
+    alone = sj.core.resolve_links(tree)[reader]
+    save_adapter(path, alone, base=params[reader])
+    loaded = load_adapter(path, params[reader])
+    assert_same_bits(loaded, alone)
+    np.testing.assert_array_equal(sj.merge(loaded)["w"], sj.merge(tree)[reader]["w"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_new_selection_stores_the_union_of_masks(path, dtype, assert_same_bits):
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 64, 96)).astype(dtype), "b": jnp.zeros(96)}
+    method = sj.lift(1, filter_rank=2)
+    roles = {"w": sj.Role.dense((1,), (2,), (0,))}
+    tree = sj.adapt(params, {"w": method}, key=jax.random.key(0), roles=roles)
+    save_adapter(path, tree, base=params)
+    before = path.stat().st_size
+    positions = set()
+    for seed in range(2):
+        values = 3 * jax.random.normal(jax.random.key(seed), tree["w"].values.shape)
+        positions |= {(i, int(p)) for i, row in enumerate(np.asarray(tree["w"].indices)) for p in row}
+        tree = {**tree, "w": type(tree["w"])(**{**vars(tree["w"]), "values": values})}
+        tree, _ = sj.methods.lift.reselect_principal(tree, None, method, key=jax.random.key(9))
+    assert not np.array_equal(tree["w"].base, params["w"])
+    save_adapter(path, tree, base=params)
+    tensors, _ = read_safetensors(path)
+    changed = {(int(p) // (64 * 96), int(p) % (64 * 96)) for p in tensors["w/base/changed_at"]}
+    assert changed <= positions
+    assert path.stat().st_size < 3.5 * before < params["w"].nbytes
+    loaded = load_adapter(path, params)
+    assert_same_bits(loaded, tree)
+    np.testing.assert_array_equal(sj.merge(loaded)["w"], sj.merge(tree)["w"])
+    with pytest.raises(AdapterFileError, match="'w' has other numbers"):
+        load_adapter(path, {**params, "w": params["w"] + 1})
+
+
+def lifted(path):
+    params = {"w": jnp.arange(600.0).reshape(20, 30)}
+    tree = sj.adapt(params, {"w": sj.lift(1, filter_rank=1)}, key=jax.random.key(0))
+    moved = type(tree["w"])(**{**vars(tree["w"]), "base": params["w"].at[0, :3].add(1)})
+    save_adapter(path, {"w": moved}, base=params)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"changed_at": np.array([0, 1, 600], np.int32)}, "w/base: has changed entries outside of its shape"),
+        ({"changed_at": np.array([-1, 1, 2], np.int32)}, "w/base: has changed entries outside of its shape"),
+        ({"changed_at": np.ones(3, np.float32)}, r"'w/base/changed_at' holds float32\[3\], expected int32"),
+        ({"changed_to": np.ones(2, np.float32)}, r"'w/base/changed_to' holds float32\[2\], expected float32\[3\]"),
+    ],
+)
+def test_changed_entries_that_do_not_fit(path, entries, words):
+    params = lifted(path)
+    rewrite(path, lambda tensors, _: tensors.update({f"w/base/{name}": v for name, v in entries.items()}))
+    with pytest.raises(AdapterFileError, match=words):
+        load_adapter(path, params)
+
+
+def test_changed_entries_that_the_manifest_gives_wrongly(path):
+    params = lifted(path)
+
+    def fewer(tensors, manifest):
+        tensors["w/base/changed_to"] = tensors["w/base/changed_to"][:2]
+        manifest["leaves"]["w"]["data"]["base"]["changed_to"]["shape"] = [2]
+
+    rewrite(path, fewer)
+    with pytest.raises(AdapterFileError, match=r"w/base: its changed entries are .* do not fit"):
+        load_adapter(path, params)

@@ -403,3 +403,11 @@ def test_a_state_of_old_paths_loads_into_variables_of_nnx(folder, adapted):
     found = restore_checkpoint(folder, like=like).opt_state
     assert jax.tree.structure(found) == jax.tree.structure(like)
     np.testing.assert_array_equal(jax.tree.leaves(found[0].mu)[0], state[0].mu["w"]["value"])
+
+
+def test_named_tuples_without_fields(folder, adapted, assert_same_bits):
+    extra = {"other": (optax.EmptyState(), optax.sgd(1e-3, momentum=0.9).init(jnp.ones(3)))}
+    save_checkpoint(folder, 1, adapted, extra=extra)
+    restored = restore_checkpoint(folder)
+    assert_same_bits(restored.extra, extra)
+    assert type(restored.extra["other"][0]) is optax.EmptyState
