@@ -1,15 +1,18 @@
 """SVFit on turned digits: a few singular values against low-rank adapters of several times their size.
 
-The network of `digits_task` is adapted to digits turned by 90 degrees; its last layer learns in every arm. Every method
-has the same data, steps and number of learning rates, of which the best counts. "bottom" trains the smallest singular
+The two hidden kernels of the network of `digits_task` are adapted to digits turned by 90 degrees, all else frozen.
+Every method has the same data and steps, and the best of its learning rates counts. "bottom" trains the smallest singular
 values in place of the largest, which shows that it matters which part learns.
 
     python -m experiments run svfit
 
-Measured over three seeds, test accuracy: SVFit with 128 values 93.3 ± 1.5 %, LoRA of rank 1 with 448 values 87.4 ± 1.3,
-LoRA of rank 8 with 3,584 values 94.6 ± 0.3, the last layer alone 62.5 ± 3.0. With 16 values a kernel, the mean loss of
-steps 20 to 30 is 3.1 for the largest and 8.5 for the smallest values. Weaker than published: after all 300 steps the
-smallest 16 values reach nearly the accuracy of the largest (80.8 against 81.8 %); the gain is in speed.
+Measured over five seeds at the best rate of each, test accuracy: SVFit with 128 values 86.3 ± 1.9 %, LoRA of rank 1
+with 448 values 85.8 ± 2.4, LoRA of rank 8 with 3,584 values 97.2 ± 0.8. With 16 values a kernel the largest singular
+values reach 52.7 ± 9.4 % and the smallest 33.5 ± 9.0; the mean loss of steps 20 to 30 is 2.1 and 8.9. So SVFit equals
+LoRA of 3.5 times its size, and it matters which part learns. The last layer alone, which no other arm trains, reaches
+95.2 ± 1.3 % with 1,290 values at its own best rate: an adapter of the hidden kernels is not the cheapest way here.
+
+Claims that did not reproduce: that a few hundred singular values do as well as LoRA of rank 8.
 """
 
 from __future__ import annotations
@@ -94,7 +97,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="svfit",
-    claim="A few hundred trained singular values do as well as several times as many LoRA parameters.",
+    claim="A few hundred trained singular values do as well as LoRA of 3.5 times their size, and less than rank 8.",
     config=SvfitConfig,
     run=run,
     rows=rows,
