@@ -10,6 +10,7 @@ import pytest
 
 import subspace_jax as sj
 from subspace_jax.core import Leaf, Method, StructureError, Weight, resolve_links
+from tests.tolerances import tolerance
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +86,7 @@ def test_one_array_serves_all_and_its_gradient_is_the_sum():
 def test_merge_and_rounding_read_the_stored_array():
     tree = with_factor(adapted(), 3.0)
     for name, array in sj.merge(tree).items():
-        np.testing.assert_allclose(array, 3 * PARAMS[name], rtol=1e-6)
+        np.testing.assert_allclose(array, 3 * PARAMS[name], rtol=tolerance())
     assert sj.core.merge_rounding(tree)["c"].max_error == 0
 
 
@@ -119,7 +120,7 @@ def test_a_part_of_the_tree_is_refused_by_name():
 def test_a_weight_that_was_filled_in_stands_alone():
     tree = resolve_links(with_factor(adapted(), 2.0))
     assert tree["b"].links
-    np.testing.assert_allclose(sj.merge({"b": tree["b"]})["b"], 2 * PARAMS["b"], rtol=1e-6)
+    np.testing.assert_allclose(sj.merge({"b": tree["b"]})["b"], 2 * PARAMS["b"], rtol=tolerance())
 
 
 def test_trees_without_links_come_back_as_they_are():

@@ -13,6 +13,7 @@ from jax import lax
 import subspace_jax as sj
 from subspace_jax.core import MaterializeError, dense
 from subspace_jax.weights import LowRank
+from tests.tolerances import tolerance
 
 from .helpers import close, normal
 
@@ -73,7 +74,7 @@ def test_low_rank_product_equals_dense_product(case, seed):
     expected = np.einsum(f"{''.join(w_names)},{''.join(x_names)}->{''.join(out)}", full, x)
     found = jax.jit(sj.with_adapters(fn))(weight)
     assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=tolerance(), atol=tolerance(size=4))
 
 
 CHAINS = {

@@ -16,6 +16,7 @@ from subspace_jax.linalg import (
     cosine_vectors,
     inverse_cosine_transform,
 )
+from tests.tolerances import tolerance
 
 
 def normal(*shape, seed=0):
@@ -25,8 +26,8 @@ def normal(*shape, seed=0):
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 513])
 def test_matrix_is_scipys_and_orthonormal(size):
     found = np.asarray(cosine_matrix(size), np.float64)
-    np.testing.assert_allclose(found, scipy.fft.dct(np.eye(size), axis=0, norm="ortho"), atol=1e-6)
-    np.testing.assert_allclose(found @ found.T, np.eye(size), atol=5e-6)
+    np.testing.assert_allclose(found, scipy.fft.dct(np.eye(size), axis=0, norm="ortho"), atol=tolerance(size=4))
+    np.testing.assert_allclose(found @ found.T, np.eye(size), atol=tolerance(size=4))
 
 
 @pytest.mark.parametrize("size", [4096, 40_000, 300_000])
@@ -36,7 +37,9 @@ def test_high_frequencies_of_long_vectors_keep_their_digits(size):
     # Reduced in 64-bit integers, then in float64.
     angle = (index[:, None] * odd % (4 * size)) * (np.pi / (2 * size))
     found = cosine_vectors(jnp.asarray(index), size)
-    np.testing.assert_allclose(found, np.sqrt(2.0 / size) * np.cos(angle), atol=1e-6 * np.sqrt(2.0 / size) * 2)
+    np.testing.assert_allclose(
+        found, np.sqrt(2.0 / size) * np.cos(angle), atol=tolerance(size=4) * np.sqrt(2.0 / size) * 2
+    )
 
 
 @pytest.mark.parametrize("fft", [True, False])

@@ -8,6 +8,7 @@ import scipy.linalg
 
 import subspace_jax as sj
 from subspace_jax.core import StructureError
+from tests.tolerances import tolerance
 
 STIEFEL, GRASSMANN, ROTATIONS = sj.manifolds.Stiefel(), sj.manifolds.Grassmann(), sj.manifolds.SpecialOrthogonal()
 # With rank 1, full rank, a stack.
@@ -250,7 +251,7 @@ def test_float32_small_angles_and_zero_vectors():
     np.testing.assert_allclose(GRASSMANN.distance(point, end), 1e-4, rtol=1e-2)  # the arc cosine would give 0 or 3e-4
     np.testing.assert_array_equal(GRASSMANN.retract(point, jnp.zeros_like(point)), point)
     for eta in (0.1, 1.0, 5.0):
-        assert gram_error(GRASSMANN.retract(point, eta * 1e4 * tangent)) < 1e-6
+        assert gram_error(GRASSMANN.retract(point, eta * 1e4 * tangent)) < tolerance(size=len(point))
     some = jnp.zeros((2, 20, 3), jnp.float32).at[0].set(tangent)
     assert np.isfinite(GRASSMANN.retract(jnp.stack([point, point]), some)).all()
     gradient = jax.grad(lambda v: GRASSMANN.retract(point, v, "qr").sum())(jnp.zeros_like(point))

@@ -12,6 +12,7 @@ import scipy.fft
 import subspace_jax as sj
 from subspace_jax.core import RankError, Role
 from subspace_jax.linalg import chosen_columns, fixed_basis, newton_schulz, select_columns, transform_rows
+from tests.tolerances import tolerance
 
 
 def normal(*shape, seed=0):
@@ -26,7 +27,7 @@ def test_the_transform_is_scipys_and_its_fast_form_the_same(size):
         np.testing.assert_allclose(transform_rows(matrix, transform=transform), expected, rtol=1e-4, atol=1e-5)
     for basis in ("dct", "random_qr"):
         q = fixed_basis(size, basis)
-        np.testing.assert_allclose(q.T @ q, np.eye(size), atol=2e-6)
+        np.testing.assert_allclose(q.T @ q, np.eye(size), atol=tolerance(size=4))
 
 
 @pytest.mark.parametrize("basis", ["dct", "random_qr"])

@@ -7,6 +7,7 @@ import pytest
 
 import subspace_jax.methods.regularized.lambda_orthogonality as backfilling
 from subspace_jax import metrics
+from tests.tolerances import tolerance
 
 
 def gallery(items=30, width=5, classes=4, seed=0):
@@ -50,7 +51,7 @@ def test_curve_replaces_the_first_of_the_order(score):
         mixed[order[: int(np.floor(beta * 23))]] = new[order[: int(np.floor(beta * 23))]]
         scores = metrics.retrieval_scores(queries, query_labels, mixed, labels, ks=(1,))
         expected.append(scores.cmc[0] if score == "cmc" else scores.mean_average_precision)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=tolerance())
 
 
 def test_a_query_does_not_find_itself():

@@ -10,6 +10,7 @@ from flax import nnx
 
 import subspace_jax as sj
 from subspace_jax.methods.systems.gcr import GrassmannHead, NNXGrassmannHead, grassmann_logits
+from tests.tolerances import tolerance
 
 GAMMA = 25.0
 
@@ -80,7 +81,7 @@ def test_features_in_bfloat16_give_float32_logits():
     narrow = jnp.asarray(x, jnp.bfloat16)
     logits = grassmann_logits(narrow, subspaces)
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, grassmann_logits(narrow.astype(jnp.float32), subspaces), rtol=1e-6)
+    np.testing.assert_allclose(logits, grassmann_logits(narrow.astype(jnp.float32), subspaces), rtol=tolerance())
 
 
 def test_linen_and_nnx_heads_are_one():
@@ -98,7 +99,7 @@ def test_linen_and_nnx_heads_are_one():
     np.testing.assert_array_equal(twin(x), expected)
     np.testing.assert_array_equal(head.apply({"params": {"subspaces": subspaces}}, x), expected)
     images = np.broadcast_to(x[:, None, None], (4, 2, 3, 7))
-    np.testing.assert_allclose(grassmann_logits(images, subspaces)[:, 1, 2], expected, rtol=1e-6)
+    np.testing.assert_allclose(grassmann_logits(images, subspaces)[:, 1, 2], expected, rtol=tolerance())
 
 
 @pytest.mark.parametrize(("fields", "message"), [((5, 8), "exceeds the features' width 7"), ((0, 2), "num_classes=0")])
