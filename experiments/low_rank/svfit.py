@@ -1,8 +1,8 @@
 """SVFit on turned digits: a few singular values against low-rank adapters of several times their size.
 
 The two hidden kernels of the network of `digits_task` are adapted to digits turned by 90 degrees, all else frozen.
-Every method has the same data and steps, and the best of its learning rates counts. "bottom" trains the smallest singular
-values in place of the largest, which shows that it matters which part learns.
+Every method has the same data and steps, and the best of its learning rates counts. "bottom" trains the smallest
+singular values in place of the largest, which shows that it matters which part learns.
 
     python -m experiments run svfit
 

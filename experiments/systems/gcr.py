@@ -54,7 +54,7 @@ class GcrConfig:
     dims: tuple[int, ...] = (1, 2, 4, 8)
     steps: int = 1500
     batch_size: int = 64
-    rates: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    rates: tuple[float, ...] = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     momentum: float = 0.9
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
@@ -182,15 +182,17 @@ def linear_probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.nd
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """Returns every head at its rate of the best mean accuracy."""
-    table = [["head", "head values", "learning rate", "test accuracy %", "angle in a class °", "linear transfer %"]]
+    """Returns every head at its rate of the best mean accuracy, and its transfer at the rate that is best for that."""
+    table = [["head", "head values", "rate", "test accuracy %", "angle in a class °", "linear transfer %, rate"]]
+    transfer = best_runs(results["runs"], "transfer")
     for method, best in best_runs(results["runs"], "accuracy").items():
+        own = transfer[method]
         table.append(
             [
                 *(method, f"{best[0]['head_values']:,}", f"{best[0]['learning_rate']:g}"),
                 with_spread([r["accuracy"] for r in best]),
                 with_spread([r["angle"] for r in best], 1, 1.0),
-                with_spread([r["transfer"] for r in best]),
+                f"{with_spread([r['transfer'] for r in own])}, {own[0]['learning_rate']:g}",
             ]
         )
     return table
