@@ -66,7 +66,13 @@ def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def check_number(
-    what: str, value: Any, *, above: float | None = None, least: float | None = None, below: float | None = None
+    what: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
 ) -> None:
     """Refuses a number outside a range; traced values, which have none yet, pass.
 
@@ -76,6 +82,7 @@ def check_number(
       above: the value must be larger than this.
       least: the value must be at least this.
       below: the value must be smaller than this.
+      most: the value must be at most this.
 
     Raises:
       ValueError: it is not a finite real number, or outside the range.
@@ -85,7 +92,7 @@ def check_number(
     if isinstance(value, Tracer):
         return
     limits = [("above", above, lambda v: v > above), ("at least", least, lambda v: v >= least)]
-    limits.append(("below", below, lambda v: v < below))
+    limits += [("below", below, lambda v: v < below), ("at most", most, lambda v: v <= most)]
     given = [(word, limit, test) for word, limit, test in limits if limit is not None]
     expected = "a finite number" + "".join(f", {word} {limit:g}" for word, limit, _ in given)
     try:

@@ -115,8 +115,8 @@ def allocate_terms(
 ) -> list[np.ndarray]:
     r"""Allocates a budget of values that several matrices share, and returns the number of terms of each.
 
-    After `least` terms each, the term with the most energy for its cost, \(s_c^2\) per value, comes next; one that does
-    not fit any more is passed over.
+    After `least` terms each, the term with the most energy for its cost, \(s_c^2\) per value, comes next, until one
+    does not fit. A cheaper one behind it is not taken: so the terms of a smaller budget are among those of a larger.
 
     Args:
       spectra: singular values `[*stack, k]` of each kind of matrix, largest first, on the host.
@@ -149,8 +149,9 @@ def allocate_terms(
             offer(kind, layer)
     while queue:
         _, kind, layer = heapq.heappop(queue)
-        if costs[kind] <= left:
-            left -= costs[kind]
-            kept[kind][layer] += 1
-            offer(kind, layer)
+        if costs[kind] > left:
+            break
+        left -= costs[kind]
+        kept[kind][layer] += 1
+        offer(kind, layer)
     return [k.reshape(s.shape[:-1]) for k, s in zip(kept, spectra, strict=True)]

@@ -1,5 +1,6 @@
 """Stand-in weights that several methods share, and helpers to write others."""
 
+from subspace_jax.weights._convolution import feature_place as feature_place
 from subspace_jax.weights._draw_basis import draw_basis as draw_basis
 from subspace_jax.weights._dropout import drop_inputs as drop_inputs
 from subspace_jax.weights._dropout import step_keys as step_keys
@@ -34,6 +35,7 @@ __all__ = [
     "draw_basis",
     "drop_inputs",
     "entries_at",
+    "feature_place",
     "flat_entries",
     "hidden_zeros",
     "in_blocks",

@@ -29,6 +29,7 @@ class LowRank(Weight):
       a: `[*stack, in, rank]`, the side of the inputs.
       b: `[*stack, rank, out]`, the side of the outputs.
       scale: \(s\).
+      rank_stabilized: the scale was made as \(\alpha / \sqrt r\), not as \(\alpha / r\); for files that hold alpha.
       dropout: probability of dropping an input of the factors, where `dropout_key` is set.
       dropout_key: keys `[*stack]` for one training step, set by `with_dropout`.
       start_a: `a` at the start, kept where `base` is a residual, so that the change from the original array is known.
@@ -45,6 +46,7 @@ class LowRank(Weight):
     start_b: jax.Array | None = None
     base_squares: jax.Array | None = None
     scale: float = static(default=1.0)
+    rank_stabilized: bool = static(default=False)
     dropout: float = static(default=0.0)
 
     axes: ClassVar[Mapping[str, str]] = {

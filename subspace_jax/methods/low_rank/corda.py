@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from subspace_jax.core import Method, Role, StatisticsError, check_rank, register, require_matrix
+from subspace_jax.core import (
+    Method,
+    Role,
+    StatisticsError,
+    check_choice,
+    check_dtype,
+    check_int,
+    check_number,
+    check_rank,
+    register,
+    require_matrix,
+)
 from subspace_jax.linalg import randomized_svd, truncated_svd, whole_matrices, wide_dtype
 from subspace_jax.weights import LowRank, lora_scale
 
@@ -81,6 +92,7 @@ def corda(
     Raises:
       RankError: `rank` is above the weight's smaller side; raised by `adapt`, with the path.
       StatisticsError: Grams were not captured, have another shape, or no damping makes them invertible; likewise.
+      ValueError: another option is out of its range, or `dtype` is float16.
 
     Warning:
       In the knowledge-preserved mode a weight of deficient rank has components of size zero, on which both factors
@@ -95,16 +107,15 @@ def corda(
       >>> bool(jnp.allclose(sj.merge(adapted)["w"], params["w"], atol=1e-5))
       True
     """
-    check_rank(rank)
-    scale = lora_scale(rank, alpha)
-    chosen = _MODES.get(mode, mode)
-    if chosen not in _MODES.values():
-        raise ValueError(f"corda: mode={mode!r}; choose from {(*_MODES.values(), *_MODES)}.")
-    if svd not in ("exact", "randomized") or factors not in ("projection", "solve"):
-        raise ValueError(
-            f'corda: svd={svd!r} is "exact" or "randomized", factors={factors!r} is "projection" or "solve".'
-        )
-    last = chosen == "knowledge_preserved"
+    rank, dtype = check_rank(rank, what="corda: rank"), check_dtype("corda: dtype", dtype)
+    scale = lora_scale(rank, alpha, what="corda: alpha")
+    check_choice("corda: mode", mode, (*_MODES.values(), *_MODES))
+    check_choice("corda: svd", svd, ("exact", "randomized"))
+    check_choice("corda: factors", factors, ("projection", "solve"))
+    iterations = check_int("corda: iterations", iterations, least=0)
+    oversample = check_int("corda: oversample", oversample, least=0)
+    doublings = _check_damping("corda", damping, threshold, doublings)
+    last = _MODES.get(mode, mode) == "knowledge_preserved"
     if last and svd == "randomized":
         raise ValueError("corda: a randomized decomposition finds the first components; knowledge is kept by the last.")
     options = {"rank": rank, "scale": scale, "last": last, "svd": svd, "iterations": iterations}
@@ -171,12 +182,14 @@ def damped_covariance(
 
     Raises:
       StatisticsError: no \(d\) is large enough. Not raised where values are abstract.
+      ValueError: `damping` or `threshold` is not positive.
 
     Example:
       >>> import jax.numpy as jnp
       >>> damped_covariance(jnp.eye(3)).covariance[0].tolist()
       [1.0099999904632568, 0.0, 0.0]
     """
+    doublings = _check_damping("damped_covariance", damping, threshold, doublings)
     found = _damp(covariance, damping, threshold, doublings)
     try:
         sound = bool(jnp.all(found.error < threshold))
@@ -189,6 +202,12 @@ def damped_covariance(
             "zeros only, or the threshold is below what float32 can reach; capture inputs of this weight in float32."
         )
     return found
+
+
+def _check_damping(name: str, damping: Any, threshold: Any, doublings: Any) -> int:
+    check_number(f"{name}: damping", damping, above=0.0)  # nothing doubled is nothing
+    check_number(f"{name}: threshold", threshold, above=0.0)
+    return check_int(f"{name}: doublings", doublings, least=0)
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from subspace_jax.core import Method, Role, check_rank, register, require_matrix
+from subspace_jax.core import Method, Role, check_choice, check_number, check_rank, register, require_matrix
 from subspace_jax.linalg import whole_matrices, wide_dtype
-from subspace_jax.weights import LowRankCore, Route
+from subspace_jax.weights import LowRankCore, Route, feature_place, hidden_zeros
 
 __all__ = [
     "loldu",
@@ -72,7 +72,7 @@ def loldu(
 
     Raises:
       RankError: `rank` is above the weight's smaller side; raised by `adapt`, with the path.
-      ValueError: an unknown option, or both `alpha` and `sigma`.
+      ValueError: an unknown option, `alpha` or `sigma` that is not positive, or both of them.
 
     Warning:
       The step of the weight is \(\sigma\) times that of \(z\): with \(\sigma = 1 / r\) a learning rate is \(r\) times
@@ -88,7 +88,10 @@ def loldu(
       ((2,), True)
     """
     if rank is not None:
-        check_rank(rank)
+        rank = check_rank(rank, what="loldu: rank")
+    for name, value in (("alpha", alpha), ("sigma", sigma)):
+        if value is not None:
+            check_number(f"loldu: {name}", value, above=0.0)
     if alpha is not None and sigma is not None:
         raise ValueError(f"loldu: alpha={alpha} and sigma={sigma} say the same twice; pass one of them.")
     for name, value, options in (
@@ -97,8 +100,7 @@ def loldu(
         ("convolution_order", convolution_order, get_args(ConvolutionOrder)),
         ("route", route, get_args(Route)),
     ):
-        if value not in options:
-            raise ValueError(f"loldu: {name}={value!r}; choose from {options}.")
+        check_choice(f"loldu: {name}", value, options)
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRankCore:
         del stats
@@ -175,11 +177,11 @@ def _factorize(matrix: jax.Array, *, rank: int) -> _Factors:
 
 
 def _channels_first(role: Role, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The rows of a convolution's matrix with the last input axis slowest instead of fastest."""
+    """The rows of a convolution's matrix with the input features slowest, and then the window."""
     if role.kind != "conv":
         return None
     sizes = role.in_shape(shape)
-    return np.moveaxis(np.arange(np.prod(sizes)).reshape(sizes), -1, 0).ravel()
+    return np.moveaxis(np.arange(np.prod(sizes)).reshape(sizes), feature_place(role), 0).ravel()
 
 
 def _mean(pivots: jax.Array) -> jax.Array:
@@ -200,7 +202,7 @@ _STARTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "constant": lambda key, pivots: jnp.broadcast_to(_mean(pivots), pivots.shape),
     "normal": lambda key, pivots: _mean(pivots) + jnp.std(pivots, axis=-1, keepdims=True) * _normal(key, pivots),
     "ones": lambda key, pivots: jnp.ones_like(pivots),
-    "zeros": lambda key, pivots: jnp.zeros_like(pivots),
+    "zeros": lambda key, pivots: hidden_zeros(key, pivots.shape, pivots.dtype),
     "s_uniform": _uniform,
     "s_normal": _normal,
 }

@@ -8,8 +8,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Method, Role, check_rank, register, require_matrix
-from subspace_jax.weights import LowRank, lora_scale
+from subspace_jax.core import (
+    Method,
+    Role,
+    check_choice,
+    check_dtype,
+    check_probability,
+    check_rank,
+    register,
+    require_matrix,
+)
+from subspace_jax.weights import LowRank, hidden_zeros, lora_scale
 
 __all__ = [
     "lora",
@@ -37,14 +46,15 @@ def lora(
       rank_stabilized: scale by \(\alpha / \sqrt{r}\), which keeps the size of updates independent of the rank.
       dropout: probability of dropping an input of the adapter in training; see `with_dropout`.
       init: "kaiming" draws \(a\) from \(U(-1/\sqrt{d_{in}}, 1/\sqrt{d_{in}})\), "gaussian" from \(N(0, 1/r^2)\).
-      dtype: dtype of `a` and `b`.
+      dtype: dtype of `a` and `b`, float32 or bfloat16.
 
     Returns:
       A method whose weights are `LowRank` with `a` `[*stack, in, rank]` and `b` `[*stack, rank, out]`.
 
     Raises:
       RankError: `rank` is not a positive integer.
-      ValueError: `dropout` is not in [0, 1).
+      ValueError: `alpha` is not positive, `dropout` is not in [0, 1), `init` is none of those, or `dtype` is float16,
+        in which Adam gives NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -55,12 +65,10 @@ def lora(
     References:
       Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023.
     """
-    check_rank(rank)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"lora: dropout={dropout} is not a probability below 1.")
-    if init not in ("kaiming", "gaussian"):
-        raise ValueError(f'lora: init is "kaiming" or "gaussian", not {init!r}.')
-    scale = lora_scale(rank, alpha, rank_stabilized)
+    rank, dtype = check_rank(rank, what="lora: rank"), check_dtype("lora: dtype", dtype)
+    check_probability("lora: dropout", dropout)
+    check_choice("lora: init", init, ("kaiming", "gaussian"))
+    scale = lora_scale(rank, alpha, rank_stabilized, what="lora: alpha")
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRank:
         del stats
@@ -71,6 +79,7 @@ def lora(
             a=a,
             b=b,
             scale=scale,
+            rank_stabilized=bool(rank_stabilized),
             dropout=dropout,
             role=role,
             dtype=array.dtype,
@@ -87,13 +96,13 @@ def _factors(
     stack, (inputs, outputs) = role.stack_shape(shape), role.sizes(shape)
     a_shape, b_shape = (*stack, inputs, rank), (*stack, rank, outputs)
     if role.kind == "embedding":
-        return jnp.zeros(a_shape, dtype), jax.random.normal(key, b_shape, jnp.float32).astype(dtype)
+        return hidden_zeros(key, a_shape, dtype), jax.random.normal(key, b_shape, jnp.float32).astype(dtype)
     if init == "gaussian":
         a = jax.random.normal(key, a_shape, jnp.float32) / rank
     else:
         bound = 1.0 / math.sqrt(inputs)
         a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
-    return a.astype(dtype), jnp.zeros(b_shape, dtype)
+    return a.astype(dtype), hidden_zeros(key, b_shape, dtype)
 
 
 register(

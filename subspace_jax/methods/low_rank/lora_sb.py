@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,6 +15,9 @@ from subspace_jax.core import (
     Method,
     Role,
     StructureError,
+    check_choice,
+    check_int,
+    check_number,
     check_rank,
     leaves_with_paths,
     map_with_paths,
@@ -72,8 +76,9 @@ def lora_xs(
     References:
       Balazy, Banaei, Aberer, Tabor, LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, 2024.
     """
-    check_rank(rank)
-    scale = lora_scale(rank, alpha)
+    rank, scale, iterations = _checked("lora_xs", rank, alpha, iterations)
+    check_choice("lora_xs: factors", factors, ("svd", "random"))
+    check_number("lora_xs: noise", noise, least=0.0)
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRankCore:
         del stats
@@ -124,7 +129,7 @@ def lora_sb(
       StatisticsError: gradients were not captured; raised by `adapt`, with the path.
 
     Warning:
-      Where a gradient is exactly zero (an unused expert) the factors are arbitrary and the core is zero.
+      Where a gradient is exactly zero (an unused expert) the factors are arbitrary and the core is zero; `adapt` warns.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -136,16 +141,16 @@ def lora_sb(
       >>> bool(loss(sj.merge(adapted), x) < loss(params, x))
       True
     """
-    check_rank(rank)
-    scale = lora_scale(rank, alpha)
-    if update not in ("sign", "raw"):
-        raise ValueError(f'lora_sb: update is "sign" or "raw", not {update!r}.')
+    rank, scale, iterations = _checked("lora_sb", rank, alpha, iterations)
+    check_choice("lora_sb: update", update, ("sign", "raw"))
+    check_number("lora_sb: learning_rate", learning_rate, above=0.0)
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRankCore:
         require_matrix(array, role)
         smaller = min(role.sizes(array.shape))
         check_rank(rank, smaller)
         gradient = role.matrix(stats.gradient)
+        _warn_of_no_gradient(gradient, array.shape)
         step = -learning_rate * (jnp.sign(gradient) if update == "sign" else gradient)
         if smaller <= EXACT_UP_TO:
             found: SVD = truncated_svd(step, rank)
@@ -244,6 +249,29 @@ def scale_by_lora_sb(adapted: Any) -> optax.GradientTransformation:
         return map_with_paths(one, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _checked(name: str, rank: Any, alpha: Any, iterations: Any) -> tuple[int, float, int]:
+    """Rank, scale and iterations."""
+    rank = check_rank(rank, what=f"{name}: rank")
+    scale = lora_scale(rank, alpha, what=f"{name}: alpha")
+    return rank, scale, check_int(f"{name}: iterations", iterations, least=0)
+
+
+def _warn_of_no_gradient(gradient: jax.Array, shape: tuple[int, ...]) -> None:
+    """Warns of a matrix whose gradient is zero throughout, where values are known."""
+    try:
+        nothing = int(jnp.sum(~jnp.any(gradient != 0, axis=(-2, -1))))
+    except jax.errors.ConcretizationTypeError:
+        return
+    if nothing:
+        which = "its gradient" if gradient.ndim == 2 else f"the gradient of {nothing} of its layers"
+        warnings.warn(
+            f"lora_sb: in a weight of shape {shape} {which} is exactly zero, so the factors are arbitrary and the core "
+            "starts at zero. The loss does not depend on it for the captured data: capture other batches, or leave the "
+            "weight out of the rule.",
+            stacklevel=2,
+        )
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Method, Role, check_rank, register, require_matrix
+from subspace_jax.core import (
+    Full,
+    Method,
+    Role,
+    StructureError,
+    Weight,
+    check_choice,
+    check_dtype,
+    check_int,
+    check_rank,
+    is_weight,
+    map_with_paths,
+    register,
+    require_matrix,
+)
 from subspace_jax.linalg import randomized_svd, truncated_svd, wide_dtype
 from subspace_jax.weights import LowRank, lora_scale, map_weights, original_arrays, quantize_nf4
 
@@ -54,10 +69,11 @@ def pissa(
 
     Raises:
       RankError: `rank` is above the weight's smaller side; raised by `adapt`, with the path.
+      ValueError: an option is out of its range, or `dtype` is float16.
 
     Warning:
       There is no dropout, and weight decay would shrink the weight itself: the factors carry pretrained values.
-      Where the rank of the weight is below `rank`, the spare columns are zero on both sides and stay so.
+      Where the rank of the weight is below `rank`, the spare columns are zero on both sides and stay so; `adapt` warns.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -66,10 +82,9 @@ def pissa(
       >>> bool(jnp.allclose(sj.merge(adapted)["w"], w, atol=1e-5))
       True
     """
-    check_rank(rank)
-    _check_svd(svd)
-    scale = lora_scale(rank, alpha)
-    options = {"rank": rank, "svd": svd, "iterations": iterations, "oversample": oversample, "dtype": dtype}
+    options = _checked("pissa", rank, svd, iterations, oversample, dtype)
+    rank = options["rank"]
+    scale = lora_scale(rank, alpha, what="pissa: alpha")
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRank:
         del stats
@@ -77,6 +92,7 @@ def pissa(
         check_rank(rank, min(role.sizes(array.shape)))
         matrix = role.matrix(array).astype(wide_dtype(array.dtype))
         a, b = _principal(key, matrix, scale=scale, **options)
+        _warn_of_idle("pissa", a, array.shape)
         residual = role.unmatrix(matrix - _product(a, b, scale), array.shape)
         return _low_rank(residual.astype(residual_dtype or array.dtype), a, b, scale, array, role)
 
@@ -121,11 +137,9 @@ def qpissa(
       >>> adapted["w"].base.codes.dtype.name, adapted["w"].base.codes.nbytes
       ('uint8', 2048)
     """
-    check_rank(rank)
-    if steps < 1:
-        raise ValueError(f"qpissa: steps={steps}; at least one step makes the factors and the base.")
-    _check_svd(svd)
-    options = {"rank": rank, "svd": svd, "iterations": iterations, "oversample": oversample, "dtype": dtype}
+    options = _checked("qpissa", rank, svd, iterations, oversample, dtype)
+    rank, steps = options["rank"], check_int("qpissa: steps", steps)
+    check_choice("qpissa: order", order, ("out_in", "in_out"))
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRank:
         del stats
@@ -142,6 +156,7 @@ def qpissa(
             a, b = _principal(step_key, left, scale=1.0, **options)
             base = quantized(a, b)
             left = matrix - role.matrix(base.materialize(matrix.dtype))
+        _warn_of_idle("qpissa", a, array.shape)
         return dataclasses.replace(_low_rank(base, a, b, 1.0, array, role), start_a=None, start_b=None)
 
     return Method("qpissa", make)
@@ -154,14 +169,16 @@ def to_lora(adapted: Any, params: Any) -> Any:
     rank at the same scale (an exported alpha doubles with the rank).
 
     Args:
-      adapted: a tree with `LowRank` weights from `pissa`; other leaves stay as they are.
+      adapted: a tree with weights from `pissa` or `corda`, also inside `dora`. Those of plain LoRA stay as they are, as
+        do ordinary arrays.
       params: the tree that `adapt` was given.
 
     Returns:
       The tree with the original arrays as bases.
 
     Raises:
-      StructureError: a path of `adapted` is not in `params` with the same shape.
+      StructureError: a path of `adapted` is not in `params` with the same shape, or a weight is no low-rank addition
+        to the original array: of another method, or over a quantized or adapted base.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -173,8 +190,13 @@ def to_lora(adapted: Any, params: Any) -> Any:
     originals = original_arrays(params)
 
     def convert(path: str, weight: LowRank) -> LowRank:
+        if isinstance(weight.base, Weight):
+            raise StructureError(
+                f"{path}: to_lora: the {weight.method or 'LowRank'} stands on a {type(weight.base).__name__}, not on "
+                f"the original array, from which it cannot be told. {_MEND}"
+            )
         if weight.start_a is None or weight.start_b is None:
-            return weight.map_fields(lambda _, v: map_weights(LowRank, lambda _, w: convert(path, w), v))
+            return weight
         return dataclasses.replace(
             weight,
             base=originals(path, weight),
@@ -186,7 +208,24 @@ def to_lora(adapted: Any, params: Any) -> Any:
             method="lora",
         )
 
-    return map_weights(LowRank, convert, adapted)
+    def check(path: str, leaf: Any) -> Any:
+        if is_weight(leaf) and not isinstance(leaf, Full) and not any(isinstance(w, LowRank) for w in _nested(leaf)):
+            raise StructureError(
+                f"{path}: to_lora: a {type(leaf).__name__} of {leaf.method!r} is no low-rank addition to the original "
+                f"array. {_MEND}"
+            )
+        return leaf
+
+    return map_weights(LowRank, convert, map_with_paths(check, adapted))
+
+
+_MEND = "Convert the other weights alone, by a tree without this one, or merge() it."
+
+
+def _nested(weight: Weight) -> list[Weight]:
+    """The weight and the weights inside it."""
+    inner = [w for _, value in weight.data_items() if isinstance(value, Weight) for w in _nested(value)]
+    return [weight, *inner]
 
 
 # One compiled program per shape and setting, whichever call of `pissa` it comes from.
@@ -203,9 +242,34 @@ def _principal(
     return (u * root[..., None, :]).astype(dtype), (root[..., :, None] * vt).astype(dtype)
 
 
-def _check_svd(svd: str) -> None:
-    if svd not in ("randomized", "exact"):
-        raise ValueError(f'svd is "randomized" or "exact", not {svd!r}.')
+def _checked(name: str, rank: Any, svd: Any, iterations: Any, oversample: Any, dtype: Any) -> dict[str, Any]:
+    """The options of the decomposition, as `_principal` takes them."""
+    check_choice(f"{name}: svd", svd, ("randomized", "exact"))
+    return {
+        "rank": check_rank(rank, what=f"{name}: rank"),
+        "svd": svd,
+        "iterations": check_int(f"{name}: iterations", iterations, least=0),
+        "oversample": check_int(f"{name}: oversample", oversample, least=0),
+        "dtype": check_dtype(f"{name}: dtype", dtype),
+    }
+
+
+def _warn_of_idle(name: str, a: jax.Array, shape: tuple[int, ...]) -> None:
+    """Warns of columns that start at zero on both sides and never learn, where values are known."""
+    norms = jnp.linalg.norm(a.astype(jnp.float32), axis=-2)
+    # Values below rounding are those of zero; a column holds the root of its value.
+    live = norms**2 > a.shape[-2] * jnp.finfo(jnp.float32).eps * jnp.max(norms**2, axis=-1, keepdims=True)
+    try:
+        least = int(jnp.min(jnp.sum(live, axis=-1)))
+    except jax.errors.ConcretizationTypeError:
+        return
+    if least < a.shape[-1]:
+        warnings.warn(
+            f"{name}: a weight of shape {shape} has a matrix of rank {least}, below rank={a.shape[-1]}; the other "
+            f"{a.shape[-1] - least} columns start at nearly zero on both sides and hardly learn. Choose rank={least} "
+            "or less for it, or lora().",
+            stacklevel=2,
+        )
 
 
 def _product(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:

@@ -186,3 +186,14 @@ def test_bad_options_are_refused_by_name():
         sj.methods.osf.ranks({"w": np.nan}, {"w": jnp.zeros((2, 2))})
     with pytest.raises(StatisticsError, match="no batches"):
         sj.methods.osf.importance(lambda p, x: x @ p["w"], {"w": jnp.zeros((2, 2))}, [])
+
+
+@pytest.mark.parametrize("width", ["exact", "common"])
+def test_a_summary_leaves_padding_out(width):
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 6, 4)), jnp.float32)}
+    roles = {"w": sj.Role.dense((1,), (2,), (0,))}
+    ranks = np.array([1, 2, 4])
+    adapted = sj.adapt(params, {"w": sj.osf({"w": ranks}, width=width)}, key=jax.random.key(0), roles=roles)
+    assert sj.summary(adapted).trainable == int((4 - ranks).sum()) * (6 + 4 + 1)
+    abstract = jax.eval_shape(lambda p: sj.adapt(p, {"w": sj.osf(1)}, key=jax.random.key(0), roles=roles), params)
+    assert sj.summary(abstract).trainable == 3 * 3 * (6 + 4 + 1)

@@ -202,7 +202,7 @@ class TestDampedCovariance:
             with pytest.raises(StatisticsError, match=r"not invertible after 30 doublings of the damping 0\.01"):
                 sj.methods.corda.damped_covariance(jnp.asarray(bad, jnp.float32))
         with pytest.raises(StatisticsError, match="after 3 doublings"):
-            sj.methods.corda.damped_covariance(jnp.eye(4), threshold=0.0, doublings=3)
+            sj.methods.corda.damped_covariance(jnp.full((4, 4), 1.0), threshold=1e-12, doublings=3)
 
     def test_inside_jit(self):
         found = jax.jit(sj.methods.corda.damped_covariance)(jnp.asarray(gram(6)))

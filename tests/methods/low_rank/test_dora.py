@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import subspace_jax as sj
 from subspace_jax.core import trainable_size
 from subspace_jax.methods.low_rank.dora import Magnitude
 from subspace_jax.weights import LowRank
+from tests.tolerances import tolerance
 
 W = jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)), jnp.float32)
 
@@ -70,3 +73,30 @@ def test_other_arguments_are_refused():
         sj.dora(sj.lora(2), norm="frozen")
     with pytest.raises(TypeError, match=r"dora\(lora\(rank=8\)\)"):
         sj.dora(8)
+
+
+def test_columns_of_zeros_are_said_at_adapt():
+    w = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    w[:, 1] = 0.0
+    with pytest.warns(UserWarning, match=r"dora: in a weight of shape \(6, 4\) 1 of 4 output columns are zero"):
+        adapted = sj.adapt({"w": jnp.asarray(w)}, {"w": sj.dora(sj.lora(2))}, key=jax.random.key(0))
+    np.testing.assert_array_equal(sj.merge(adapted)["w"][:, 1], np.zeros(6))
+
+
+def test_a_step_where_base_and_product_cancel():
+    """The weight that DoRA stands for, where W + a b is a thousandth of W: lengths were off by 6 %."""
+    rng = np.random.default_rng(1)
+    a, b, rest = (rng.normal(size=s).astype(np.float32) for s in ((64, 4), (4, 5), (64, 5)))
+    product = a.astype(np.float64) @ b
+    w = np.asarray(1e-3 * rest * np.linalg.norm(product) / np.linalg.norm(rest) - product, np.float32)
+    weight = sj.adapt({"w": jnp.asarray(w)}, {"w": sj.dora(sj.lora(4))}, key=jax.random.key(0))["w"]
+    inner = dataclasses.replace(weight.direction, a=jnp.asarray(a), b=jnp.asarray(b))
+    weight = dataclasses.replace(weight, direction=inner)
+    direction = w.astype(np.float64) + product
+    expected = direction / np.linalg.norm(direction, axis=0) * np.linalg.norm(w.astype(np.float64), axis=0)
+    # Rounding of the sum is a share of its parts, which are a thousand times larger.
+    room = 1e3 * tolerance("float32", norm=np.abs(expected).max())
+    np.testing.assert_allclose(jax.jit(lambda w: w.materialize())(weight), expected, rtol=0, atol=room)
+    x = rng.normal(size=(3, 64)).astype(np.float32)
+    found = sj.with_adapters(lambda w, x: x @ w)(weight, x)
+    np.testing.assert_allclose(found, x @ expected, rtol=0, atol=8 * room * np.abs(x).max())

@@ -274,5 +274,24 @@ def test_bad_options_are_refused_by_name():
     with pytest.raises(ValueError, match="alpha=8 and sigma=1"):
         sj.loldu(4, alpha=8, sigma=1)
     for option in ("start", "residual", "convolution_order", "route"):
-        with pytest.raises(ValueError, match=f"loldu: {option}='lu'; choose from"):
+        with pytest.raises(ValueError, match=f"loldu: {option}='lu': expected one of"):
             sj.loldu(4, **{option: "lu"})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("route", ["auto", "factored"])
+def test_low_precision_loses_what_the_formed_weight_loses(dtype, route):
+    """Multiplied in bfloat16, the triangles of a 768 x 768 normal matrix lost 12 % of the output, formed 0.2 %."""
+    size = 768
+    w = jnp.asarray(matrix((size, size)) / np.sqrt(size), dtype)
+    x = jnp.asarray(matrix((16, size), 1), dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    adapted = sj.adapt({"w": w}, {"w": sj.loldu(route=route)}, key=jax.random.key(0))
+
+    def lost(y):
+        return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+
+    found = lost(sj.with_adapters(lambda p, x: x @ p["w"])(adapted, x))
+    assert found <= lost(x @ sj.merge(adapted)["w"]) * 1.01 < 2 * jnp.finfo(dtype).eps
+    looked_up = sj.with_adapters(lambda p, i: p["w"][i])(adapted, jnp.arange(3))
+    np.testing.assert_array_equal(looked_up, sj.merge(adapted)["w"][:3])

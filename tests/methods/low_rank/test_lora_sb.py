@@ -157,3 +157,13 @@ def test_a_tree_without_cores_of_its_own_is_refused():
     adapted = sj.adapt({"w": jnp.eye(8)}, {"w": sj.dora(sj.methods.lora_sb.lora_xs(2))}, key=jax.random.key(0))
     with pytest.raises(StructureError, match="inside another weight"):
         sj.methods.lora_sb.scale_by_lora_sb(adapted)
+
+
+def test_a_gradient_of_zero_is_said_at_adapt():
+    params = {"w": jnp.ones((2, 6, 4))}
+    gradient = jnp.zeros((2, 6, 4)).at[0].set(1.0)
+    stats = {"w": sj.core.Statistics(gradient=gradient)}
+    roles = {"w": sj.Role.dense((1,), (2,), (0,))}
+    method = sj.lora_sb(2, learning_rate=1e-3)
+    with pytest.warns(UserWarning, match=r"lora_sb: .*\(2, 6, 4\) the gradient of 1 of its layers is exactly zero"):
+        sj.adapt(params, {"w": method}, key=jax.random.key(0), stats=stats, roles=roles)

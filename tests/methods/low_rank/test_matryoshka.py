@@ -208,8 +208,14 @@ def test_bad_input_is_refused():
         sj.adapt({"w": W}, {"w": sj.matryoshka(sj.pissa(4))}, key=jax.random.key(0))
     with pytest.raises(RankError, match="all above the adapter's rank 4"):
         sj.adapt({"w": W}, {"w": sj.matryoshka(sj.lora(4), ranks=(8, 16))}, key=jax.random.key(0))
-    with pytest.raises(RankError, match="expected 1 to 8"):
+    with pytest.raises(RankError, match=r"rank=9: expected an int of at least 1 and at most 8"):
         sj.methods.matryoshka.at_rank(trained(), 9)
+    for wrong in (2.5, "2", jnp.float32(2)):
+        with pytest.raises(RankError, match=r"rank=.*expected an int"):
+            sj.methods.matryoshka.at_rank(trained(), wrong)
+    with pytest.raises(RankError, match=r"rank is a traced float32\[\]: expected an integer scalar"):
+        jax.jit(sj.methods.matryoshka.at_rank)(trained(), 2.5)
+    assert sj.methods.matryoshka.at_rank(trained(), np.int64(2))["w"].gains.tolist()[2:] == [0.0] * 6
     with pytest.raises(RankError, match="must agree"):
         sj.methods.matryoshka.sample_rank({"one": trained()["w"], "two": trained(ranks=(2,))["w"]}, jax.random.key(0))
     with pytest.raises(RankError, match="there must be one"):

@@ -1,4 +1,5 @@
 import dataclasses
+import warnings
 
 import chex
 import jax
@@ -247,7 +248,36 @@ def test_the_same_input_gives_the_same_adapter():
 def test_what_cannot_be_done_is_refused():
     with pytest.raises(RankError, match=r"w: .*rank=25 is above .* 24"):
         adapt(matrix(), sj.pissa(25))
-    with pytest.raises(RankError, match="positive"):
+    with pytest.raises(RankError, match=r"pissa: rank=0: expected an int of at least 1"):
         sj.pissa(0)
     with pytest.raises(ValueError, match="'full'"):
         sj.pissa(4, svd="full")
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_a_rank_above_that_of_the_weight_is_said_at_adapt(svd):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(30, 3)) @ rng.normal(size=(3, 20)), jnp.float32)
+    with pytest.warns(UserWarning, match=r"pissa: a weight of shape \(30, 20\) has a matrix of rank 3, below rank=8"):
+        adapt(w, sj.pissa(8, svd=svd))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(w, sj.pissa(3, svd=svd))
+        adapt(matrix(), sj.pissa(8, svd=svd))
+
+
+def test_weights_that_are_no_lora_are_refused_by_to_lora():
+    params = {"w": jnp.asarray(matrix())}
+    for method, what in (
+        (sj.oft(4), "Rotated of 'oft' is no low-rank addition"),
+        (sj.loca(3), "CosineSpectrum of 'loca' is no low-rank addition"),
+        (sj.dora(sj.oft(4)), r"Magnitude of 'dora\(oft\)' is no low-rank addition"),
+        (sj.qpissa(2), "qpissa stands on a NF4, not on the original array"),
+        (sj.o_lora(2, tasks=2), "stands on a .*, not on the original array"),
+    ):
+        adapted = sj.adapt(params, {"w": method}, key=jax.random.key(0))
+        with pytest.raises(StructureError, match=f"w: to_lora: .*{what}"):
+            sj.to_lora(adapted, params)
+    for method in (sj.lora(2), sj.full(), sj.dora(sj.pissa(2))):
+        adapted = sj.adapt(params, {"w": method}, key=jax.random.key(0))
+        np.testing.assert_allclose(sj.merge(sj.to_lora(adapted, params))["w"], params["w"], atol=1e-5)

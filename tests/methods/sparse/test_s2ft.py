@@ -28,7 +28,8 @@ def moved(adapted, seed=0):
     return sj.combine(jax.tree.map(lambda v: v + jnp.asarray(rng.normal(size=v.shape), v.dtype), trainable), frozen)
 
 
-SIDES = ["rows", "columns"]
+FIELDS = {"in": "rows", "out": "columns"}
+SIDES = list(FIELDS)
 BOTH = ["delta", "in_place"]
 
 
@@ -40,12 +41,12 @@ def test_starts_at_the_weight_and_changes_the_selection_alone(side, parameteriza
     adapted = adapt({"w": w}, {"w": sj.s2ft(0.3, side=side, parameterization=parameterization)})
     np.testing.assert_array_equal(sj.merge(adapted)["w"], w)
     weight = adapted["w"]
-    assert (weight.rows if side == "rows" else weight.columns).dtype == jnp.float32
+    assert (weight.rows if side == "in" else weight.columns).dtype == jnp.float32
     after = np.asarray(sj.merge(moved(adapted))["w"], np.float32) - np.asarray(w, np.float32)
-    axis = 1 if side == "rows" else 0
+    axis = 1 if side == "in" else 0
     changed = set(np.flatnonzero(np.abs(after).sum(axis)))
     assert changed == set(np.asarray(weight.positions()).tolist())
-    assert len(changed) == int(0.3 * (12 if side == "rows" else 7)) == weight.slots
+    assert len(changed) == int(0.3 * (12 if side == "in" else 7)) == weight.slots
     assert np.linalg.matrix_rank(after.astype(np.float64)) <= weight.slots
 
 
@@ -54,7 +55,7 @@ def test_starts_at_the_weight_and_changes_the_selection_alone(side, parameteriza
 @pytest.mark.parametrize("contiguous", [False, True])
 def test_forward_and_gradient_are_those_of_the_dense_weight(side, parameterization, contiguous):
     w, x = matrix((12, 7)), matrix((3, 5, 12), 1)
-    mask = np.zeros(12 if side == "rows" else 7, bool)
+    mask = np.zeros(12 if side == "in" else 7, bool)
     mask[[2, 3, 4] if contiguous else [1, 4, 6]] = True
     method = sj.s2ft(selected={"w": mask}, side=side, parameterization=parameterization)
     adapted = moved(adapt({"w": w}, {"w": method}))
@@ -66,8 +67,8 @@ def test_forward_and_gradient_are_those_of_the_dense_weight(side, parameterizati
     np.testing.assert_allclose(apply(adapted, x), x @ dense, rtol=1e-4, atol=1e-5)
     found = jax.grad(lambda t, x: loss(apply(sj.combine(t, frozen), x)), argnums=(0, 1))(trainable, x)
     full = jax.grad(lambda w, x: loss(x @ w), argnums=(0, 1))(dense, x)
-    expected = full[0][mask] if side == "rows" else full[0][:, mask]
-    np.testing.assert_allclose(getattr(found[0]["w"], side), expected, rtol=1e-4, atol=1e-4)
+    expected = full[0][mask] if side == "in" else full[0][:, mask]
+    np.testing.assert_allclose(getattr(found[0]["w"], FIELDS[side]), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found[1], full[1], rtol=1e-4, atol=1e-4)
 
 
@@ -152,7 +153,7 @@ def test_layouts_and_parameterizations_train_alike():
 
     def rules(selected, parameterization):
         options = {"selected": selected, "parameterization": parameterization}
-        return {"**/up": sj.s2ft(side="columns", **options), "**/down": sj.s2ft(**options)}
+        return {"**/up": sj.s2ft(side="out", **options), "**/down": sj.s2ft(**options)}
 
     curves = []
     for start, selected in ((params, masks), (permuted, placed)):
@@ -202,18 +203,19 @@ def test_stacked_layers_are_padded_and_padding_learns_nothing(side, parameteriza
     positions = np.asarray(adapted["w"].positions())
     real = positions < 6
     assert real.sum() == int(4 * 6 * 0.25)
+    assert sj.summary(adapted).trainable == 6 * real.sum() < adapted["w"].slots * 4 * 6
     assert not real.all()
     assert real.all(-1).any()
     x = jnp.ones((2, 6))
     model = lambda p, x: jax.lax.scan(lambda h, k: (jnp.tanh(h @ k), None), x, p["w"])[0]
     trainable, frozen = sj.partition(moved(adapted))
     loss = lambda t: jnp.sum(sj.with_adapters(model)(sj.combine(t, frozen), x))
-    gradient = np.asarray(getattr(jax.grad(loss)(trainable)["w"], side))
-    gradient = gradient if side == "rows" else gradient.swapaxes(-1, -2)
+    gradient = np.asarray(getattr(jax.grad(loss)(trainable)["w"], FIELDS[side]))
+    gradient = gradient if side == "in" else gradient.swapaxes(-1, -2)
     assert not gradient[~real].any()
     assert gradient[real].any(-1).all()
     merged = np.asarray(sj.merge(moved(adapted))["w"]) != w
-    np.testing.assert_array_equal(merged.any(2 if side == "rows" else 1).sum(-1), real.sum(-1))
+    np.testing.assert_array_equal(merged.any(2 if side == "in" else 1).sum(-1), real.sum(-1))
 
 
 def test_heads_are_selected_whole():
@@ -227,21 +229,21 @@ def test_heads_are_selected_whole():
 def test_convolutions_train_output_channels_and_refuse_input_channels():
     kernel, image = matrix((3, 3, 2, 6)), matrix((2, 5, 5, 2), 1)
     roles = {"w": sj.Role.conv()}
-    adapted = moved(adapt({"w": kernel}, {"w": sj.s2ft(0.5, side="columns")}, roles=roles))
+    adapted = moved(adapt({"w": kernel}, {"w": sj.s2ft(0.5, side="out")}, roles=roles))
     conv = lambda p, x: jax.lax.conv_general_dilated(
         x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     merged = sj.merge(adapted)
     np.testing.assert_allclose(sj.with_adapters(conv)(adapted, image), conv(merged, image), rtol=1e-4, atol=1e-4)
     assert (np.asarray(merged["w"]) != kernel).any((0, 1, 2)).sum() == 3
-    with pytest.raises(RoleError, match=r'w: s2ft: rows of a convolution.*side="columns"'):
+    with pytest.raises(RoleError, match=r'w: s2ft: inputs of a convolution.*side="out"'):
         adapt({"w": kernel}, {"w": sj.s2ft(0.5)}, roles=roles)
 
 
 def test_scores_are_norms_and_mean_magnitudes():
     w = matrix((12, 7))
     np.testing.assert_allclose(sj.methods.s2ft.channel_scores(w), np.linalg.norm(w, axis=1), rtol=1e-5)
-    np.testing.assert_allclose(sj.methods.s2ft.channel_scores(w, side="columns"), np.linalg.norm(w, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(sj.methods.s2ft.channel_scores(w, side="out"), np.linalg.norm(w, axis=0), rtol=1e-5)
     heads = np.linalg.norm(w.reshape(3, 4 * 7), axis=1)
     np.testing.assert_allclose(sj.methods.s2ft.channel_scores(w, heads=3), heads, rtol=1e-5)
     stacked = sj.methods.s2ft.channel_scores(np.stack([w, 2 * w]), sj.Role.dense((1,), (2,), (0,)))
@@ -290,15 +292,23 @@ def test_quantized_base_is_used_as_it_is():
     np.testing.assert_allclose(y, x @ merged, rtol=1e-4, atol=1e-4)
 
 
+def channel_scores(side):
+    return sj.methods.s2ft.channel_scores(matrix((12, 7)), side=side)
+
+
 def test_bad_options_are_refused_by_name():
     w = {"w": matrix((12, 7))}
     with pytest.raises(ValueError, match="pass a ratio"):
         sj.s2ft()
     with pytest.raises(ValueError, match="side='row'"):
         sj.s2ft(0.1, side="row")
+    for owner, call in (("s2ft", lambda side: sj.s2ft(0.1, side=side)), ("channel_scores", channel_scores)):
+        for old, new in (("rows", "in"), ("columns", "out")):
+            with pytest.raises(ValueError, match=f"{owner}: side='{old}' is called side='{new}' now"):
+                call(old)
     with pytest.raises(ValueError, match="prefer='big'"):
         sj.s2ft(0.1, prefer="big")
-    with pytest.raises(RoleError, match="w: s2ft: heads=5 does not divide the 12 rows"):
+    with pytest.raises(RoleError, match="w: s2ft: heads=5 does not divide the 12 features of side='in'"):
         adapt(w, {"w": sj.s2ft(0.1, heads=5)})
     with pytest.raises(PatternError, match="w: s2ft: nothing is selected"):
         adapt(w, {"w": sj.s2ft(selected={"v": np.ones(12, bool)})})

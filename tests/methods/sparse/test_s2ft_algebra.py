@@ -20,7 +20,7 @@ def adapter(rows, columns=(0, 1), seed=0, **options):
     mask = lambda positions: np.isin(np.arange(8), positions)
     rules = {
         "down": sj.s2ft(selected={"down": mask(rows)}, **options),
-        "up": sj.s2ft(side="columns", selected={"up": mask(columns)}, **options),
+        "up": sj.s2ft(side="out", selected={"up": mask(columns)}, **options),
     }
     adapted = sj.adapt(PARAMS, rules, key=jax.random.key(0))
     trainable, frozen = sj.partition(adapted)
@@ -85,7 +85,7 @@ def test_every_example_of_a_batch_has_its_own_adapter():
 
 def test_what_does_not_fit_is_refused_by_name():
     rows = sj.adapt({"w": jnp.ones((4, 4))}, {"w": sj.s2ft(0.5)}, key=jax.random.key(0))
-    columns = sj.adapt({"w": jnp.ones((4, 4))}, {"w": sj.s2ft(0.5, side="columns")}, key=jax.random.key(0))
+    columns = sj.adapt({"w": jnp.ones((4, 4))}, {"w": sj.s2ft(0.5, side="out")}, key=jax.random.key(0))
     lora = sj.adapt({"w": jnp.ones((4, 4))}, {"w": sj.lora(1)}, key=jax.random.key(0))
     more = sj.adapt({"w": jnp.ones((4, 4))}, {"w": sj.s2ft(0.75)}, key=jax.random.key(0))
     with pytest.raises(StructureError, match="w: rows learn in one tree and columns in another"):

@@ -234,3 +234,46 @@ def test_bad_input_is_refused():
         sj.flora(2, factor_init="normal")
     with pytest.raises(RankError):
         sj.flora(0)
+
+
+@pytest.mark.parametrize("window", [(3, 5), (4,), (2, 3, 4)])
+def test_kernels_of_both_layouts_have_ranks_on_the_same_axes(window):
+    """[*window, in, out] and [out, in, *window]: the rank was given to a window's axis of the second."""
+    ndim, channels, features = len(window), 6, 7
+    ranks = tuple(range(1, ndim + 1))
+    letters = "DHW"[-ndim:]
+    flax, torch = kernel((*window, channels, features)), None
+    torch = jnp.moveaxis(flax, (-1, -2), (0, 1))
+    x = kernel((2, channels, *(8 for _ in window)), 3)
+
+    def conv(layout):
+        names = (f"NC{letters}", layout, f"NC{letters}")
+        return lambda p, x: lax.conv_general_dilated(x, p["w"], (1,) * ndim, "SAME", dimension_numbers=names)
+
+    found = {}
+    for layout, array in ((f"{letters}IO", flax), (f"OI{letters}", torch)):
+        params = {"w": array}
+        roles = sj.roles(conv(layout), params, x)
+        method = sj.flora(4, out_rank=2, window_ranks=ranks)
+        weight = sj.adapt(params, {"w": method}, key=jax.random.key(0), roles=roles)["w"]
+        moved = dataclasses.replace(weight, core=kernel(weight.core.shape, 5))
+        sizes = dict(zip([array.shape[i] for i in weight.role.in_axes], [f.shape[-1] for f in weight.in_factors]))
+        assert sizes == {channels: 4, **dict(zip(window, ranks, strict=True))}
+        found[layout] = weight.core.size
+        expected = conv(layout)({"w": moved.materialize()}, x)
+        np.testing.assert_allclose(sj.with_adapters(conv(layout))({"w": moved}, x), expected, rtol=1e-4, atol=1e-4)
+    assert len(set(found.values())) == 1
+
+
+def test_window_ranks_of_each_axis_are_at_most_the_window():
+    roles = {"w": sj.Role.conv()}
+    for ranks in ((4, 1), (1, 1, 1), (1,)):
+        with pytest.raises(RankError, match=r"w: flora: window_ranks=.* for a window of 2 axes \(3, 2\)"):
+            sj.adapt(
+                {"w": kernel((3, 2, 4, 5))}, {"w": sj.flora(2, window_ranks=ranks)}, key=jax.random.key(0), roles=roles
+            )
+    weight = sj.adapt({"w": kernel((3, 1, 4, 5))}, {"w": sj.flora(2)}, key=jax.random.key(0), roles=roles)["w"]
+    assert weight.core.shape == (2, 1, 2, 2)
+    odd = {"w": sj.Role("conv", in_axes=(0, 2, 3), out_axes=(1,))}
+    with pytest.raises(RoleError, match=r"w: flora: .*which has the input features is not known"):
+        sj.adapt({"w": kernel((3, 2, 4, 5))}, {"w": sj.flora(2)}, key=jax.random.key(0), roles=odd)

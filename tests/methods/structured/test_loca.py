@@ -256,7 +256,7 @@ def test_dropout_reaches_the_cosine_terms_only(evaluation):
 
 
 def test_bad_options_are_refused_by_name():
-    with pytest.raises(RankError, match="rank=0"):
+    with pytest.raises(RankError, match="loca: count=0"):
         sj.loca(0)
     with pytest.raises(ValueError, match="evaluation='quick'"):
         sj.loca(3, evaluation="quick")

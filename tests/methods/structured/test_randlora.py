@@ -242,10 +242,10 @@ def test_operations_of_a_step_beside_lora():
 
 
 def test_bad_options_are_refused_by_name():
-    with pytest.raises(RankError, match="rank=0"):
+    with pytest.raises(RankError, match="randlora: rank=0"):
         sj.randlora(0)
     for name in ("scaling", "basis", "zero", "pairing", "route"):
-        with pytest.raises(ValueError, match=rf"randlora: {name}='none'; expected one of"):
+        with pytest.raises(ValueError, match=rf"randlora: {name}='none': expected one of"):
             sj.randlora(2, **{name: "none"})
     with pytest.raises(ValueError, match=r"dropout=1\.0"):
         sj.randlora(2, dropout=1.0)
@@ -255,3 +255,20 @@ def test_bad_options_are_refused_by_name():
         sj.randlora(2, basis_dtype=jnp.int32)
     with pytest.raises(RoleError, match=r"x: randlora: .*has 3 axes"):
         adapt({"w": jnp.zeros((4, 4)), "x": jnp.zeros((2, 3, 4))}, sj.randlora(2))
+
+
+@pytest.mark.parametrize("wrap", [lambda method: method, sj.dora])
+def test_methods_of_equal_settings_share_one_pair_of_bases(wrap):
+    params = {"a": normal((8, 6)), "b": normal((6, 8), 1)}
+    bases = lambda tree: [w for w in jax.tree.leaves(tree) if w.shape == (2, 4, 8)]
+
+    def adapted(**options):
+        rules = {"a": wrap(sj.randlora(4)), "b": wrap(sj.randlora(np.int64(4), **options))}
+        return sj.adapt(params, rules, key=jax.random.key(0))
+
+    together = sj.adapt(params, {"*": wrap(sj.randlora(4))}, key=jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, adapted(), together)
+    assert len(bases(adapted())) == 1
+    for other in ({"seed": 1}, {"group": "b"}, {"alpha": 3.0}, {"basis_dtype": jnp.bfloat16}):
+        assert len(bases(adapted(**other))) == 2
+    jax.tree.map(lambda v, w: np.testing.assert_allclose(v, w, atol=1e-6), sj.merge(adapted()), params)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 
 import subspace_jax as sj
-from subspace_jax.core import RankError, StructureError
+from subspace_jax.core import PatternError, RankError, StructureError
+from subspace_jax.linalg import allocate_terms
 
 STACK = {"w": sj.Role.dense((1,), (2,), (0,))}
 
@@ -139,10 +142,10 @@ def test_budget_is_spent_by_energy_per_value():
     kept = dict.fromkeys(matrices, 1)
     left = budget - sum(costs.values())
     while True:
-        open_ = [n for n in kept if costs[n] <= left and kept[n] < min(20, len(spectra[n]))]
-        if not open_:
-            break
+        open_ = [n for n in kept if kept[n] < min(20, len(spectra[n]))]
         best = max(open_, key=lambda n: spectra[n][kept[n]] ** 2 / costs[n])
+        if costs[best] > left:
+            break
         kept[best] += 1
         left -= costs[best]
     found = {name: int(np.atleast_2d(adapted[name[0]].mask)[name[1]].sum()) for name in matrices}
@@ -246,6 +249,33 @@ def test_rewriting_on_the_original_weight_takes_twice_the_terms():
         sj.methods.soka.to_kronecker(adapted, {"w": jnp.ones((3, 3))})
 
 
+def test_a_larger_budget_never_takes_a_term_away():
+    spectra, costs = [np.array([9.0, 6.0, 1.0]), np.array([8.0, 2.0, 1.5, 1.4])], [40, 9]
+    found = [
+        np.array([int(n) for n in allocate_terms(spectra, costs, budget, least=1, most=4)]) for budget in range(49, 200)
+    ]
+    assert all((later >= earlier).all() for earlier, later in itertools.pairwise(found))
+    assert found[0].tolist() == [1, 1]
+    assert found[-1].tolist() == [3, 4]
+
+
+def test_a_split_for_no_weight_is_refused():
+    params = {"a": normal(8, 8), "b": normal(8, 8)}
+    for split in ({"c": (2, 4, 2, 4)}, {"a": (2, 4, 2, 4), "x/*": (2, 4, 2, 4)}):
+        with pytest.raises(PatternError, match=r"soka: split has .*which matches no weight of this method"):
+            sj.adapt(params, {"*": sj.soka(1, split=split)}, key=jax.random.key(0))
+
+
+def test_a_summary_leaves_masked_terms_out():
+    wide = np.stack([np.kron(normal(4, 4, seed=i), normal(4, 4, seed=9 + i)) for i in range(2)])
+    wide[1] += np.kron(normal(4, 4, seed=5), normal(4, 4, seed=6))
+    roles = {"w": sj.Role.dense((1,), (2,), (0,))}
+    adapted = sj.adapt({"w": wide}, {"w": sj.soka(energy=0.9999, combine="energy")}, key=jax.random.key(0), roles=roles)
+    used = int(adapted["w"].mask.sum())
+    assert used < adapted["w"].mask.size
+    assert sj.summary(adapted).trainable == used * 33 == sj.methods.soka.active_values(adapted)
+
+
 def test_bad_options_are_refused_by_name():
     with pytest.raises(RankError, match=r"w: soka: 9 terms are wanted.*have 8 at most"):
         adapt(normal(8, 8), sj.soka(terms=9))
@@ -253,7 +283,7 @@ def test_bad_options_are_refused_by_name():
         adapt(normal(8, 8), sj.soka(terms=1, split=(2, 3, 4, 2)))
     with pytest.raises(RankError, match="budget=3 is 14 values short of 1 term"):
         adapt(normal(8, 8), sj.soka(budget=3))
-    with pytest.raises(RankError, match="least=9, most=8"):
+    with pytest.raises(RankError, match=r"soka: least=9: expected an int of at least 1 and at most 8"):
         sj.soka(least=9)
     with pytest.raises(RankError, match="both given"):
         sj.soka(2, budget=100)

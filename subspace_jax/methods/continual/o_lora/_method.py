@@ -12,16 +12,19 @@ from jax import lax
 
 from subspace_jax.core import (
     Method,
-    RankError,
     Role,
     StructureError,
+    check_dtype,
+    check_int,
+    check_probability,
+    check_rank,
     key_for,
     leaves_with_paths,
     map_with_paths,
     require_matrix,
 )
 from subspace_jax.linalg import to_coordinates
-from subspace_jax.weights import LowRank
+from subspace_jax.weights import LowRank, hidden_zeros, lora_scale
 
 NAME = "o_lora"
 
@@ -55,12 +58,10 @@ def o_lora(rank: int = 8, *, tasks: int, alpha: float = 32.0, dropout: float = 0
       >>> adapted["w"].a.shape, adapted["w"].base.a.shape, float(sj.methods.o_lora.penalty(adapted))
       ((6, 2), (6, 6), 0.0)
     """
-    for name, value in (("rank", rank), ("tasks", tasks)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RankError(f"o_lora: {name}={value!r}; expected a positive Python int (shapes are static under jit).")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"o_lora: dropout={dropout} is not a probability below 1.")
-    scale = float(alpha / rank)
+    rank, tasks = check_rank(rank, what="o_lora: rank"), check_int("o_lora: tasks", tasks)
+    check_probability("o_lora: dropout", dropout)
+    dtype = check_dtype("o_lora: dtype", dtype)
+    scale = lora_scale(rank, alpha, what="o_lora: alpha")
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRank:
         del stats
@@ -69,15 +70,15 @@ def o_lora(rank: int = 8, *, tasks: int, alpha: float = 32.0, dropout: float = 0
         common: dict[str, Any] = {"role": role, "dtype": array.dtype, "scale": scale, "method": NAME}
         finished = LowRank(
             base=array,
-            a=jnp.zeros((*stack, inputs, tasks * rank), dtype),
-            b=jnp.zeros((*stack, tasks * rank, outputs), dtype),
+            a=hidden_zeros(key, (*stack, inputs, tasks * rank), dtype),
+            b=hidden_zeros(key, (*stack, tasks * rank, outputs), dtype),
             trainable=(),
             **common,
         )
         return LowRank(
             base=finished,
             a=_draw(key, (*stack, inputs, rank), dtype),
-            b=jnp.zeros((*stack, rank, outputs), dtype),
+            b=hidden_zeros(key, (*stack, rank, outputs), dtype),
             dropout=dropout,
             trainable=("a", "b"),
             **common,
@@ -176,7 +177,8 @@ def next_task(adapted: Any, task: Any, *, key: jax.Array) -> Any:
             a=lax.dynamic_update_slice_in_dim(weight.base.a, weight.a, first, axis=-1),
             b=lax.dynamic_update_slice_in_dim(weight.base.b, weight.b, first, axis=-2),
         )
-        drawn = _draw(key_for(key, path), weight.a.shape, weight.a.dtype)
-        return dataclasses.replace(weight, base=base, a=drawn, b=jnp.zeros_like(weight.b))
+        own = key_for(key, path)
+        drawn = _draw(own, weight.a.shape, weight.a.dtype)
+        return dataclasses.replace(weight, base=base, a=drawn, b=hidden_zeros(own, weight.b.shape, weight.b.dtype))
 
     return map_with_paths(one, adapted)

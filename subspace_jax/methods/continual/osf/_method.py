@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.core import Leaf, Method, PatternError, RankError, Role, require_matrix
+from subspace_jax.core import Leaf, Method, PatternError, RankError, Role, check_choice, check_int, require_matrix
 from subspace_jax.linalg import truncated_svd, wide_dtype
 from subspace_jax.methods.low_rank.svfit import SplitSVD
 from subspace_jax.weights import Route
@@ -60,8 +60,8 @@ def osf(preserved: Preserved | Mapping[str, Any] = 0.5, *, width: Width = "exact
       >>> bool(jnp.allclose(sj.merge(adapted)["w"], w, atol=1e-5))
       True
     """
-    if width not in ("exact", "common"):
-        raise ValueError(f'osf: width={width!r} is "exact" or "common".')
+    check_choice("osf: width", width, get_args(Width))
+    check_choice("osf: route", route, get_args(Route))
     if not isinstance(preserved, Mapping):
         count_rank(preserved, 1, 1)
 
@@ -98,9 +98,7 @@ def count_rank(preserved: Preserved, inputs: int, outputs: int) -> int:
         if not 0.0 <= preserved <= 1.0:
             raise RankError(f"osf: preserved={preserved}; expected a fraction in [0, 1], or an int for a rank.")
         return int(preserved * smaller + 1e-9)  # (t - 1) / n is not exact
-    if preserved < 0:
-        raise RankError(f"osf: preserved={preserved}; expected a rank of at least 0.")
-    return int(preserved)
+    return check_int("osf: preserved", preserved, least=0)
 
 
 def _ranks_of(chosen: Any, sizes: tuple[int, int], stack: tuple[int, ...]) -> np.ndarray:

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from subspace_jax.core import InitFn, Leaf, Method, PlanFn, RankError, Role, check_rank
+from subspace_jax.core import InitFn, Leaf, Method, PlanFn, RankError, Role, check_choice, check_int, check_rank
 from subspace_jax.methods.low_rank.matryoshka._weight import NestedLowRank, RankScale
 from subspace_jax.weights import LowRank, map_weights
 
@@ -68,13 +69,10 @@ def matryoshka(
     """
     if not isinstance(method, Method):
         raise TypeError(f"matryoshka: takes a method such as matryoshka(lora(rank=16)), not {type(method).__name__}.")
-    if rank_scale not in ("none", "rank", "sqrt") or a_init not in ("official", "lora"):
-        raise ValueError(
-            f'matryoshka: rank_scale={rank_scale!r} is "none", "rank" or "sqrt"; a_init={a_init!r} is "official" or '
-            '"lora".'
-        )
-    for rank in ranks or ():
-        check_rank(rank)
+    check_choice("matryoshka: rank_scale", rank_scale, get_args(RankScale))
+    check_choice("matryoshka: a_init", a_init, ("official", "lora"))
+    if ranks is not None:
+        ranks = tuple(check_rank(rank, what="matryoshka: a rank of ranks") for rank in ranks)
 
     def make(init: InitFn, key: jax.Array, array: jax.Array, role: Role, stats: Any) -> NestedLowRank:
         inner = init(key, array, role, stats)
@@ -148,7 +146,7 @@ def at_rank(adapted: Any, rank: int | jax.Array, *, inference: Inference = "publ
       inference: "published" uses \(s(r)\) on the first \(r\) columns; "keep_p" keeps the gains of training on them.
 
     Raises:
-      RankError: a concrete `rank` is outside 1..R.
+      RankError: a concrete `rank` is outside 1..R, or `rank` is not an integer.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -158,8 +156,7 @@ def at_rank(adapted: Any, rank: int | jax.Array, *, inference: Inference = "publ
       >>> sj.methods.matryoshka.at_rank(adapted, 2, inference="keep_p")["w"].gains.tolist()
       [3.0, 2.0, 0.0, 0.0]
     """
-    if inference not in ("published", "keep_p"):
-        raise ValueError(f'at_rank: inference is "published" or "keep_p", not {inference!r}.')
+    check_choice("at_rank: inference", inference, get_args(Inference))
 
     def one(_: str, weight: NestedLowRank) -> NestedLowRank:
         _check_within(rank, weight)
@@ -178,8 +175,11 @@ def _gains_at(weight: NestedLowRank, rank: int | jax.Array, inference: Inference
 
 
 def _check_within(rank: int | jax.Array, weight: NestedLowRank) -> None:
-    if isinstance(rank, (int, np.integer)) and not 1 <= rank <= weight.rank:
-        raise RankError(f"rank={rank}: expected 1 to {weight.rank}, the ranks that the adapter has.")
+    """Refuses a rank that the adapter has not; a traced integer may be any."""
+    if not isinstance(rank, Tracer):
+        check_int("rank", rank, most=weight.rank)
+    elif rank.ndim or not jnp.issubdtype(rank.dtype, jnp.integer):
+        raise RankError(f"rank is a traced {rank.dtype}{list(rank.shape)}: expected an integer scalar.")
 
 
 def sample_rank(

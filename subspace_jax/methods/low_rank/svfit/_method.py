@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Method, RankError, Role, check_rank, require_matrix
+from subspace_jax.core import Method, RankError, Role, check_choice, check_number, check_rank, require_matrix
 from subspace_jax.linalg import SVD, randomized_svd, truncated_svd, wide_dtype
 from subspace_jax.weights import LowRankCore, Route
 
@@ -47,7 +47,8 @@ def svfit(
       automatic ranks are padded to the largest; a padded value multiplies vectors of zeros and stays zero.
 
     Raises:
-      RankError: `rank` is above the weight's smaller side, or `information` is not in (0, 1].
+      RankError: `rank` is above the weight's smaller side, or is needed and not given.
+      ValueError: `information` is not in (0, 1], or another option is none of those above.
 
     Warning:
       Singular values are of size 1 to 100, so learning rates are larger than LoRA's by as much, and weight decay
@@ -61,13 +62,13 @@ def svfit(
       ((2,), True)
     """
     if rank is not None:
-        check_rank(rank)
+        rank = check_rank(rank, what="svfit: rank")
     elif svd == "randomized":
         raise RankError("svfit: the randomized decomposition needs a rank; the automatic one needs all values.")
-    if not 0.0 < information <= 1.0:
-        raise RankError(f"svfit: information={information}; expected a share above 0 and at most 1.")
-    if measure not in ("energy", "sum") or svd not in ("exact", "randomized"):
-        raise ValueError(f'svfit: measure={measure!r} is "energy" or "sum", svd={svd!r} "exact" or "randomized".')
+    check_number("svfit: information", information, above=0.0, most=1.0)
+    check_choice("svfit: measure", measure, get_args(Measure))
+    check_choice("svfit: svd", svd, ("exact", "randomized"))
+    check_choice("svfit: route", route, get_args(Route))
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> LowRankCore:
         del stats

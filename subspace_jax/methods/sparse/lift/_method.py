@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Method, RankError, Role, RoleError, check_rank, require_matrix
+from subspace_jax.core import Method, Role, RoleError, check_choice, check_int, check_rank, require_matrix
 from subspace_jax.linalg import randomized_svd, truncated_svd, wide_dtype
 from subspace_jax.weights import SparseBlocks, SparseDelta, entries_at, in_blocks, largest_entries
 
@@ -32,9 +32,9 @@ def lift(
 
     Args:
       rank: \(B\), the budget as the rank of a LoRA of equal size.
-      filter_rank: \(r\), the rank of the fit. Published (model: B, r, steps between selections): mathematics with
-        LLaMA-3.2-1B: 128, 32, 400; 3.2-3B: 128, 64, 10; 2-7B: 128, 64, 400; 3-8B: 128, 128, 400; commonsense with
-        2-7B: 128, 64, 2000; 3-8B: 32, 16, 2000.
+      filter_rank: \(r\), the rank of the fit, cut off at the weight's smaller side, where the fit is the weight.
+        Published (model: B, r, steps between selections): mathematics with LLaMA-3.2-1B: 128, 32, 400; 3.2-3B: 128,
+        64, 10; 2-7B: 128, 64, 400; 3-8B: 128, 128, 400; commonsense with 2-7B: 128, 64, 2000; 3-8B: 32, 16, 2000.
       svd: "exact", or "randomized" with a sketch of \(\min(2r, d_{in}, d_{out})\) columns.
       iterations: power iterations of the randomized decomposition.
       blocks: of this library: cuts the matrix into `(rows, cols)` equal blocks, of which each trains its own
@@ -50,7 +50,8 @@ def lift(
       `SparseBlocks` with values `[*stack, rows, cols, k]`.
 
     Raises:
-      RankError: `filter_rank` is above the weight's smaller side; raised by `adapt`, with the path.
+      RankError: a rank or a number of blocks is not a positive integer.
+      ValueError: another option is not one of those above.
       RoleError: the blocks do not divide the weight; raised by `adapt`, with the path.
 
     Warning:
@@ -65,24 +66,20 @@ def lift(
       >>> adapted["w"].indices.tolist(), bool(jnp.all(sj.merge(adapted)["w"] == w))
       ([0, 1, 4, 5, 6, 8, 9], True)
     """
-    check_rank(rank)
-    if isinstance(filter_rank, bool) or not isinstance(filter_rank, int) or filter_rank < 1:
-        raise RankError(f"lift: filter_rank={filter_rank!r}; expected a positive Python int.")
-    if svd not in ("exact", "randomized"):
-        raise ValueError(f'lift: svd={svd!r} is "exact" or "randomized".')
-    if len(blocks) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in blocks):
-        raise ValueError(f"lift: blocks={blocks!r}; expected two positive Python ints, (rows, cols).")
-    rows, cols = blocks
+    rank = check_rank(rank, what="lift: rank")
+    filter_rank = check_rank(filter_rank, what="lift: filter_rank")
+    check_choice("lift: svd", svd, ("exact", "randomized"))
+    iterations = check_int("lift: iterations", iterations, least=0)
+    if not isinstance(blocks, (tuple, list)) or len(blocks) != 2:
+        raise ValueError(f"lift: blocks={blocks!r}: expected two positive ints, (rows, cols).")
+    rows, cols = (check_int("lift: an entry of blocks", n) for n in blocks)
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> SparseDelta:
         del stats
         require_matrix(array, role)
         inputs, outputs = role.sizes(array.shape)
-        if filter_rank > min(inputs, outputs):
-            raise RankError(
-                f"filter_rank={filter_rank} is above the weight's smaller side {min(inputs, outputs)}; choose at most "
-                "that (there the fit is the weight itself)."
-            )
+        # At the smaller side the fit is the weight itself, and beyond it too.
+        fitted = min(filter_rank, inputs, outputs)
         if inputs % rows or outputs % cols:
             raise RoleError(
                 f"blocks={blocks} do not divide a matrix of {inputs} inputs and {outputs} outputs; give numbers that "
@@ -90,9 +87,9 @@ def lift(
             )
         matrix = role.matrix(array).astype(wide_dtype(array.dtype))
         if svd == "randomized":
-            factors = randomized_svd(key, matrix, filter_rank, iterations=iterations, oversample=filter_rank)
+            factors = randomized_svd(key, matrix, fitted, iterations=iterations, oversample=fitted)
         else:
-            factors = truncated_svd(matrix, filter_rank)
+            factors = truncated_svd(matrix, fitted)
         fit = jnp.matmul(factors.u * factors.s[..., None, :], factors.vt, precision=jax.lax.Precision.HIGHEST)
         count = min(rank * (inputs + outputs), inputs * outputs)
         whole = rows * cols == 1

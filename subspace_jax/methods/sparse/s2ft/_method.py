@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.core import InitFn, Leaf, Method, PatternError, Role, RoleError, nearest, require_matrix
+from subspace_jax.core import (
+    InitFn,
+    Leaf,
+    Method,
+    PatternError,
+    Role,
+    RoleError,
+    check_choice,
+    check_int,
+    check_number,
+    nearest,
+    require_matrix,
+)
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.methods.sparse.s2ft._selection import PerLayer, select_units, slots_of
 from subspace_jax.methods.sparse.s2ft._weight import DenseSlice, Parameterization
+from subspace_jax.weights import hidden_zeros
 
-Side = Literal["rows", "columns"]
+Side = Literal["in", "out"]
+
+# What a side is called in a weight's fields: selected inputs are rows of its matrix, selected outputs columns.
+FIELDS: dict[str, Literal["rows", "columns"]] = {"in": "rows", "out": "columns"}
 
 
 def s2ft(
     ratio: float | None = None,
     *,
-    side: Side = "rows",
+    side: Side = "in",
     heads: int | None = None,
     per_layer: PerLayer = "global",
     scores: Mapping[str, Any] | None = None,
@@ -31,9 +47,9 @@ def s2ft(
 ) -> Method:
     r"""Trains a few heads or channels of a weight densely: whole rows or whole columns of its matrix.
 
-    Rows, for the weight that a head or channel leads into (the attention's output, the feed-forward's down): \(y = x W
-    + x_{sel}\,\Delta\). Columns, for the one that it comes out of (values, up): \(y = x W\), and \(x \Delta\) is added
-    to the selected outputs. \(\Delta = 0\) at the start, in float32.
+    Rows, which are inputs, for the weight that a head or channel leads into (the attention's output, the feed-forward's
+    down): \(y = x W + x_{sel}\,\Delta\). Columns, which are outputs, for the one that it comes out of (values, up):
+    \(y = x W\), and \(x \Delta\) is added to the selected outputs. \(\Delta = 0\) at the start, in float32.
 
     A rule of its own for each kind of weight, since each has its own share: published are 0.052 of the heads of the
     attention's output and 0.02 of the channels of down for LLaMA-2-7B, 0.03 of those of down alone for LLaMA-3-8B.
@@ -45,7 +61,7 @@ def s2ft(
 
     Args:
       ratio: share of all heads or channels of all selected weights together; \(\lfloor ratio \cdot n \rfloor\) learn.
-      side: "rows" or "columns".
+      side: "in" trains inputs (rows), "out" outputs (columns).
       heads: number of heads that the side consists of, selected as a whole; None selects channels one by one.
       per_layer: "global" draws from all layers together, so that layers get different numbers and stacked ones are
         padded to the largest; "equal" takes the same number in every layer, a deviation.
@@ -75,12 +91,14 @@ def s2ft(
     """
     if (ratio is None) == (selected is None):
         raise ValueError("s2ft: pass a ratio, or the selected heads or channels, and not both.")
-    if side not in ("rows", "columns") or parameterization not in ("delta", "in_place"):
-        raise ValueError(
-            f's2ft: side={side!r} is "rows" or "columns", parameterization={parameterization!r} "delta" or "in_place".'
-        )
-    if prefer not in ("large", "small"):
-        raise ValueError(f's2ft: prefer={prefer!r} is "large" or "small".')
+    if ratio is not None:
+        check_number("s2ft: ratio", ratio, least=0.0, most=1.0)
+    check_side("s2ft", side)
+    heads = None if heads is None else check_int("s2ft: heads", heads)
+    check_choice("s2ft: per_layer", per_layer, get_args(PerLayer))
+    check_choice("s2ft: parameterization", parameterization, get_args(Parameterization))
+    check_choice("s2ft: prefer", prefer, ("large", "small"))
+    seed = check_int("s2ft: seed", seed, least=0)
 
     def plan(key: jax.Array, leaves: Mapping[str, Leaf]) -> dict[str, InitFn]:
         del key
@@ -94,13 +112,20 @@ def s2ft(
 
     def alone(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> DenseSlice:
         weight = plan(key, {"weight": Leaf(array, role)})["weight"](key, array, role, stats)
-        assert isinstance(weight, DenseSlice)
-        return weight
+        return cast(DenseSlice, weight)
 
     return Method("s2ft", alone, plan=plan)
 
 
-def channel_scores(array: jax.Array, role: Role | None = None, *, side: Side = "rows", heads: int | None = None) -> Any:
+def check_side(owner: str, side: Any) -> None:
+    """Refuses a side that is neither "in" nor "out", with today's word for what it was called before."""
+    now = {field: one for one, field in FIELDS.items()}.get(side) if isinstance(side, str) else None
+    if now is not None:
+        raise ValueError(f"{owner}: side={side!r} is called side={now!r} now.")
+    check_choice(f"{owner}: side", side, get_args(Side))
+
+
+def channel_scores(array: jax.Array, role: Role | None = None, *, side: Side = "in", heads: int | None = None) -> Any:
     r"""Returns the Euclidean norm of every head's or channel's rows (columns), `[*stack, units]` in float32.
 
     Of a weight these are the scores of the strategy "weight", of its gradient those of "gradient".
@@ -108,7 +133,7 @@ def channel_scores(array: jax.Array, role: Role | None = None, *, side: Side = "
     Args:
       array: a weight, or its gradient as `capture(..., statistics="gradient")` gives it.
       role: its role; `(in, out)` if None.
-      side: "rows" or "columns".
+      side: "in" for rows, "out" for columns.
       heads: number of heads of that side; None for channels.
 
     Example:
@@ -116,9 +141,10 @@ def channel_scores(array: jax.Array, role: Role | None = None, *, side: Side = "
       >>> channel_scores(jnp.array([[3.0, 4.0], [0.0, 1.0]])).tolist()
       [5.0, 1.0]
     """
+    check_side("channel_scores", side)
     role = role or Role.dense()
     matrix = role.matrix(array).astype(wide_dtype(array.dtype))
-    squares = jnp.sum(matrix * matrix, axis=-1 if side == "rows" else -2)
+    squares = jnp.sum(matrix * matrix, axis=-1 if side == "in" else -2)
     units = heads or squares.shape[-1]
     return jnp.sqrt(jnp.sum(squares.reshape(*squares.shape[:-1], units, -1), axis=-1))
 
@@ -147,14 +173,14 @@ def activation_scores(activations: jax.Array, *, heads: int | None = None) -> ja
 def _units(path: str, leaf: Leaf, side: Side, heads: int | None) -> tuple[int, ...]:
     """The stacked layers of a weight and its heads or channels; refuses what has none."""
     require_matrix(leaf.array, leaf.role)
-    if side == "rows" and leaf.role.kind == "conv":
+    if side == "in" and leaf.role.kind == "conv":
         raise RoleError(
-            f"{path}: s2ft: rows of a convolution mix its window with its input channels, for which the method defines "
-            'nothing; take side="columns", its output channels.'
+            f"{path}: s2ft: inputs of a convolution mix its window with its input channels, for which the method "
+            'defines nothing; take side="out", its output channels.'
         )
-    size = leaf.role.sizes(leaf.array.shape)[0 if side == "rows" else 1]
+    size = leaf.role.sizes(leaf.array.shape)[0 if side == "in" else 1]
     if heads is not None and (heads < 1 or size % heads):
-        raise RoleError(f"{path}: s2ft: heads={heads} does not divide the {size} {side}.")
+        raise RoleError(f"{path}: s2ft: heads={heads} does not divide the {size} features of side={side!r}.")
     return (*leaf.role.stack_shape(leaf.array.shape), heads or size)
 
 
@@ -171,23 +197,23 @@ def _slice_init(mask: np.ndarray, side: Side, parameterization: Parameterization
     """Makes the weight of one leaf whose heads or channels are known."""
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> DenseSlice:
-        del key, stats
+        del stats
         inputs, outputs = role.sizes(array.shape)
-        size = inputs if side == "rows" else outputs
+        size = inputs if side == "in" else outputs
         positions, start, slots = slots_of(np.repeat(mask, size // mask.shape[-1], axis=-1))
         stack, wide = role.stack_shape(array.shape), wide_dtype(array.dtype)
-        rows = jnp.zeros((*stack, slots, outputs), wide) if side == "rows" else None
-        columns = jnp.zeros((*stack, inputs, slots), wide) if side == "columns" else None
+        shape = (*stack, slots, outputs) if side == "in" else (*stack, inputs, slots)
+        trained = hidden_zeros(key, shape, wide)
         weight = DenseSlice(
             base=array,
-            rows=rows,
-            columns=columns,
+            rows=trained if side == "in" else None,
+            columns=trained if side == "out" else None,
             selected=None if positions is None else jnp.asarray(positions),
             start=start,
             parameterization=parameterization,
             role=role,
             dtype=array.dtype,
-            trainable=(side,),
+            trainable=(FIELDS[side],),
         )
         return weight.holding_itself() if parameterization == "in_place" else weight
 

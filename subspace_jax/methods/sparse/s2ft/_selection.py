@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+
+from subspace_jax.core import check_choice, check_number
 
 PerLayer = Literal["global", "equal"]
 
@@ -44,10 +46,8 @@ def select_units(
       >>> int(sum(mask.sum() for mask in masks.values()))
       4
     """
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"select_units: ratio={ratio}; expected a share from 0 to 1.")
-    if per_layer not in ("global", "equal"):
-        raise ValueError(f'select_units: per_layer={per_layer!r} is "global" or "equal".')
+    check_number("select_units: ratio", ratio, least=0.0, most=1.0)
+    check_choice("select_units: per_layer", per_layer, get_args(PerLayer))
     order = _ranking(shapes, seed, scores, largest)
     if per_layer == "global":
         flat = np.concatenate([order[path].reshape(-1) for path in shapes])

@@ -5,15 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Method, RankError, Role, check_rank, require_matrix
+from subspace_jax.core import (
+    Method,
+    RankError,
+    Role,
+    check_choice,
+    check_dtype,
+    check_number,
+    check_probability,
+    check_rank,
+    require_matrix,
+)
 from subspace_jax.methods.structured.flora._weight import Tucker
 from subspace_jax.methods.structured.flora._weight import tucker_in_factors as in_factors
-from subspace_jax.weights import LowRank
+from subspace_jax.weights import LowRank, feature_place, hidden_zeros
 
 FactorInit = Literal["kaiming_r", "normal_0.02", "kaiming_fan_in"]
 
@@ -41,7 +51,8 @@ def flora(
     Args:
       rank: of the input features.
       out_rank: of the output features; `rank` if None.
-      window_ranks: of the axes of a convolution's window, one for all or one for each; never more than the window has.
+      window_ranks: of the axes of a convolution's window, one for all, cut off at the size of each axis, or one for
+        each, at most its size.
       scale: \(s\), not divided by any rank; 4 for convolutions and 1 for other kernels if None, as published.
       dropout: probability of dropping an input of the factors in training; see `with_dropout`.
       factor_init: entries of every \(U_i\) of size \(d_i \times r_i\): "kaiming_r" draws from \(N(0, 1 / (2 r_i))\),
@@ -53,11 +64,14 @@ def flora(
       A method whose weights are `Tucker`, with \(\prod_i r_i + \sum_i d_i r_i\) values that learn.
 
     Raises:
-      RankError: a rank is not a positive integer, or the number of `window_ranks` is not that of the window's axes.
-      ValueError: `dropout` is not in [0, 1), or `factor_init` is not one of those.
+      RankError: a rank is not a positive integer, or `window_ranks` are not one for each axis of the window or above
+        it; raised by `adapt`, with the path, where it depends on the kernel.
+      ValueError: `scale` is not a finite number, `dropout` is not in [0, 1), `factor_init` is none of those, or `dtype`
+        is float16.
 
     Note:
-      The input features are the last input axis of a convolution kernel, as in Flax.
+      The input features of a convolution kernel are its last axis but the output features, as in Flax
+      `[*window, in, out]`, or the axis after them in a kernel `[out, in, *window]` (OIHW). Other orders are refused.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -66,13 +80,15 @@ def flora(
       >>> adapted["kernel"].core.shape, sj.summary(adapted).trainable
       ((2, 2, 4, 4), 172)
     """
-    given = (window_ranks,) if isinstance(window_ranks, int) else tuple(window_ranks)
-    for one in (rank, out_rank or rank, *given):
-        check_rank(one)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"flora: dropout={dropout} is not a probability below 1.")
-    if factor_init not in ("kaiming_r", "normal_0.02", "kaiming_fan_in"):
-        raise ValueError(f'flora: factor_init={factor_init!r} is "kaiming_r", "normal_0.02" or "kaiming_fan_in".')
+    rank = check_rank(rank, what="flora: rank")
+    out_rank = rank if out_rank is None else check_rank(out_rank, what="flora: out_rank")
+    for_each = isinstance(window_ranks, Sequence) and not isinstance(window_ranks, str)
+    given = tuple(check_rank(r, what="flora: window_ranks") for r in (window_ranks if for_each else [window_ranks]))
+    if scale is not None:
+        check_number("flora: scale", scale)
+    check_probability("flora: dropout", dropout)
+    check_choice("flora: factor_init", factor_init, get_args(FactorInit))
+    dtype = check_dtype("flora: dtype", dtype)
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> Tucker:
         del stats
@@ -83,9 +99,11 @@ def flora(
         else:
             require_matrix(array, role)
             sizes = list(role.in_shape(array.shape)) if role.kind == "conv" else [role.sizes(array.shape)[0]]
-            ranks = [*_window_ranks(given, sizes[:-1]), rank]
+            place = feature_place(role) if role.kind == "conv" else 0
+            ranks = _window_ranks(given if for_each else given[0], [*sizes[:place], *sizes[place + 1 :]])
+            ranks.insert(place, rank)
         sizes.append(role.sizes(array.shape)[1])
-        ranks.append(out_rank or rank)
+        ranks.append(out_rank)
         stack = role.stack_shape(array.shape)
         keys = jax.random.split(key, len(sizes))
         factors = [
@@ -94,7 +112,7 @@ def flora(
         inputs: dict[str, Any] = in_factors(factors[:-1])
         return Tucker(
             base=array,
-            core=jnp.zeros((*stack, *ranks), dtype),
+            core=hidden_zeros(key, (*stack, *ranks), dtype),
             **inputs,
             out=jnp.swapaxes(factors[-1], -1, -2),
             scale=scale if scale is not None else CONVOLUTION_SCALE if role.kind == "conv" else 1.0,
@@ -107,12 +125,16 @@ def flora(
     return Method("flora", make)
 
 
-def _window_ranks(given: tuple[int, ...], window: Sequence[int]) -> list[int]:
+def _window_ranks(given: int | tuple[int, ...], window: Sequence[int]) -> list[int]:
     """One rank for each axis of the window, at most its size."""
-    ranks = given * len(window) if len(given) == 1 else given
-    if window and len(ranks) != len(window):
-        raise RankError(f"window_ranks={given} for a window of {len(window)} axes {tuple(window)}; give one for each.")
-    return [min(r, d) for r, d in zip(ranks, window, strict=False)]
+    if isinstance(given, int):
+        return [min(given, size) for size in window]
+    if window and (len(given) != len(window) or any(r > size for r, size in zip(given, window, strict=True))):
+        raise RankError(
+            f"window_ranks={given} for a window of {len(window)} axes {tuple(window)}; give one for each, at most its "
+            "size, or an int, which is cut off at each size."
+        )
+    return list(given[: len(window)])
 
 
 def _draw(key: jax.Array, shape: tuple[int, ...], factor_init: FactorInit) -> jax.Array:

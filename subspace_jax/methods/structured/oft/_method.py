@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Method, Role, is_weight, require_matrix
+from subspace_jax.core import Method, Role, check_int, check_probability, is_weight, require_matrix
 from subspace_jax.linalg import skew_size
 from subspace_jax.methods.structured.oft._weight import Rotated
 from subspace_jax.optim import is_hole
+from subspace_jax.weights import hidden_zeros
 
 
 def oft(
@@ -42,7 +43,8 @@ def oft(
       A method whose weights are `Rotated`, with \(n_b\,b (b - 1) / 2\) trainable values each.
 
     Raises:
-      ValueError: neither or both of `block_size` and `blocks` are given, or one is below 1.
+      ValueError: neither or both of `block_size` and `blocks` are given, or `dropout` is not in [0, 1).
+      RankError: a number is not an integer, or too small.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -52,13 +54,13 @@ def oft(
     """
     if (block_size is None) == (blocks is None):
         raise ValueError(f"oft: give one of block_size={block_size} and blocks={blocks}, the other None.")
-    if (block_size or blocks or 0) < 1:
-        raise ValueError(f"oft: block_size={block_size}, blocks={blocks}; expected at least 1.")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"oft: dropout={dropout} is not a probability below 1.")
+    block_size = None if block_size is None else check_int("oft: block_size", block_size)
+    blocks = None if blocks is None else check_int("oft: blocks", blocks)
+    terms = None if terms is None else check_int("oft: terms", terms, least=2)
+    check_probability("oft: dropout", dropout)
 
     def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> Rotated:
-        del key, stats
+        del stats
         require_matrix(array, role)
         inputs, outputs = role.sizes(array.shape)
         wanted = block_size if block_size is not None else inputs / (blocks or 1)
@@ -69,7 +71,7 @@ def oft(
         count = 1 if share_blocks else inputs // size
         return Rotated(
             base=array,
-            skew_entries=jnp.zeros((*stack, count, skew_size(size)), jnp.float32),
+            skew_entries=hidden_zeros(key, (*stack, count, skew_size(size))),
             output_scale=jnp.ones((*stack, outputs), jnp.float32) if magnitude else None,
             block_size=size,
             terms=terms,

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from subspace_jax.core import InitFn, Leaf, Method, Role, check_rank, require_matrix
+from subspace_jax.core import (
+    InitFn,
+    Leaf,
+    Method,
+    Role,
+    check_choice,
+    check_dtype,
+    check_int,
+    check_number,
+    check_probability,
+    check_rank,
+    require_matrix,
+)
 from subspace_jax.methods.structured.randlora._weight import Pairing, RandomBases
-from subspace_jax.weights import Route
+from subspace_jax.weights import Route, hidden_zeros
 
 Basis = Literal["dense", "sparse", "very_sparse"]
 Scaling = Literal["official", "peft", "vision"]
@@ -41,13 +52,14 @@ def randlora(
     seed: int = 0,
     basis_dtype: Any = jnp.float32,
     route: Route = "auto",
+    group: Hashable = None,
 ) -> Method:
     r"""Trains the diagonals between random bases that all layers share: a full-rank update of few values.
 
     \(W + s \sum_{n=1}^{N} \Gamma_n A^T \Lambda_n B_n^T\) where the input side \(d\) is the smaller one,
     \(W + s \sum_n B_n \Lambda_n A\,\Gamma_n\) where the output side is; \(N = \lceil d / r \rceil\), so that the
     update can have rank \(d\). \(A\) and \(B_n\) are random and frozen. All weights of one method read slices of one
-    pair of bases, which the first of them in the tree stores: give all layers the same method object. Stored is what
+    pair of bases, which the first of them in the tree stores; methods of equal settings are one. Stored is what
     some weight reads, about as much as the largest weight; the authors' code sizes the bases by the largest inputs
     and outputs of any weights, which is four times that for the two kernels of an MLP. Files hold `seed` in place of
     the bases.
@@ -69,6 +81,7 @@ def randlora(
       seed: what the bases are drawn from; `adapt`'s key has no part in it.
       basis_dtype: dtype of the bases.
       route: how the weight is used; see `RandomBases`.
+      group: methods of equal settings but different groups have bases of their own.
 
     Returns:
       A method whose weights are `RandomBases` with float32 `rank_scales` `[*stack, N, rank]` and `feature_scales`
@@ -76,7 +89,7 @@ def randlora(
 
     Raises:
       RankError: `rank` is not a positive integer.
-      ValueError: another option is not one of those above.
+      ValueError: another option is not one of those above, or out of its range.
 
     Warning:
       The scalings differ by a factor of 10 and more, and learning rates with them: 1e-4 of PEFT is not 1e-4 of the
@@ -104,27 +117,28 @@ def randlora(
       >>> adapted["a"].basis_b.shape, adapted["b"].basis_b
       ((2, 4, 8), None)
     """
-    check_rank(rank)
+    rank = check_rank(rank, what="randlora: rank")
+    if alpha is not None:
+        check_number("randlora: alpha", alpha, above=0.0)
     given = {"scaling": scaling, "basis": basis, "zero": zero, "pairing": pairing, "route": route}
     for name, value in given.items():
-        if value not in _OPTIONS[name]:
-            raise ValueError(f"randlora: {name}={value!r}; expected one of {', '.join(map(repr, _OPTIONS[name]))}.")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"randlora: dropout={dropout} is not a probability below 1.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ValueError(f"randlora: seed={seed!r}; expected a Python int from 0 to 2**31 - 1.")
-    if not jnp.issubdtype(basis_dtype, jnp.floating):
-        raise ValueError(f"randlora: basis_dtype={basis_dtype}; expected a floating dtype.")
+        check_choice(f"randlora: {name}", value, _OPTIONS[name])
+    check_probability("randlora: dropout", dropout)
+    seed = check_int("randlora: seed", seed, least=0, most=2**31 - 1)
+    basis_dtype = check_dtype("randlora: basis_dtype", basis_dtype)
+    settings = (rank, alpha, *given.values(), bool(extra_basis), dropout, seed, basis_dtype, group)
 
     def count(smaller: int) -> int:
         return smaller // rank + 1 if extra_basis else -(-smaller // rank)
 
-    def make(array: jax.Array, role: Role, shapes: Collection[tuple[int, int]], owner: str | None) -> RandomBases:
+    def make(
+        key: jax.Array, array: jax.Array, role: Role, shapes: Collection[tuple[int, int]], owner: str | None
+    ) -> RandomBases:
         """The weight of one leaf; `shapes` are the inputs and outputs of all that share its bases."""
         require_matrix(array, role)
         smaller, stack = min(role.sizes(array.shape)), role.stack_shape(array.shape)
         bases, widest = count(smaller), max(map(min, shapes))
-        ranks, features = jnp.zeros((*stack, bases, rank)), jnp.zeros((*stack, bases, smaller))
+        ranks, features = (hidden_zeros(key, (*stack, bases, size)) for size in (rank, smaller))
         if zero == "rank_scales":
             features = features + 1.0 / max(bases, smaller)
         else:
@@ -134,7 +148,7 @@ def randlora(
             rank_scales=ranks.astype(jnp.float32),
             feature_scales=features.astype(jnp.float32),
             bases_shape=(count(widest), rank, max(map(max, shapes)), widest),
-            basis_dtype=np.dtype(basis_dtype),
+            basis_dtype=basis_dtype,
             sparsity=_sparsity(basis, shapes),
             seed=seed,
             scale=_scale(scaling, alpha, rank, bases),
@@ -149,9 +163,9 @@ def randlora(
         return dataclasses.replace(weight, **weight.regenerate()) if owner is None else weight
 
     def init(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> RandomBases:
-        del key, stats
+        del stats
         require_matrix(array, role)
-        return make(array, role, [role.sizes(array.shape)], None)
+        return make(key, array, role, [role.sizes(array.shape)], None)
 
     def plan(key: jax.Array, leaves: Mapping[str, Leaf]) -> dict[str, InitFn]:
         del key
@@ -163,11 +177,11 @@ def randlora(
         sizes, first = set(shapes.values()), next(iter(shapes))
 
         def init_of(owner: str | None) -> InitFn:
-            return lambda key, array, role, stats: make(array, role, sizes, owner)
+            return lambda key, array, role, stats: make(key, array, role, sizes, owner)
 
         return {path: init_of(None if path == first else first) for path in leaves}
 
-    return Method("randlora", init, plan=plan)
+    return Method("randlora", init, plan=plan, settings=settings)
 
 
 def _is_matrix(leaf: Leaf) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,14 @@ from subspace_jax.core import (
     InitFn,
     Leaf,
     Method,
+    PatternError,
     RankError,
     Role,
     StructureError,
     SubspaceError,
+    check_choice,
+    check_int,
+    check_number,
     check_rank,
     leaves_with_paths,
     matches,
@@ -74,7 +78,8 @@ def soka(
       least: at least so many terms.
       most: at most so many terms; spectra of language models are flat, and would ask for hundreds.
       budget: number of trained values of all weights of this method together. After `least` terms for each, the term
-        with the most energy per value comes next, until none fits; `energy` and `combine` do not count then.
+        with the most energy per value comes next, until one does not fit, so that a larger budget never takes a term
+        away; `energy` and `combine` do not count then.
       split: \((m, p, n, q)\), or a dict of them by path or glob; where there is none, the fewest values of a term.
       delta: a change of the weights, as a tree of arrays with their paths, to decompose instead of the weights. The
         weights then stay as bases, and the start is the weight plus the terms of its change.
@@ -89,6 +94,7 @@ def soka(
     Raises:
       RankError: more terms than a split allows, a budget that is too small, or automatic terms of abstract weights.
       ValueError: an option or a split that does not fit; raised by `adapt`, with the path, where it depends on it.
+      PatternError: `split` names a weight that the method does not have; raised by `adapt`.
 
     Warning:
       \(\sigma\) is large and the factors' entries small, so Adam moves the factors relatively fast: tune the learning
@@ -103,19 +109,15 @@ def soka(
       >>> bool(jnp.allclose(sj.merge(adapted)["w"], w, atol=1e-5))
       True
     """
-    if terms is not None:
-        check_rank(terms)
-        if budget is not None:
-            raise RankError(f"soka: terms={terms} and budget={budget} were both given; the budget chooses the terms.")
-    check_rank(least)
-    check_rank(most)
-    if least > most or not 0.0 < energy <= 1.0:
-        raise RankError(f"soka: least={least}, most={most}, energy={energy}; expected least <= most, 0 < energy <= 1.")
-    if combine not in ("min", "max", "energy", "elbow") or svd not in ("auto", "exact", "randomized"):
-        raise ValueError(
-            f'soka: combine={combine!r} is "min", "max", "energy" or "elbow"; svd={svd!r} "auto", "exact" or '
-            '"randomized".'
-        )
+    if terms is not None and budget is not None:
+        raise RankError(f"soka: terms={terms} and budget={budget} were both given; the budget chooses the terms.")
+    terms = None if terms is None else check_rank(terms, what="soka: terms")
+    budget = None if budget is None else check_int("soka: budget", budget)
+    most = check_rank(most, what="soka: most")
+    least = check_int("soka: least", least, most=most)
+    check_number("soka: energy", energy, above=0.0, most=1.0)
+    check_choice("soka: combine", combine, get_args(Combine))
+    check_choice("soka: svd", svd, ("auto", "exact", "randomized"))
     changes = None if delta is None else dict(leaves_with_paths(delta))
 
     def decompose(key: jax.Array, array: jax.Array, role: Role, split: Split | None, change: Any) -> _Found:
@@ -173,6 +175,7 @@ def soka(
         )
 
     def plan(key: jax.Array, leaves: Mapping[str, Leaf]) -> dict[str, InitFn]:
+        _check_splits(split, leaves)
         given = {path: _at_path(split, path) for path in leaves}
         change = {path: _change_at(changes, path, leaf) for path, leaf in leaves.items()}
         found: dict[str, Any] = {}
@@ -228,6 +231,17 @@ def _at_path(split: Split | Mapping[str, Split] | None, path: str) -> Split | No
     if not isinstance(split, Mapping):
         return split
     return next((one for pattern, one in split.items() if matches(pattern, path)), None)
+
+
+def _check_splits(split: Split | Mapping[str, Split] | None, paths: Iterable[str]) -> None:
+    """Refuses a split for a path that the method does not have: a misspelt one would take another split."""
+    paths = list(paths)
+    for pattern in split if isinstance(split, Mapping) else ():
+        if not any(matches(pattern, path) for path in paths):
+            raise PatternError(
+                f"soka: split has {pattern!r}, which matches no weight of this method; nearest are "
+                f"{nearest(pattern.replace('**/', ''), paths)}."
+            )
 
 
 def _change_at(changes: Mapping[str, Any] | None, path: str, leaf: Leaf) -> Any:

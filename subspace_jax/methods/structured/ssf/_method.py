@@ -26,7 +26,6 @@ from subspace_jax.core import (
 )
 from subspace_jax.methods.structured.ssf._weight import Scaled, ScaledShifted, ShiftedBias
 
-
 # How norms of the form 1 + scale call their scale; a role cannot tell it from a bias, since both are added to.
 OFFSET_NAMES = ("scale", "gamma", "weight")
 
