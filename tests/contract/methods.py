@@ -69,7 +69,7 @@ METHODS = (
     Case("lift", lambda rank: sj.lift(rank, filter_rank=rank), whole=True),
     Case("lift_blocks", lambda rank: sj.lift(rank, filter_rank=rank, blocks=(2, 1)), whole=True),
     Case("s2ft_in", lambda rank: sj.s2ft(0.5), refuses=("conv_strided", "conv_dilated", "conv_grouped"), whole=True),
-    Case("s2ft_out", lambda rank: sj.s2ft(0.5, side="columns", parameterization="in_place"), whole=True),
+    Case("s2ft_out", lambda rank: sj.s2ft(0.5, side="out", parameterization="in_place"), whole=True),
     Case("loldu", lambda rank: sj.loldu(rank, sigma=0.5), start=1e-5),
     Case("loldu_whole", lambda _: sj.loldu(), start=1e-5),
     Case("corda", lambda rank: _with_gram(sj.corda(rank, alpha=3.0)), start=1e-5),

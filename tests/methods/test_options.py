@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import subspace_jax as sj
-from subspace_jax.methods import loca, lora_sb, o_lora
+from subspace_jax.methods import lora_sb
 
 WITH_DTYPE = {
     "lora": lambda **o: sj.lora(2, **o),
@@ -97,9 +97,8 @@ BAD = [
 @pytest.mark.parametrize(("name", "option", "values"), BAD, ids=[f"{name}-{option}" for name, option, _ in BAD])
 def test_bad_options_are_refused_by_name(name, option, values):
     for value in values:
-        options = {"block_size": None, "blocks": 1} if option == "blocks" else {}
         with pytest.raises(ValueError, match=rf"^{name}: {option}=.*expected|{name}: side='rows' is called"):
-            METHODS[name](**options, **{option: value})
+            METHODS[name](**{option: value})
 
 
 def test_shares_of_rows_are_shares():
@@ -152,7 +151,3 @@ def test_adam_stays_finite_in_every_dtype_that_is_served(name, dtype):
         updates, state = optimizer.update(jax.grad(loss)(trainable), state, trainable)
         trainable = optax.apply_updates(trainable, updates)
     assert all(bool(jnp.isfinite(v).all()) and v.dtype == dtype for v in jax.tree.leaves(trainable))
-
-
-def test_the_modules_are_those_that_are_listed():
-    assert {loca.loca, lora_sb.lora_xs, o_lora.o_lora} <= {sj.loca, lora_sb.lora_xs, sj.o_lora}

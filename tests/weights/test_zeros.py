@@ -1,4 +1,4 @@
-"""Zeros at the start, made and used in one program: XLA's CPU compiler reads garbage for constants in batched products."""
+"""Zeros at the start, made and used in one program, where constants give garbage in batched products."""
 
 import jax
 import jax.numpy as jnp
@@ -76,9 +76,10 @@ def test_the_next_task_starts_at_zero_in_one_program_with_its_use():
     w, x = jnp.asarray(rng.normal(size=(64, 64)), jnp.float32), jnp.asarray(rng.normal(size=(4, 64, 64)), jnp.float32)
     adapted = sj.adapt({"w": w}, {"w": sj.o_lora(32, tasks=1)}, key=jax.random.key(0))
 
-    def total(key, x):
+    def total(key, x, adapted):
         fn = sj.with_adapters(lambda p, x: x @ p["w"])
         return jnp.sum(fn(o_lora.next_task(adapted, 0, key=key), x) - x @ w)
 
-    found = jax.jit(jax.vmap(total))(jax.random.split(jax.random.key(1), 4), x)
+    keys = jax.random.split(jax.random.key(1), 4)
+    found = jax.jit(jax.vmap(total, in_axes=(0, 0, None)))(keys, x, adapted)
     np.testing.assert_allclose(found, np.zeros(4), atol=tolerance("float32", 64 * 64, 64.0))

@@ -242,7 +242,7 @@ def test_kernels_of_both_layouts_have_ranks_on_the_same_axes(window):
     ndim, channels, features = len(window), 6, 7
     ranks = tuple(range(1, ndim + 1))
     letters = "DHW"[-ndim:]
-    flax, torch = kernel((*window, channels, features)), None
+    flax = kernel((*window, channels, features))
     torch = jnp.moveaxis(flax, (-1, -2), (0, 1))
     x = kernel((2, channels, *(8 for _ in window)), 3)
 
@@ -257,7 +257,7 @@ def test_kernels_of_both_layouts_have_ranks_on_the_same_axes(window):
         method = sj.flora(4, out_rank=2, window_ranks=ranks)
         weight = sj.adapt(params, {"w": method}, key=jax.random.key(0), roles=roles)["w"]
         moved = dataclasses.replace(weight, core=kernel(weight.core.shape, 5))
-        sizes = dict(zip([array.shape[i] for i in weight.role.in_axes], [f.shape[-1] for f in weight.in_factors]))
+        sizes = {f.shape[-2]: f.shape[-1] for f in weight.in_factors}
         assert sizes == {channels: 4, **dict(zip(window, ranks, strict=True))}
         found[layout] = weight.core.size
         expected = conv(layout)({"w": moved.materialize()}, x)
