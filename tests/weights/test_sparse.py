@@ -11,6 +11,7 @@ from jax import lax
 import subspace_jax as sj
 from subspace_jax.core import Role
 from subspace_jax.weights import SparseBlocks, SparseDelta, entries_at, flat_entries, migrate_entries, unflat_entries
+from tests.tolerances import tolerance
 
 ROLES = {
     "dense": (Role.dense(), (6, 5)),
@@ -153,7 +154,7 @@ def test_gradient_is_the_dense_gradient_at_the_positions(name, mode):
     apply = sj.with_adapters(lambda p, x: use(p["w"], x))
     value, found = jax.value_and_grad(lambda t: loss(apply(sj.combine(t, frozen), x)))(trainable)
     dense_value, full = jax.value_and_grad(lambda w: loss(use(w, x)))(weight.materialize())
-    np.testing.assert_allclose(value, dense_value, rtol=1e-6)
+    np.testing.assert_allclose(value, dense_value, rtol=tolerance())
     expected = np.asarray(full).transpose(role.order).reshape(*stack, size)[..., [0, 3, size - 1]]
     np.testing.assert_allclose(found["w"].values[..., :3], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found["w"].values[..., 3], 0)

@@ -87,8 +87,8 @@ def test_adam_leaks_without_the_parameter_projection_and_not_with_it():
     both = train(w, 4, lambda f: sj.methods.osf.projection(optax.adam(1e-2), f))
     only_after = train(w, 4, lambda f: sj.methods.osf.projection(optax.adam(1e-2), f, project_gradients=False))
     assert 0.1 < overlap(only_before[2]) < 1.5
-    assert overlap(both[2]) < 2e-6
-    assert overlap(only_after[2]) < 2e-6
+    assert overlap(both[2]) < tolerance(size=4)
+    assert overlap(only_after[2]) < tolerance(size=4)
     assert max(leaks(*only_before[:2], 4)) > 0.05
 
 
@@ -111,7 +111,7 @@ def test_projected_gradients_are_those_of_numpy_and_projecting_again_changes_not
     np.testing.assert_allclose(once.right, noise["w"].right - noise["w"].right @ r, atol=1e-5)
     np.testing.assert_array_equal(once.core, noise["w"].core)
     twice = optimizer.update({"w": once}, optimizer.init(trainable))[0]["w"]
-    chex.assert_trees_all_close(twice, once, atol=1e-6)
+    chex.assert_trees_all_close(twice, once, atol=tolerance(size=4))
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (2, 8, 8)])

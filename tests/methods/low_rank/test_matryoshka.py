@@ -10,6 +10,7 @@ import pytest
 import subspace_jax as sj
 from subspace_jax.core import RankError
 from subspace_jax.methods.low_rank.matryoshka import training_gains
+from tests.tolerances import tolerance
 
 SCALES = {"none": lambda r: 1.0, "rank": lambda r: 1.0 / r, "sqrt": lambda r: r**-0.5}
 W = jnp.asarray(np.random.default_rng(0).normal(size=(10, 7)), jnp.float32)
@@ -37,10 +38,10 @@ def test_gains_are_the_sum_over_ranks(rank_scale, ranks):
     for r in ranks:
         brute[:r] += SCALES[rank_scale](r)
     gains = training_gains(ranks, 8, rank_scale)
-    np.testing.assert_allclose(gains, brute, rtol=1e-6)
+    np.testing.assert_allclose(gains, brute, rtol=tolerance())
     assert (np.diff(gains) <= 0).all()
     assert len(set(gains[gains > 0].tolist())) <= len(ranks)
-    np.testing.assert_allclose(gains.sum(), sum(r * SCALES[rank_scale](r) for r in ranks), rtol=1e-6)
+    np.testing.assert_allclose(gains.sum(), sum(r * SCALES[rank_scale](r) for r in ranks), rtol=tolerance())
 
 
 def test_gains_of_the_publication():
