@@ -1,5 +1,6 @@
 """PEFT loads what is written here, and what it writes is loaded here: equal logits, both ways, in both layouts."""
 
+import dataclasses
 import json
 
 import jax
@@ -125,6 +126,7 @@ def test_corda(tmp_path):
 
 
 Q = ["query", "value"]
+TOKENS = [60, 3, 17, *range(80, 101)]
 THEIRS = {
     "lora": lambda: peft.LoraConfig(r=4, lora_alpha=7, target_modules=Q),
     "rslora": lambda: peft.LoraConfig(r=4, lora_alpha=7, target_modules=Q, use_rslora=True),
@@ -151,13 +153,29 @@ THEIRS = {
     "oft shared": lambda: peft.OFTConfig(oft_block_size=8, target_modules=Q, block_share=True, bias="oft_only"),
     "randlora": lambda: peft.RandLoraConfig(r=5, randlora_alpha=50, target_modules=[*Q, "dense"]),
     "randlora biases": lambda: peft.RandLoraConfig(r=4, target_modules=Q, very_sparse=True, bias="randlora_only"),
+    "layers": lambda: peft.LoraConfig(r=4, target_modules=[*Q, "dense"], layers_to_transform=[1]),
+    "layers randlora": lambda: peft.RandLoraConfig(r=5, randlora_alpha=50, target_modules=Q, layers_to_transform=[0]),
+    "lora bias": lambda: peft.LoraConfig(r=4, lora_alpha=7, target_modules=Q, lora_bias=True),
+    "lora bias trained": lambda: peft.LoraConfig(r=4, target_modules=Q, lora_bias=True, bias="lora_only"),
+    "pissa": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=[*Q, "dense"], init_lora_weights="pissa"),
+    "pissa dora": lambda: peft.LoraConfig(r=4, target_modules=Q, init_lora_weights="pissa", use_dora=True),
+    "olora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=[*Q, "dense"], init_lora_weights="olora"),
+    "tokens": lambda: peft.LoraConfig(
+        r=4, target_modules=Q, trainable_token_indices={"word_embeddings": TOKENS}, ensure_weight_tying=True
+    ),
     "coft": lambda: peft.OFTConfig(oft_block_size=8, target_modules=Q, coft=True, eps=0.5),
 }
 
 
+STACKED_THEIRS = (
+    *("dora", "biases", "saved", "oft shared", "randlora"),
+    *("layers", "layers randlora", "lora bias", "pissa dora", "olora", "tokens"),
+)
+
+
 @pytest.mark.parametrize(
     ("name", "scan_layers"),
-    [*((n, False) for n in THEIRS), *((n, True) for n in ("dora", "biases", "saved", "oft shared", "randlora"))],
+    [*((n, False) for n in THEIRS), *((n, True) for n in STACKED_THEIRS)],
 )
 def test_what_peft_writes_is_loaded(name, scan_layers, tmp_path):
     side = pb.Bert(scan_layers)
@@ -190,8 +208,48 @@ def test_converted_pissa(rslora, tmp_path):
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
     tree = load_peft(tmp_path / "plain", side.params(), side.names)
     assert_close(side.logits(tree), expected, side.torch_logits(side.make()))
-    with pytest.raises(AdapterFileError, match=r"init_lora_weights='pissa'.*path_initial_model"):
-        load_peft(tmp_path / "raw", side.params(), side.names)
+    raw = load_peft(tmp_path / "raw", side.params(), side.names)
+    assert_close(side.logits(raw), expected, side.torch_logits(side.make()))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_out_of_the_base_are_written_as_plain_lora(start, tmp_path):
+    side = pb.Bert(scan_layers=True)
+    params = side.params()
+    with pb.quiet():
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=Q, init_lora_weights=start)
+        model = pb.move_torch(peft.get_peft_model(side.make(), config))
+        model.save_pretrained(tmp_path / "theirs")
+    tree = load_peft(tmp_path / "theirs", params, side.names)
+    ours, theirs, base = written(side, tree, params, tmp_path / "ours")
+    assert_close(theirs, side.torch_logits(model), base)
+    assert_close(ours, theirs, base)
+
+
+def test_rows_of_a_table_that_is_the_head_too(tmp_path):
+    class Tied(pb.Llama):
+        names = pb.llama_names()
+
+        def __init__(self):
+            super().__init__()
+            self.config = dataclasses.replace(self.config, tie_embeddings=True)
+
+        def make(self):
+            torch.manual_seed(0)
+            config = super().make().config
+            config.tie_word_embeddings = True
+            return pb.enlarged(pb.transformers.LlamaForCausalLM(config))
+
+    side = Tied()
+    rows = sorted({int(t) for t in side.batch[0].reshape(-1)})[::-2]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=rows)
+    with pb.quiet():
+        model = pb.move_torch(peft.get_peft_model(side.make(), config))
+        model.save_pretrained(tmp_path)
+    params = side.params()
+    tree = load_peft(tmp_path, params, side.names)
+    assert tree["embedding"]["embedding"].values.shape == (len(rows) * 32,)
+    assert_close(side.logits(tree), side.torch_logits(model), side.torch_logits(side.make()))
 
 
 def test_randlora_without_its_bases(tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspace_jax.io._errors import AdapterFileError, ManifestError, listing
+from subspace_jax.io.peft._starts import CONVERT, STARTS
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -28,7 +29,8 @@ _TOLD = (
     "revision runtime_config target_modules task_type"
 )
 _UNDERSTOOD = {
-    "LORA": "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora lora_dropout init_lora_weights",
+    "LORA": "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora lora_dropout init_lora_weights lora_bias "
+    "ensure_weight_tying trainable_token_indices",
     "OFT": "r oft_block_size module_dropout coft eps block_share use_cayley_neumann num_cayley_neumann_terms",
     "RANDLORA": "r randlora_alpha randlora_dropout projection_prng_key save_projection sparse very_sparse",
 }
@@ -39,13 +41,10 @@ _NEUTRAL: dict[str, dict[str, str]] = {
     "LORA": {
         "alora_invocation_tokens": "the adapter acts on part of a sequence",
         "arrow_config": "the adapters of several tasks are mixed",
-        "ensure_weight_tying": "tied modules share an adapter",
         "kasa_config": "the base weight is truncated",
         "layer_replication": "layers of the model are repeated",
-        "lora_bias": "a bias is added",
         "monteclora_config": "the factors are random",
         "target_parameters": "parameters are adapted that are no module's weight",
-        "trainable_token_indices": "rows of an embedding are replaced",
         "use_bdlora": "the factors are block-diagonal",
         "use_qalora": "inputs are pooled in groups",
         "velora_config": "activations are projected",
@@ -85,6 +84,12 @@ class Settings:
         if type(value) is not int or not 0 <= value < 2**31:
             raise ManifestError(f"the config has {name}={_short(value)}, expected a whole number from 0.")
         return value
+
+    @property
+    def start(self) -> str | None:
+        """The start that was taken out of the base; None if the base was left alone."""
+        value = self.values.get("init_lora_weights")
+        return value.lower() if isinstance(value, str) and value.lower() in STARTS else None
 
     def probability(self, name: str) -> float:
         """Returns a setting that is a probability below 1; raises ManifestError for anything else."""
@@ -177,7 +182,7 @@ def check_settings(values: Mapping[str, Any]) -> Settings:
     if method == "LORA":
         wrong += _start(values.get("init_lora_weights", True))
     if wrong:
-        raise ManifestError(f"the config asks for what is not known here:{listing(wrong)}")
+        raise ManifestError(f"the config has {wrong[0]}, which is not known here{listing(wrong[1:])}")
     known = {*_TOLD.split(), *_UNDERSTOOD[method].split(), *neutral, *past}
     ignored = [
         f"{k}={_short(values[k])}, of no effect on trained tensors" for k in past if not _is_nothing(values.get(k))
@@ -189,11 +194,11 @@ def check_settings(values: Mapping[str, Any]) -> Settings:
 def _start(value: Any) -> list[str]:
     """Refuses an initialization that changed the base weights, which the tensors do not hold."""
     name = value.lower() if isinstance(value, str) else value
-    if isinstance(name, bool | str | None) and name in _STARTS:
+    if isinstance(name, bool | str | None) and (name in _STARTS or name in STARTS):
         return []
     return [
-        f"init_lora_weights={_short(value)}: the base weights were changed at the start. Save it in PEFT with "
-        "save_pretrained(folder, path_initial_model_for_weight_conversion=...), which makes plain LoRA of it"
+        f"init_lora_weights={_short(value)}: the base weights were changed at the start in a way that they do not give "
+        f"again. {CONVERT} The start is one"
     ]
 
 

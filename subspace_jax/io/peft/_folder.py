@@ -15,17 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from subspace_jax.core import Full, Weight, is_weight, leaves_with_paths, map_with_paths, resolve_links
+from subspace_jax.core import Full, StructureError, Weight, is_weight, leaves_with_paths, map_with_paths, resolve_links
 from subspace_jax.io._atomic import replacing
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import AdapterFileError, ManifestError, listing
 from subspace_jax.io._safetensors import read_safetensors, write_safetensors
 from subspace_jax.io.peft._config import CONFIG_NAME, FORMAT_VERSION, TENSORS_NAME, Settings, read_settings
 from subspace_jax.io.peft._full import pack_full, unpack_full
-from subspace_jax.io.peft._lora import is_low_rank, pack_lora, unpack_lora
+from subspace_jax.io.peft._lora import add_lora_biases, is_low_rank, pack_lora, unpack_lora
 from subspace_jax.io.peft._names import NameMap, TensorPlace, require_places
 from subspace_jax.io.peft._oft import pack_oft, unpack_oft
 from subspace_jax.io.peft._randlora import pack_randlora, unpack_randlora
+from subspace_jax.io.peft._rows import unpack_rows
 from subspace_jax.io.peft._tensors import index_places, sort_tensors
 from subspace_jax.methods.structured.oft import Rotated
 from subspace_jax.methods.structured.randlora import RandomBases
@@ -81,7 +82,7 @@ def save_peft(
     folder = pathlib.Path(folder)
     try:
         tensors, config = _pack(resolve_links(adapted), base_params, names)
-    except ManifestError as error:
+    except (ManifestError, StructureError) as error:
         raise AdapterFileError(f"{folder}: nothing was written: {error}") from error
     config |= {"base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True}
     config |= {"fan_in_fan_out": False, "peft_version": FORMAT_VERSION}
@@ -103,8 +104,11 @@ def load_peft(folder: str | os.PathLike[str], base_params: Any, names: NameMap) 
       names: what the modules are called in PyTorch, such as `bert_names()`.
 
     Returns:
-      A tree of the structure of `base_params` with stand-in weights: LoRA, DoRA, OFT, RandLoRA, and `full()` for
-      modules that PEFT saved whole and for trained biases.
+      A tree of the structure of `base_params` with stand-in weights: LoRA, DoRA, OFT, RandLoRA, `SparseDelta` for
+      replaced rows of an embedding, and `full()` for modules that PEFT saved whole and for trained biases, to which
+      those of `lora_bias` are added. Layers of a stack that the file leaves out (`layers_to_transform`) get factors
+      of zero, which never learn. Starts that the base gives again (`init_lora_weights` "pissa" and "olora") are taken
+      out of it, as PEFT does when it loads them.
 
     Raises:
       AdapterFileError: a file is missing, damaged or hostile, a tensor has no place in the tree, is missing or is
@@ -207,10 +211,16 @@ def _unpack(
     places: dict[str, TensorPlace] = names.places(base.leaves)
     index = index_places(places.values())
     found = sort_tensors(tensors, settings.method, index)
-    if not found.adapters and not found.whole:
+    if not found.adapters and not found.whole and not found.rows:
         raise ManifestError("the file holds no adapter.")
-    adapters = _UNPACK[settings.method](settings, found, index, base)
-    return {**adapters, **unpack_full(found, index, base)}
+    parts = [_UNPACK[settings.method](settings, found, index, base), unpack_rows(settings, found, index, base)]
+    add_lora_biases(settings, found, index, base)
+    parts.append(unpack_full(found, index, base))
+    weights = {path: weight for part in parts for path, weight in part.items()}
+    if len(weights) < sum(map(len, parts)):
+        twice = next(path for path in weights if sum(path in part for part in parts) > 1)
+        raise ManifestError(f"{twice}: the file adapts it in two ways at once, of which one array has no form here.")
+    return weights
 
 
 @contextlib.contextmanager

@@ -25,10 +25,13 @@ from subspace_jax.io.peft._layout import (
     magnitude_to_torch,
     output_factor_from_torch,
     output_factor_to_torch,
+    sizes,
     stack,
     unstack,
+    whole_to_torch,
 )
 from subspace_jax.io.peft._names import TensorPlace
+from subspace_jax.io.peft._starts import start_factors
 from subspace_jax.io.peft._tensors import (
     ONE_SETTING,
     Found,
@@ -45,6 +48,9 @@ from subspace_jax.methods.low_rank.dora import Magnitude
 from subspace_jax.methods.low_rank.matryoshka import NestedLowRank
 from subspace_jax.weights import LowRank
 
+# Parts that a module has only if the config says so.
+_OPTIONAL = {"magnitude": "use_dora", "bias": "lora_bias"}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
@@ -54,6 +60,10 @@ class _Part:
     b: np.ndarray
     scale: float
     magnitude: np.ndarray | None
+
+    def nothing(self) -> _Part:
+        """The adapter of a layer that has none: with both factors at zero it gets no gradient either."""
+        return dataclasses.replace(self, a=np.zeros_like(self.a), b=np.zeros_like(self.b))
 
 
 def is_low_rank(weight: Any) -> bool:
@@ -93,7 +103,7 @@ def pack_lora(
                 tensors[tensor_name(module, "lora_magnitude_vector")] = magnitude_to_torch(length, place)
     kinds = {path: "DoRA" if isinstance(weight, Magnitude) else "LoRA" for path, weight in weights.items()}
     dropouts = {path: _plain(path, weight).dropout for path, weight in weights.items()}
-    stabilized = all("rslora" in weight.method for weight in weights.values())
+    stabilized = all(_plain(path, weight).rank_stabilized for path, weight in weights.items())
     return tensors, {
         "peft_type": "LORA",
         "use_dora": same_of_all(kinds, "the form", ONE_SETTING) == "DoRA",
@@ -168,22 +178,26 @@ def unpack_lora(
     parts = {module: _part(settings, module, own, index[module, "weight"][0]) for module, own in found.adapters.items()}
     stabilized, dropout = settings.flag("use_rslora"), settings.probability("lora_dropout")
     weights: dict[str, Weight] = {}
-    for place, layers in per_leaf(parts, index).items():
+    nothing = None if settings.flag("use_dora") else _Part.nothing
+    for place, layers in per_leaf(parts, index, nothing).items():
         names = dict(zip(place.modules, layers, strict=True))
         mend = f"{place.path} is one stack, which has one. Load the file onto the unstacked parameters."
         same_of_all({name: part.a.shape[-1] for name, part in names.items()}, "rank", mend)
         scale = same_of_all({name: part.scale for name, part in names.items()}, "scale", mend)
         same_of_all({name: (part.a.dtype, part.b.dtype) for name, part in names.items()}, "dtypes", mend)
         array = base.leaves[place.path]
+        under, starts = _residual(settings, array, layers, place) if settings.start else (array, {})
         shared: dict[str, Any] = {"role": place.role, "dtype": np.dtype(array.dtype)}
         low_rank = LowRank(
-            base=array,
+            base=under,
             a=jnp.asarray(stack([part.a for part in layers], place)),
             b=jnp.asarray(stack([part.b for part in layers], place)),
             scale=scale,
+            rank_stabilized=stabilized,
             dropout=dropout,
             trainable=("a", "b"),
             method="rslora" if stabilized else "lora",
+            **starts,
             **shared,
         )
         lengths = [part.magnitude for part in layers if part.magnitude is not None]
@@ -191,7 +205,7 @@ def unpack_lora(
         if lengths:
             weights[place.path] = Magnitude(
                 # The frozen part of the lengths, once, so that no step reads every weight for it.
-                direction=dataclasses.replace(low_rank, base_squares=_squares(array, place), method=""),
+                direction=dataclasses.replace(low_rank, base_squares=_squares(under, place), method=""),
                 magnitude=jnp.asarray(stack(lengths, place)),
                 trainable=("magnitude",),
                 method=f"dora({low_rank.method})",
@@ -202,11 +216,11 @@ def unpack_lora(
 
 def _part(settings: Settings, module: str, found: Mapping[str, np.ndarray], place: TensorPlace) -> _Part:
     """The adapter of one module, its tensors checked against the config and the module's shape."""
-    expected = {"a", "b", *(["magnitude"] if settings.flag("use_dora") else [])}
+    expected = {"a", "b", *(part for part, flag in _OPTIONAL.items() if settings.flag(flag))}
     if set(found) != expected:
         raise ManifestError(
             f"module {module!r} has the parts {sorted(found)}, expected {sorted(expected)} (use_dora="
-            f"{settings.flag('use_dora')}). The file is not whole."
+            f"{settings.flag('use_dora')}, lora_bias={settings.flag('lora_bias')}). The file is not whole."
         )
     if place.rule.shared:
         raise ManifestError(
@@ -217,20 +231,64 @@ def _part(settings: Settings, module: str, found: Mapping[str, np.ndarray], plac
     if rank < 1 or rank != int(rank):
         raise ManifestError(f"module {module!r}: the config gives it rank {rank:g}, expected a whole number from 1.")
     check_shapes(module, found, _shapes(int(rank), place), place)
-    alpha = settings.pattern("alpha_pattern", module, settings.number("lora_alpha"))
-    scale = alpha / (math.sqrt(rank) if settings.flag("use_rslora") else rank)
     magnitude = found.get("magnitude")
     return _Part(
         input_factor_from_torch(found["a"], place),
         output_factor_from_torch(found["b"], place),
-        scale,
+        _scale(settings, module, rank),
         None if magnitude is None else magnitude.reshape(-1),
     )
 
 
 def _shapes(rank: int, place: TensorPlace) -> dict[str, tuple[int, ...]]:
     a, b = factor_shapes(rank, place)
-    return {"a": a, "b": b, "magnitude": magnitude_shape(place)}
+    return {"a": a, "b": b, "magnitude": magnitude_shape(place), "bias": (sizes(place)[1],)}
+
+
+def _scale(settings: Settings, module: str, rank: float) -> float:
+    alpha = settings.pattern("alpha_pattern", module, settings.number("lora_alpha"))
+    return alpha / (math.sqrt(rank) if settings.flag("use_rslora") else rank)
+
+
+def add_lora_biases(
+    settings: Settings,
+    found: Found,
+    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
+    base: BaseArrays,
+) -> None:
+    """Adds the biases of the second factors, times the scale, to the modules' own, which the file then holds whole.
+
+    Raises:
+      ManifestError: a module has no bias in the tree.
+    """
+    for module, own in found.adapters.items():
+        if "bias" not in own:
+            continue
+        if (module, "bias") not in index:
+            raise ManifestError(
+                f"lora_bias=True: module {module!r} has no bias in the tree, to which that of its adapter could be "
+                "added. Give the layer one."
+            )
+        place, position = index[module, "bias"]
+        bias = found.whole.get((module, "bias"))
+        if bias is None:
+            bias = whole_to_torch(unstack(base.leaves[place.path], place, place.path)[position], place)
+        added = _scale(settings, module, own["a"].shape[0]) * np.asarray(own["bias"], np.float32)
+        found.whole[module, "bias"] = np.asarray(bias, np.float32) + added
+
+
+def _residual(settings: Settings, array: Any, layers: list[_Part], place: TensorPlace) -> tuple[Any, dict[str, Any]]:
+    """The array without the start that PEFT took out of it, and the factors of that start."""
+    kind = str(settings.start)
+    residuals, pairs = [], []
+    for layer, part in zip(unstack(array, place, place.path), layers, strict=True):
+        matrix = layer.reshape(sizes(place))
+        a, b = start_factors(kind, matrix, part.a.shape[-1], part.scale, place)
+        residuals.append((matrix.astype(np.float64) - part.scale * (a @ b)).reshape(layer.shape))
+        pairs.append((a.astype(np.float32), b.astype(np.float32)))
+    base = jnp.asarray(stack(residuals, place), array.dtype)
+    first, second = (jnp.asarray(stack(list(factors), place)) for factors in zip(*pairs, strict=True))
+    return base, {"start_a": first, "start_b": second}
 
 
 def _squares(array: Any, place: TensorPlace) -> Any:

@@ -126,7 +126,8 @@ def unpack_randlora(
     a, b = _read_bases(found, rank)
     parts = {module: _scales(module, own, rank, index[module, "weight"][0]) for module, own in found.adapters.items()}
     weights: dict[str, Weight] = {}
-    leaves = per_leaf(parts, index)
+    # With both scales at zero a layer gets no gradient either.
+    leaves = per_leaf(parts, index, lambda part: (np.zeros_like(part[0]), np.zeros_like(part[1])))
     # In the order of the tree, as `adapt` has it.
     for path in (path for path in base.leaves if path in {place.path for place in leaves}):
         place, layers = next((place, layers) for place, layers in leaves.items() if place.path == path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +25,8 @@ _ENDINGS: dict[str, dict[str, str]] = {
         "lora_embedding_A": "a",
         "lora_embedding_B": "b",
         "lora_magnitude_vector": "magnitude",
+        "lora_B.bias": "bias",
+        "token_adapter.trainable_tokens_delta": "rows",
     },
     "OFT": {"oft_R.weight": "entries"},
     "RANDLORA": {
@@ -52,12 +54,14 @@ class Found:
       shared: parts that all of them have in common.
       whole: arrays that stand in the file themselves, by module and tensor.
       base: arrays of the base model that the file holds too.
+      rows: rows of embeddings that are replaced, by the module's name.
     """
 
     adapters: dict[str, dict[str, np.ndarray]]
     shared: dict[str, np.ndarray]
     whole: dict[tuple[str, str], np.ndarray]
     base: dict[tuple[str, str], np.ndarray]
+    rows: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def tensor_name(module: str, ending: str) -> str:
@@ -100,7 +104,9 @@ def sort_tensors(
         into: Any = getattr(found, target.group)
         if target.group == "adapters":
             into = into.setdefault(target.module, {})
-        key = target.part if target.group == "adapters" else (target.module, target.part)
+        key: Any = (target.module, target.part)
+        if target.group in ("adapters", "rows"):
+            key = target.part if target.group == "adapters" else target.module
         if key in into:
             unknown.append(f"{name!r}, where another tensor has its place")
         into[key] = tensor
@@ -132,7 +138,7 @@ def _target(name: str, method: str, index: Mapping[tuple[str, str], tuple[Tensor
         kind = index[module, "weight"][0].rule.kind
         if part in ("a", "b") and (kind == "embedding") != ending.startswith("lora_embedding"):
             return None
-        return _Target("adapters", module, part)
+        return _Target("rows" if part == "rows" else "adapters", module, part)
     module, _, last = name.rpartition(".")
     plain = module.removesuffix(_BASE)
     if (plain, last) not in index:
@@ -149,18 +155,22 @@ def _check_floating(tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def per_leaf(
-    parts: Mapping[str, T], index: Mapping[tuple[str, str], tuple[TensorPlace, int]]
+    parts: Mapping[str, T],
+    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
+    nothing: Callable[[T], T] | None = None,
 ) -> dict[TensorPlace, list[T]]:
     """Returns what each leaf's modules have, in the order of its stacked axes.
 
     Args:
       parts: by module, for the module's weight.
       index: as `index_places` gives it.
+      nothing: makes of one layer's part that of a layer which the file leaves out, one that changes nothing and never
+        will; None if there is no such part.
 
     Raises:
       ManifestError: some layers of a stack are there and others are not.
     """
-    return _grouped({(module, "weight"): part for module, part in parts.items()}, index)
+    return _grouped({(module, "weight"): part for module, part in parts.items()}, index, nothing)
 
 
 def whole_per_leaf(
@@ -171,7 +181,9 @@ def whole_per_leaf(
 
 
 def _grouped(
-    parts: Mapping[tuple[str, str], T], index: Mapping[tuple[str, str], tuple[TensorPlace, int]]
+    parts: Mapping[tuple[str, str], T],
+    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
+    nothing: Callable[[T], T] | None = None,
 ) -> dict[TensorPlace, list[T]]:
     grouped: dict[TensorPlace, dict[int, T]] = {}
     for key, part in parts.items():
@@ -180,12 +192,14 @@ def _grouped(
     wrong = []
     for place, found in grouped.items():
         absent = [name for i, name in enumerate(place.modules) if i not in found]
-        if absent:
+        if absent and nothing is not None:
+            found |= {i: nothing(next(iter(found.values()))) for i in range(len(place.modules)) if i not in found}
+        elif absent:
             wrong.append(f"{place.path!r}: nothing for {', '.join(absent[:3])}{' and more' * (len(absent) > 3)}")
     if wrong:
         raise ManifestError(
-            f"these leaves are stacks of layers, of which the file adapts only some:{listing(wrong)}\nLoad it onto the "
-            "unstacked parameters."
+            "layers_to_transform: these leaves are stacks of layers, of which the file adapts some, in a form that "
+            f"would learn in the others too:{listing(wrong)}\nLoad it onto the unstacked parameters."
         )
     return {place: [found[i] for i in range(len(place.modules))] for place, found in grouped.items()}
 

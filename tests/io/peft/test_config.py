@@ -95,17 +95,14 @@ def test_hostile_patterns(patterns, message):
     [
         ("alora_invocation_tokens", [1, 2]),
         ("arrow_config", {"top_k": 2}),
-        ("ensure_weight_tying", True),
         ("kasa_config", {"beta": 1}),
         ("layer_replication", [[0, 2], [1, 3]]),
-        ("lora_bias", True),
         ("target_parameters", ["experts.gate"]),
-        ("trainable_token_indices", [5]),
         ("use_bdlora", {"a": 1}),
         ("use_qalora", True),
         ("velora_config", {"rank": 1}),
         ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", 1),
@@ -115,13 +112,32 @@ def test_hostile_patterns(patterns, message):
     ],
 )
 def test_what_changes_the_mathematics_is_refused(name, value):
-    with pytest.raises(ManifestError, match=name):
+    with pytest.raises(ManifestError, match=name) as error:
         check_settings({**LORA, name: value})
+    assert name in str(error.value).splitlines()[0]
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva"])
 def test_starts_that_leave_the_base_alone(start):
     assert check_settings({**LORA, "init_lora_weights": start}).ignored == ()
+
+
+def test_every_refused_key_is_named():
+    with pytest.raises(ManifestError, match=r"has layer_replication=\[1\]: (.|\n)*use_qalora=True: inputs"):
+        check_settings({**LORA, "layer_replication": [1], "use_qalora": True})
+
+
+@pytest.mark.parametrize("start", ["pissa", "PiSSA", "olora"])
+def test_starts_that_the_base_gives_again(start):
+    assert check_settings({**LORA, "init_lora_weights": start}).start == start.lower()
+    assert check_settings(LORA).start is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ensure_weight_tying", True), ("lora_bias", True), ("trainable_token_indices", [5])]
+)
+def test_what_is_done_as_peft_does_it(name, value):
+    assert check_settings({**LORA, name: value}).ignored == ()
 
 
 def test_unknown_keys_are_told():
@@ -137,7 +153,7 @@ def test_unknown_keys_are_told():
         ("{", "no JSON"),
         ("[1]", "JSON list"),
         ("[" * 100_000, "no JSON"),
-        ('{"peft_type": "LORA", "lora_bias": 1}', "lora_bias"),
+        ('{"peft_type": "LORA", "use_qalora": 1}', "use_qalora"),
     ],
 )
 def test_damaged_files(text, message, tmp_path):

@@ -19,7 +19,7 @@ from subspace_jax.io import (
     save_peft,
     write_safetensors,
 )
-from tests.tolerances import tolerance
+from tests.tolerances import assert_rounding, tolerance
 
 RNG = np.random.default_rng(0)
 NAMES = NameMap(
@@ -124,6 +124,128 @@ class TestReading:
             a, b = (tensors[f"{PREFIX}layers.{i}.fc.lora_{side}.weight"] for side in "AB")
             expected = params["layers"]["fc"]["kernel"][i] + 3 * (b @ a).T
             np.testing.assert_allclose(merged(tree, "layers", "fc", "kernel")[i], expected, rtol=1e-4, atol=1e-5)
+
+    def test_part_of_a_stack(self, params, tmp_path):
+        """The other layers stay as they are, in value and in training."""
+        tensors = {**lora_pair("layers.0.fc"), **lora_pair("layers.2.fc")}
+        config = {**LORA, "layers_to_transform": [0, 2]}
+        tree = load_peft(write(tmp_path / "x", tensors, config), params, NAMES)
+        kernel = np.asarray(params["layers"]["fc"]["kernel"])
+        found = merged(tree, "layers", "fc", "kernel")
+        np.testing.assert_array_equal(found[1], kernel[1])
+        for i in (0, 2):
+            a, b = (tensors[f"{PREFIX}layers.{i}.fc.lora_{side}.weight"].astype(np.float64) for side in "AB")
+            assert_rounding(found[i], kernel[i] + 3 * (b @ a).T, size=2)
+        trainable, frozen = sj.partition(tree)
+        x = jnp.asarray(normal(3, 4, 8))
+        loss = lambda t: jnp.sum((x @ sj.merge(sj.combine(t, frozen))["layers"]["fc"]["kernel"]) ** 2)
+        gradient = jax.grad(loss)(trainable)["layers"]["fc"]["kernel"]
+        assert np.abs(gradient.a[0]).max() > 0
+        assert not np.any(gradient.a[1])
+        assert not np.any(gradient.b[1])
+
+    @pytest.mark.parametrize("stabilized", [False, True])
+    def test_biases_of_the_second_factor(self, params, tmp_path, stabilized):
+        tensors = {k: v for i in range(3) for k, v in lora_pair(f"layers.{i}.fc").items()} | lora_pair("out")
+        biases = {name: normal(6) for name in ("layers.0.fc", "layers.1.fc", "layers.2.fc", "out")}
+        tensors |= {f"{PREFIX}{name}.lora_B.bias": bias for name, bias in biases.items()}
+        tensors[f"{PREFIX}out.base_layer.bias"] = trained = normal(6)
+        config = {**LORA, "lora_bias": True, "use_rslora": stabilized, "alpha_pattern": {"out": 4}}
+        tree = load_peft(write(tmp_path / "x", tensors, config), params, NAMES)
+        root = np.sqrt(2) if stabilized else 2
+        stacked = np.stack([biases[f"layers.{i}.fc"] for i in range(3)])
+        assert_rounding(merged(tree, "layers", "fc", "bias"), params["layers"]["fc"]["bias"] + 6 / root * stacked)
+        assert_rounding(merged(tree, "out", "bias"), trained + 4 / root * biases["out"])
+        assert tree["heads"]["bias"] is params["heads"]["bias"]
+        refused(params, write(tmp_path / "x", tensors), r"parts \['a', 'b', 'bias'\].*lora_bias=False")
+        config = {**LORA, "lora_bias": True}
+        refused(params, write(tmp_path / "x", lora_pair("out"), config), r"parts \['a', 'b'\].*lora_bias=True")
+        bare = {**params, "out": {"kernel": params["out"]["kernel"]}}
+        only = {k: v for k, v in tensors.items() if "out.lora" in k}
+        refused(bare, write(tmp_path / "x", only, config), "lora_bias=True: module 'net.out' has no bias")
+
+    @pytest.mark.parametrize("given", [[7, 0, 3], {"table": [7, 0, 3]}, {"net.table": [7, 0, 3]}])
+    def test_rows_of_a_table(self, params, tmp_path, given):
+        rows = normal(3, 4)
+        tensors = {f"{PREFIX}table.token_adapter.trainable_tokens_delta": rows}
+        config = {**LORA, "trainable_token_indices": given}
+        tree = load_peft(write(tmp_path / "x", tensors, config), params, NAMES)
+        expected = np.array(params["table"]["embedding"])
+        expected[[7, 0, 3]] = rows
+        np.testing.assert_array_equal(merged(tree, "table", "embedding"), expected)
+        weight = tree["table"]["embedding"]
+        assert (weight.trainable, weight.values.shape) == (("values",), (12,))
+        assert np.all(np.diff(weight.indices) > 0)
+        tied = {f"{PREFIX}tied.token_adapter.trainable_tokens_delta": rows}
+        tree = load_peft(write(tmp_path / "y", tied, {**LORA, "trainable_token_indices": [7, 0, 3]}), params, NAMES)
+        np.testing.assert_array_equal(merged(tree, "tied", "embedding")[[7, 0, 3]], rows)
+
+    @pytest.mark.parametrize(
+        ("given", "rows", "words"),
+        [
+            (None, (3, 4), "trainable_token_indices=None, and the file has such rows for .*net.table"),
+            ([1, 2, 3], None, "trainable_token_indices=.*and the file has such rows for none"),
+            ([1, 2], (3, 4), r"rows is \[3, 4\], expected \[2, 4\]"),
+            ([1, 2, 2], (3, 4), "trainable_token_indices=.*different whole numbers below 9"),
+            ([1, 2, 9], (3, 4), "trainable_token_indices=.*different whole numbers below 9"),
+            ([1, 2, -1], (3, 4), "trainable_token_indices=.*different whole numbers below 9"),
+            ([1, 2, True], (3, 4), "trainable_token_indices=.*different whole numbers below 9"),
+            ("123", (3, 4), "trainable_token_indices=.*different whole numbers below 9"),
+            ({"able": [1, 2, 3]}, (3, 4), "trainable_token_indices names 'able', of which the file has no rows"),
+            ({"table": [1, 2, 3], "x": [1]}, (3, 4), "trainable_token_indices names 'x'"),
+        ],
+    )
+    def test_rows_that_do_not_fit(self, params, tmp_path, given, rows, words):
+        tensors = lora_pair("out")
+        if rows is not None:
+            tensors[f"{PREFIX}table.token_adapter.trainable_tokens_delta"] = normal(*rows)
+        refused(params, write(tmp_path / "x", tensors, {**LORA, "trainable_token_indices": given}), rf"(?s){words}")
+
+    def test_rows_and_factors_of_one_table(self, params, tmp_path):
+        tensors = {f"{PREFIX}table.lora_embedding_A": normal(2, 9), f"{PREFIX}table.lora_embedding_B": normal(4, 2)}
+        tensors[f"{PREFIX}table.token_adapter.trainable_tokens_delta"] = normal(1, 4)
+        folder = write(tmp_path / "x", tensors, {**LORA, "trainable_token_indices": [2]})
+        refused(params, folder, "table/embedding: the file adapts it in two ways at once")
+
+    @pytest.mark.parametrize("start", ["pissa", "olora"])
+    def test_starts_taken_out_of_the_base(self, params, tmp_path, start):
+        tensors = {k: v for i in range(3) for k, v in lora_pair(f"layers.{i}.fc").items()}
+        tensors |= lora_pair("heads", 6, 5)
+        config = {**LORA, "init_lora_weights": start}
+        tree = load_peft(write(tmp_path / "x", tensors, config), params, NAMES)
+
+        def expected(name, kernel):
+            w = kernel.astype(np.float64).T
+            if start == "pissa":
+                u, s, vt = np.linalg.svd(w, full_matrices=False)
+                taken = (u[:, :2] * s[:2]) @ vt[:2]
+            else:  # the projection onto the span of the first inputs, times the scale 3
+                first = w[:, :2]
+                taken = 3 * first @ np.linalg.pinv(first) @ w
+            a, b = (tensors[f"{PREFIX}{name}.lora_{side}.weight"].astype(np.float64) for side in "AB")
+            return (w - taken + 3 * b @ a).T
+
+        for i in range(3):
+            kernel = np.asarray(params["layers"]["fc"]["kernel"][i])
+            assert_rounding(merged(tree, "layers", "fc", "kernel")[i], expected(f"layers.{i}.fc", kernel), size=8)
+        kernel = np.asarray(params["heads"]["kernel"]).reshape(6, 5)
+        assert_rounding(merged(tree, "heads", "kernel").reshape(6, 5), expected("heads", kernel), size=8)
+        again = load_peft(save_peft(tmp_path / "y", tree, params, NAMES), params, NAMES)
+        assert again["heads"]["kernel"].rank == 4
+        for one, other in zip(jax.tree.leaves(sj.merge(again)), jax.tree.leaves(sj.merge(tree)), strict=True):
+            assert_rounding(one, other, size=16)
+
+    def test_starts_that_rounding_decides(self, params, tmp_path):
+        equal = {**params, "out": {**params["out"], "kernel": jnp.eye(8, 6)}}
+        refused(
+            equal, write(tmp_path / "x", lora_pair("out"), {**LORA, "init_lora_weights": "pissa"}), "2 and 3 are eq"
+        )
+        twin = params["out"]["kernel"].at[1].set(params["out"]["kernel"][0])
+        twins = {**params, "out": {**params["out"], "kernel": twin}}
+        folder = write(tmp_path / "y", lora_pair("out"), {**LORA, "init_lora_weights": "olora"})
+        refused(twins, folder, "init_lora_weights='olora': out/kernel: its first 2 inputs are dependent")
+        conv = {PREFIX + "conv.lora_A.weight": normal(2, 4, 3, 2), PREFIX + "conv.lora_B.weight": normal(5, 2, 1, 1)}
+        refused(params, write(tmp_path / "z", conv, {**LORA, "init_lora_weights": "olora"}), "conv/kernel is a conv")
 
     def test_dora(self, params, tmp_path):
         tensors = {**lora_pair("out"), f"{PREFIX}out.lora_magnitude_vector": np.abs(normal(6))}
@@ -248,7 +370,7 @@ class TestRefusing:
         "name",
         [
             PREFIX + "outt.lora_A.weight",
-            PREFIX + "out.lora_B.bias",
+            PREFIX + "out.lora_A.bias",
             PREFIX + "out.extra",
             PREFIX + "layers.3.fc.lora_A.weight",
             PREFIX + "out.oft_R.weight",
@@ -275,7 +397,7 @@ class TestRefusing:
         refused(params, write(tmp_path / "x", tensors), r"'net.out' has the parts \['a'\], expected \['a', 'b'\]")
         tensors = lora_pair("out")
         folder = write(tmp_path / "x", tensors, {**LORA, "use_dora": True})
-        refused(params, folder, r"expected \['a', 'b', 'magnitude'\] \(use_dora=True\)")
+        refused(params, folder, r"expected \['a', 'b', 'magnitude'\] \(use_dora=True, lora_bias=False\)")
         folder = write(tmp_path / "x", {**tensors, PREFIX + "out.lora_magnitude_vector": normal(6)})
         refused(params, folder, r"has the parts \['a', 'b', 'magnitude'\]")
 
@@ -296,8 +418,13 @@ class TestRefusing:
         refused(params, folder, r"oft_R is \[2, 5\], expected \[2, 6\]")
 
     def test_part_of_a_stack(self, params, tmp_path):
-        tensors = {**lora_pair("layers.0.fc"), **lora_pair("layers.2.fc")}
-        refused(params, write(tmp_path / "x", tensors), r"'layers/fc/kernel': nothing for net.layers.1.fc\n")
+        parts = ("0", "2")
+        tensors = {k: v for i in parts for k, v in lora_pair(f"layers.{i}.fc").items()}
+        tensors |= {f"{PREFIX}layers.{i}.fc.lora_magnitude_vector": normal(6) for i in parts}
+        config = {**LORA, "use_dora": True, "layers_to_transform": [0, 2]}
+        refused(params, write(tmp_path / "x", tensors, config), r"layers_to_transform: (.|\n)*for net.layers.1.fc\n")
+        tensors = {f"{PREFIX}layers.1.fc.oft_R.weight": normal(2, 6)}
+        refused(params, write(tmp_path / "x", tensors, OFT), r"layers_to_transform: (.|\n)*for net.layers.0.fc, net")
         tensors = {**lora_pair("out"), PREFIX + "layers.1.norm.weight": normal(6)}
         refused(params, write(tmp_path / "x", tensors), r"'layers/norm/scale': nothing for net.layers.0.norm, net")
 
@@ -642,3 +769,12 @@ class TestFolders:
             save_peft(folder, adapt(params, {"heads/kernel": sj.lora(2)}), params, NAMES, overwrite=True)
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
         assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+    def test_a_part_without_the_weight_that_owns_the_bases(self, params, tmp_path):
+        tree = adapt(params, {"**/{out,fc,heads}/kernel": sj.randlora(2, pairing="peft")})
+        whole = {**params, "out": tree["out"], "heads": tree["heads"], "layers": tree["layers"]}
+        owner = next(path for path, w in sj.core.leaves_with_paths(whole) if getattr(w, "basis_a", None) is not None)
+        left = {**whole, owner.split("/")[0]: params[owner.split("/")[0]]}
+        with pytest.raises(AdapterFileError, match=f"nothing was written: .* stored as 'basis_a' at {owner}"):
+            save_peft(tmp_path / "x", left, params, NAMES)
+        assert not (tmp_path / "x").exists()
