@@ -166,3 +166,18 @@ def test_bad_input_is_refused():
     trainable, _ = sj.partition(adapted())
     with pytest.raises(StructureError, match="combine"):
         sj.methods.o_lora.penalty(trainable)
+
+
+def test_a_weight_is_known_by_its_parts_and_not_by_a_name():
+    adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.o_lora(2, tasks=3)}, key=jax.random.key(0))
+    renamed = {"w": dataclasses.replace(adapted["w"], method="another", base=adapted["w"].base)}
+    assert sj.methods.o_lora.next_task(renamed, 1, key=jax.random.key(1))["w"].base.a[:, 2:4].any()
+    inner = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(6)}, key=jax.random.key(0))["w"]
+    plain = {"w": dataclasses.replace(adapted["w"], base=inner)}
+    with pytest.raises(StructureError, match="no weights of o_lora"):
+        sj.methods.o_lora.penalty(plain)
+
+
+def test_alpha_and_numpy_integers():
+    adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.o_lora(np.int64(2), tasks=3)}, key=jax.random.key(0))
+    assert (adapted["w"].scale, type(adapted["w"].scale)) == (16.0, float)

@@ -26,8 +26,6 @@ from subspace_jax.core import (
 from subspace_jax.linalg import to_coordinates
 from subspace_jax.weights import LowRank, hidden_zeros, lora_scale
 
-NAME = "o_lora"
-
 
 def o_lora(rank: int = 8, *, tasks: int, alpha: float = 32.0, dropout: float = 0.0, dtype: Any = jnp.float32) -> Method:
     r"""Trains one low-rank adapter for each task of a sequence, beside the frozen adapters of earlier tasks.
@@ -67,7 +65,7 @@ def o_lora(rank: int = 8, *, tasks: int, alpha: float = 32.0, dropout: float = 0
         del stats
         require_matrix(array, role)
         stack, (inputs, outputs) = role.stack_shape(array.shape), role.sizes(array.shape)
-        common: dict[str, Any] = {"role": role, "dtype": array.dtype, "scale": scale, "method": NAME}
+        common: dict[str, Any] = {"role": role, "dtype": array.dtype, "scale": scale}
         finished = LowRank(
             base=array,
             a=hidden_zeros(key, (*stack, inputs, tasks * rank), dtype),
@@ -84,7 +82,7 @@ def o_lora(rank: int = 8, *, tasks: int, alpha: float = 32.0, dropout: float = 0
             **common,
         )
 
-    return Method(NAME, make)
+    return Method("o_lora", make)
 
 
 def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -103,9 +101,10 @@ def _weights(adapted: Any) -> list[tuple[str, LowRank]]:
 
 
 def _is_ours(weight: Any) -> bool:
-    if not isinstance(weight, LowRank) or not isinstance(weight.base, LowRank) or weight.base.method != NAME:
+    """Whether it is an adapter that learns over a frozen one with room for whole adapters of its rank."""
+    if not isinstance(weight, LowRank) or not isinstance(weight.base, LowRank) or weight.base.trainable:
         return False
-    return weight.a is not None and weight.base.a is not None
+    return weight.a is not None and weight.base.a is not None and weight.base.rank % weight.rank == 0
 
 
 def penalty(adapted: Any, overlap_weight: float = 0.5, norm_weight: float = 0.0) -> jax.Array:

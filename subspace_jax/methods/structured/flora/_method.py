@@ -82,8 +82,9 @@ def flora(
     """
     rank = check_rank(rank, what="flora: rank")
     out_rank = rank if out_rank is None else check_rank(out_rank, what="flora: out_rank")
-    for_each = isinstance(window_ranks, Sequence) and not isinstance(window_ranks, str)
-    given = tuple(check_rank(r, what="flora: window_ranks") for r in (window_ranks if for_each else [window_ranks]))
+    for_each = isinstance(window_ranks, Sequence)
+    listed: Sequence[Any] = window_ranks if isinstance(window_ranks, Sequence) else (window_ranks,)
+    given = tuple(check_rank(r, what="flora: window_ranks") for r in listed)
     if scale is not None:
         check_number("flora: scale", scale)
     check_probability("flora: dropout", dropout)
