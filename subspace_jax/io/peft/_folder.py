@@ -20,12 +20,15 @@ from subspace_jax.io._atomic import replacing
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import AdapterFileError, ManifestError, listing
 from subspace_jax.io._safetensors import read_safetensors, write_safetensors
+from subspace_jax.io.peft._bias import add_lora_biases
 from subspace_jax.io.peft._config import CONFIG_NAME, FORMAT_VERSION, TENSORS_NAME, Settings, read_settings
+from subspace_jax.io.peft._dora import is_low_rank
 from subspace_jax.io.peft._full import pack_full, unpack_full
-from subspace_jax.io.peft._lora import add_lora_biases, is_low_rank, pack_lora, unpack_lora
+from subspace_jax.io.peft._lora import pack_lora, unpack_lora
 from subspace_jax.io.peft._names import NameMap, TensorPlace, require_places
 from subspace_jax.io.peft._oft import pack_oft, unpack_oft
 from subspace_jax.io.peft._randlora import pack_randlora, unpack_randlora
+from subspace_jax.io.peft._reading import Reading
 from subspace_jax.io.peft._rows import unpack_rows
 from subspace_jax.io.peft._tensors import index_places, sort_tensors
 from subspace_jax.methods.structured.oft import Rotated
@@ -213,9 +216,10 @@ def _unpack(
     found = sort_tensors(tensors, settings.method, index)
     if not found.adapters and not found.whole and not found.rows:
         raise ManifestError("the file holds no adapter.")
-    parts = [_UNPACK[settings.method](settings, found, index, base), unpack_rows(settings, found, index, base)]
-    add_lora_biases(settings, found, index, base)
-    parts.append(unpack_full(found, index, base))
+    reading = Reading(settings, found, index, base)
+    parts = [_UNPACK[settings.method](reading), unpack_rows(reading)]
+    add_lora_biases(reading)
+    parts.append(unpack_full(reading))
     weights = {path: weight for part in parts for path, weight in part.items()}
     if len(weights) < sum(map(len, parts)):
         twice = next(path for path in weights if sum(path in part for part in parts) > 1)

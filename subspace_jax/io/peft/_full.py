@@ -10,19 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.core import Full, Weight, is_weight
-from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError, listing
-from subspace_jax.io.peft._layout import stack, unstack, whole_from_torch, whole_shape, whole_to_torch
-from subspace_jax.io.peft._names import TensorPlace
-from subspace_jax.io.peft._tensors import (
-    Found,
+from subspace_jax.io.peft._checks import (
     check_shapes,
-    index_places,
     require_parts,
     same_of_all,
-    tensor_name,
-    whole_per_leaf,
 )
+from subspace_jax.io.peft._layout import stack, unstack, whole_from_torch, whole_shape, whole_to_torch
+from subspace_jax.io.peft._names import TensorPlace
+from subspace_jax.io.peft._reading import Reading
+from subspace_jax.io.peft._tensors import index_places, tensor_name, whole_per_leaf
 
 _BIAS = {"LORA": "lora_only", "OFT": "oft_only", "RANDLORA": "randlora_only"}
 
@@ -92,39 +89,36 @@ def _check_names(whole: set[str], known: set[str], adapted: set[str]) -> None:
         )
 
 
-def unpack_full(
-    found: Found, index: Mapping[tuple[str, str], tuple[TensorPlace, int]], base: BaseArrays
-) -> dict[str, Weight]:
+def unpack_full(reading: Reading) -> dict[str, Weight]:
     """Returns the arrays that stand in a file themselves, by path.
 
     Raises:
       ManifestError: a tensor is misshapen, or a base weight in the file is not that of the tree.
     """
-    for (module, tensor), array in (found.whole | found.base).items():
-        place = index[module, tensor][0]
+    for (module, tensor), array in (reading.found.whole | reading.found.base).items():
+        place = reading.index[module, tensor][0]
         check_shapes(module, {tensor: array}, {tensor: whole_shape(place)}, place)
-        if place.rule.shared and (module, tensor) in found.whole:
+        if place.rule.shared and (module, tensor) in reading.found.whole:
             raise ManifestError(
                 f"module {module!r}: the model reads {place.path} in other places too, where PEFT leaves it as it was. "
                 "Untie the two in the parameters first."
             )
-    for (module, tensor), array in found.base.items():
-        place, position = index[module, tensor]
-        ours = whole_to_torch(unstack(base.leaves[place.path], place, place.path)[position], place)
+    for (module, tensor), array in reading.found.base.items():
+        place, position = reading.index[module, tensor]
+        ours = whole_to_torch(unstack(reading.base.leaves[place.path], place, place.path)[position], place)
         if not np.array_equal(np.asarray(ours, np.float32), np.asarray(array, np.float32)):
             raise ManifestError(
                 f"module {module!r}: the file holds its base weight too, with other numbers than {place.path}. Put "
                 "these into the parameters first: the adapter was trained on them."
             )
     weights: dict[str, Weight] = {}
-    for place, layers in whole_per_leaf(found.whole, index).items():
+    for place, layers in whole_per_leaf(reading.found.whole, reading.index).items():
         same_of_all(dict(zip(place.modules, (part.dtype for part in layers), strict=True)), "dtype", "a stack has one.")
-        array = base.leaves[place.path]
+        array = reading.base.leaves[place.path]
         value = stack([whole_from_torch(part, place) for part in layers], place)
         weights[place.path] = Full(
             value=jnp.asarray(value, array.dtype),
-            role=place.role,
-            dtype=np.dtype(array.dtype),
+            **reading.fields(place),
             trainable=("value",),
             method="full",
         )

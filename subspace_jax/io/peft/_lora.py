@@ -14,7 +14,17 @@ import numpy as np
 from subspace_jax.core import Weight
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
+from subspace_jax.io.peft._checks import (
+    ONE_SETTING,
+    check_original,
+    check_role,
+    check_shapes,
+    require_parts,
+    same_of_all,
+    whole_alpha,
+)
 from subspace_jax.io.peft._config import Settings, exact_pattern
+from subspace_jax.io.peft._dora import direction_of, is_dora, lengths_of, with_lengths
 from subspace_jax.io.peft._layout import (
     factor_names,
     factor_shapes,
@@ -28,23 +38,11 @@ from subspace_jax.io.peft._layout import (
     sizes,
     stack,
     unstack,
-    whole_to_torch,
 )
 from subspace_jax.io.peft._names import TensorPlace
+from subspace_jax.io.peft._reading import Reading
 from subspace_jax.io.peft._starts import start_factors
-from subspace_jax.io.peft._tensors import (
-    ONE_SETTING,
-    Found,
-    check_original,
-    check_role,
-    check_shapes,
-    per_leaf,
-    require_parts,
-    same_of_all,
-    tensor_name,
-    whole_alpha,
-)
-from subspace_jax.methods.low_rank.dora import Magnitude
+from subspace_jax.io.peft._tensors import per_leaf, tensor_name
 from subspace_jax.methods.low_rank.matryoshka import NestedLowRank
 from subspace_jax.weights import LowRank
 
@@ -66,11 +64,6 @@ class _Part:
         return dataclasses.replace(self, a=np.zeros_like(self.a), b=np.zeros_like(self.b))
 
 
-def is_low_rank(weight: Any) -> bool:
-    """Tells whether a weight is LoRA, or DoRA of LoRA."""
-    return isinstance(weight, LowRank) or (isinstance(weight, Magnitude) and isinstance(weight.direction, LowRank))
-
-
 def pack_lora(
     weights: Mapping[str, Any], places: Mapping[str, TensorPlace], base: BaseArrays
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -85,14 +78,10 @@ def pack_lora(
     for path, weight in weights.items():
         place = places[path]
         check_role(weight, place)
-        if isinstance(weight, Magnitude):
-            require_parts(path, weight, "magnitude")
         inner = _plain(path, weight)
         _check_base(inner, path, base)
         a, b = _factors(inner, path)
-        lengths: list[Any] = [None] * len(place.modules)
-        if isinstance(weight, Magnitude):
-            lengths = unstack(weight.magnitude, place, path)
+        lengths = lengths_of(weight, place)
         parts = zip(place.modules, unstack(a, place, path), unstack(b, place, path), lengths, strict=True)
         for module, module_a, module_b, length in parts:
             ranks[module], scales[module] = module_a.shape[-1], inner.scale
@@ -101,7 +90,7 @@ def pack_lora(
             tensors[tensor_name(module, second)] = output_factor_to_torch(module_b, place)
             if length is not None:
                 tensors[tensor_name(module, "lora_magnitude_vector")] = magnitude_to_torch(length, place)
-    kinds = {path: "DoRA" if isinstance(weight, Magnitude) else "LoRA" for path, weight in weights.items()}
+    kinds = {path: "DoRA" if is_dora(weight) else "LoRA" for path, weight in weights.items()}
     dropouts = {path: _plain(path, weight).dropout for path, weight in weights.items()}
     stabilized = all(_plain(path, weight).rank_stabilized for path, weight in weights.items())
     return tensors, {
@@ -131,7 +120,7 @@ def _ranks_and_alphas(ranks: Mapping[str, int], scales: Mapping[str, float], sta
 
 def _plain(path: str, weight: Any) -> LowRank:
     """The low-rank part of a weight that `is_low_rank`, gains multiplied in."""
-    inner: Any = weight.direction if isinstance(weight, Magnitude) else weight
+    inner: Any = direction_of(weight)
     require_parts(path, inner, "base", "a", "b")
     return inner.plain() if isinstance(inner, NestedLowRank) else inner
 
@@ -164,30 +153,27 @@ def _check_base(weight: LowRank, path: str, base: BaseArrays) -> None:
         )
 
 
-def unpack_lora(
-    settings: Settings,
-    found: Found,
-    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
-    base: BaseArrays,
-) -> dict[str, Weight]:
+def unpack_lora(reading: Reading) -> dict[str, Weight]:
     """Returns the weights that the tensors of a LoRA file make, by path.
 
     Raises:
       ManifestError: tensors of a module are missing or misshapen, or layers of one stack differ in form.
     """
-    parts = {module: _part(settings, module, own, index[module, "weight"][0]) for module, own in found.adapters.items()}
-    stabilized, dropout = settings.flag("use_rslora"), settings.probability("lora_dropout")
+    parts = {
+        module: _part(reading.settings, module, own, reading.place(module))
+        for module, own in reading.found.adapters.items()
+    }
+    stabilized, dropout = reading.settings.flag("use_rslora"), reading.settings.probability("lora_dropout")
     weights: dict[str, Weight] = {}
-    nothing = None if settings.flag("use_dora") else _Part.nothing
-    for place, layers in per_leaf(parts, index, nothing).items():
+    nothing = None if reading.settings.flag("use_dora") else _Part.nothing
+    for place, layers in per_leaf(parts, reading.index, nothing).items():
         names = dict(zip(place.modules, layers, strict=True))
         mend = f"{place.path} is one stack, which has one. Load the file onto the unstacked parameters."
         same_of_all({name: part.a.shape[-1] for name, part in names.items()}, "rank", mend)
         scale = same_of_all({name: part.scale for name, part in names.items()}, "scale", mend)
         same_of_all({name: (part.a.dtype, part.b.dtype) for name, part in names.items()}, "dtypes", mend)
-        array = base.leaves[place.path]
-        under, starts = _residual(settings, array, layers, place) if settings.start else (array, {})
-        shared: dict[str, Any] = {"role": place.role, "dtype": np.dtype(array.dtype)}
+        array = reading.base.leaves[place.path]
+        under, starts = _residual(reading.settings, array, layers, place) if reading.settings.start else (array, {})
         low_rank = LowRank(
             base=under,
             a=jnp.asarray(stack([part.a for part in layers], place)),
@@ -198,19 +184,12 @@ def unpack_lora(
             trainable=("a", "b"),
             method="rslora" if stabilized else "lora",
             **starts,
-            **shared,
+            **reading.fields(place),
         )
         lengths = [part.magnitude for part in layers if part.magnitude is not None]
         weights[place.path] = low_rank
         if lengths:
-            weights[place.path] = Magnitude(
-                # The frozen part of the lengths, once, so that no step reads every weight for it.
-                direction=dataclasses.replace(low_rank, base_squares=_squares(under, place), method=""),
-                magnitude=jnp.asarray(stack(lengths, place)),
-                trainable=("magnitude",),
-                method=f"dora({low_rank.method})",
-                **shared,
-            )
+            weights[place.path] = with_lengths(low_rank, stack(lengths, place), place)
     return weights
 
 
@@ -235,7 +214,7 @@ def _part(settings: Settings, module: str, found: Mapping[str, np.ndarray], plac
     return _Part(
         input_factor_from_torch(found["a"], place),
         output_factor_from_torch(found["b"], place),
-        _scale(settings, module, rank),
+        module_scale(settings, module, rank),
         None if magnitude is None else magnitude.reshape(-1),
     )
 
@@ -245,36 +224,10 @@ def _shapes(rank: int, place: TensorPlace) -> dict[str, tuple[int, ...]]:
     return {"a": a, "b": b, "magnitude": magnitude_shape(place), "bias": (sizes(place)[1],)}
 
 
-def _scale(settings: Settings, module: str, rank: float) -> float:
+def module_scale(settings: Settings, module: str, rank: float) -> float:
+    """Returns the scale of a module's adapter of some rank."""
     alpha = settings.pattern("alpha_pattern", module, settings.number("lora_alpha"))
     return alpha / (math.sqrt(rank) if settings.flag("use_rslora") else rank)
-
-
-def add_lora_biases(
-    settings: Settings,
-    found: Found,
-    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
-    base: BaseArrays,
-) -> None:
-    """Adds the biases of the second factors, times the scale, to the modules' own, which the file then holds whole.
-
-    Raises:
-      ManifestError: a module has no bias in the tree.
-    """
-    for module, own in found.adapters.items():
-        if "bias" not in own:
-            continue
-        if (module, "bias") not in index:
-            raise ManifestError(
-                f"lora_bias=True: module {module!r} has no bias in the tree, to which that of its adapter could be "
-                "added. Give the layer one."
-            )
-        place, position = index[module, "bias"]
-        bias = found.whole.get((module, "bias"))
-        if bias is None:
-            bias = whole_to_torch(unstack(base.leaves[place.path], place, place.path)[position], place)
-        added = _scale(settings, module, own["a"].shape[0]) * np.asarray(own["bias"], np.float32)
-        found.whole[module, "bias"] = np.asarray(bias, np.float32) + added
 
 
 def _residual(settings: Settings, array: Any, layers: list[_Part], place: TensorPlace) -> tuple[Any, dict[str, Any]]:
@@ -289,8 +242,3 @@ def _residual(settings: Settings, array: Any, layers: list[_Part], place: Tensor
     base = jnp.asarray(stack(residuals, place), array.dtype)
     first, second = (jnp.asarray(stack(list(factors), place)) for factors in zip(*pairs, strict=True))
     return base, {"start_a": first, "start_b": second}
-
-
-def _squares(array: Any, place: TensorPlace) -> Any:
-    matrix = place.role.matrix(jnp.asarray(array)).astype(jnp.promote_types(array.dtype, jnp.float32))
-    return jnp.sum(matrix * matrix, axis=-2)

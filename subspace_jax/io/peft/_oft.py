@@ -12,20 +12,18 @@ import numpy as np
 from subspace_jax.core import Weight
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
+from subspace_jax.io.peft._checks import (
+    ONE_SETTING,
+    check_dense,
+    check_packable,
+    check_shapes,
+    same_of_all,
+)
 from subspace_jax.io.peft._config import Settings
 from subspace_jax.io.peft._layout import sizes, stack, unstack
 from subspace_jax.io.peft._names import TensorPlace
-from subspace_jax.io.peft._tensors import (
-    ONE_SETTING,
-    Found,
-    check_original,
-    check_role,
-    check_shapes,
-    per_leaf,
-    require_parts,
-    same_of_all,
-    tensor_name,
-)
+from subspace_jax.io.peft._reading import Reading
+from subspace_jax.io.peft._tensors import per_leaf, tensor_name
 from subspace_jax.methods.structured.oft import Rotated
 
 # PEFT's series has the terms of ours from four on; with fewer it is another one.
@@ -43,12 +41,9 @@ def pack_oft(
     tensors: dict[str, np.ndarray] = {}
     for path, weight in weights.items():
         place = places[path]
-        require_parts(path, weight, "base", "skew_entries")
-        check_role(weight, place)
-        _check_kind(place)
+        check_packable(path, weight, place, base, "skew_entries")
         if weight.output_scale is not None:
             raise ManifestError(f"{path}: has a factor for every output, which PEFT's OFT has not. merge() it.")
-        check_original(path, weight.base, base)
         if weight.terms is not None and weight.terms < _FEWEST_TERMS:
             raise ManifestError(
                 f"{path}: has terms={weight.terms}; PEFT's series is another one below {_FEWEST_TERMS}. merge() it."
@@ -92,41 +87,35 @@ def _moved(size: int, inputs: int) -> int:
     return min(divisors, key=lambda d: (abs(d - size), d))
 
 
-def unpack_oft(
-    settings: Settings,
-    found: Found,
-    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
-    base: BaseArrays,
-) -> dict[str, Weight]:
+def unpack_oft(reading: Reading) -> dict[str, Weight]:
     """Returns the weights that the tensors of an OFT file make, by path.
 
     Raises:
       ManifestError: a tensor is misshapen, or the file is of a PEFT whose OFT was another.
     """
-    terms = _terms(settings)
-    shared = settings.flag("block_share")
-    parts = {module: own["entries"] for module, own in found.adapters.items()}
+    terms = _terms(reading.settings)
+    shared = reading.settings.flag("block_share")
+    parts = {module: own["entries"] for module, own in reading.found.adapters.items()}
     weights: dict[str, Weight] = {}
-    for place, layers in per_leaf(parts, index).items():
-        _check_kind(place)
+    for place, layers in per_leaf(parts, reading.index).items():
+        check_dense(place, Rotated)
         inputs = sizes(place)[0]
-        size = _size(settings, inputs)
+        size = _size(reading.settings, inputs)
         shape = (1 if shared else inputs // size, math.comb(size, 2))
         for module, entries in zip(place.modules, layers, strict=True):
             check_shapes(module, {"oft_R": entries}, {"oft_R": shape}, place)
         same_of_all(dict(zip(place.modules, (e.dtype for e in layers), strict=True)), "dtype", "a stack has one.")
         entries = stack(layers, place)
-        if settings.flag("coft"):
-            entries = _near_identity(entries, settings.number("eps", 6e-5))
-        array = base.leaves[place.path]
+        if reading.settings.flag("coft"):
+            entries = _near_identity(entries, reading.settings.number("eps", 6e-5))
+        array = reading.base.leaves[place.path]
         weights[place.path] = Rotated(
             base=array,
             skew_entries=jnp.asarray(-entries if terms is None else entries),
             block_size=size,
             terms=terms,
-            dropout=settings.probability("module_dropout"),
-            role=place.role,
-            dtype=np.dtype(array.dtype),
+            dropout=reading.settings.probability("module_dropout"),
+            **reading.fields(place),
             trainable=("skew_entries", "output_scale"),
             method="oft",
         )
@@ -170,11 +159,3 @@ def _near_identity(entries: np.ndarray, radius: float) -> np.ndarray:
     norm = math.sqrt(2.0) * np.linalg.norm(entries.astype(np.float32), axis=-1, keepdims=True)
     limit = radius / math.sqrt(entries.shape[-2])
     return (entries * (limit / np.maximum(norm, limit))).astype(entries.dtype)
-
-
-def _check_kind(place: TensorPlace) -> None:
-    if place.rule.kind != "dense":
-        raise ManifestError(
-            f"{place.path}: PEFT's OFT of a module of kind {place.rule.kind!r} rotates other axes, or overlapping "
-            "windows, than the weight's inputs. merge() it, in the library that trained it."
-        )

@@ -11,22 +11,18 @@ import numpy as np
 from subspace_jax.core import Weight
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
-from subspace_jax.io.peft._config import Settings
-from subspace_jax.io.peft._layout import host_array, sizes, stack, unstack
-from subspace_jax.io.peft._names import TensorPlace
-from subspace_jax.io.peft._tensors import (
+from subspace_jax.io.peft._checks import (
     ONE_SETTING,
-    SHARED,
-    Found,
-    check_original,
-    check_role,
+    check_dense,
+    check_packable,
     check_shapes,
-    per_leaf,
-    require_parts,
     same_of_all,
-    tensor_name,
     whole_alpha,
 )
+from subspace_jax.io.peft._layout import host_array, sizes, stack, unstack
+from subspace_jax.io.peft._names import TensorPlace
+from subspace_jax.io.peft._reading import Reading
+from subspace_jax.io.peft._tensors import SHARED, Found, per_leaf, tensor_name
 from subspace_jax.methods.structured.randlora import RandomBases
 
 
@@ -40,10 +36,7 @@ def pack_randlora(
     """
     for path, weight in weights.items():
         place = places[path]
-        require_parts(path, weight, "base", "rank_scales", "feature_scales", "basis_a", "basis_b")
-        check_role(weight, place)
-        _check_kind(place)
-        check_original(path, weight.base, base)
+        check_packable(path, weight, place, base, "rank_scales", "feature_scales", "basis_a", "basis_b")
         _check_form(path, weight, place)
     ranks = {path: weight.bases_shape[1] for path, weight in weights.items()}
     rank = same_of_all(ranks, "rank", ONE_SETTING)
@@ -107,32 +100,29 @@ def _common_bases(weights: Mapping[str, RandomBases], shapes: list[tuple[int, in
     return {"randlora_A": whole_a[:, None, :], "randlora_B": whole_b.transpose(2, 0, 1)}
 
 
-def unpack_randlora(
-    settings: Settings,
-    found: Found,
-    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
-    base: BaseArrays,
-) -> dict[str, Weight]:
+def unpack_randlora(reading: Reading) -> dict[str, Weight]:
     """Returns the weights that the tensors of a RandLoRA file make, by path; the first stores the bases of all.
 
     Raises:
       ManifestError: tensors are missing or misshapen, or the file has no bases.
     """
-    rank = settings.integer("r")
+    rank = reading.settings.integer("r")
     if rank < 1:
         raise ManifestError(f"the config has r={rank}, expected at least 1.")
-    if not found.adapters:
+    if not reading.found.adapters:
         return {}
-    a, b = _read_bases(found, rank)
-    parts = {module: _scales(module, own, rank, index[module, "weight"][0]) for module, own in found.adapters.items()}
+    a, b = _read_bases(reading.found, rank)
+    parts = {
+        module: _scales(module, own, rank, reading.place(module)) for module, own in reading.found.adapters.items()
+    }
     weights: dict[str, Weight] = {}
     # With both scales at zero a layer gets no gradient either.
-    leaves = per_leaf(parts, index, lambda part: (np.zeros_like(part[0]), np.zeros_like(part[1])))
+    leaves = per_leaf(parts, reading.index, lambda part: (np.zeros_like(part[0]), np.zeros_like(part[1])))
     # In the order of the tree, as `adapt` has it.
-    for path in (path for path in base.leaves if path in {place.path for place in leaves}):
+    for path in (path for path in reading.base.leaves if path in {place.path for place in leaves}):
         place, layers = next((place, layers) for place, layers in leaves.items() if place.path == path)
         _check_fits(place, a, b)
-        array, owner = base.leaves[path], next(iter(weights), None)
+        array, owner = reading.base.leaves[path], next(iter(weights), None)
         weights[path] = RandomBases(
             base=array,
             rank_scales=jnp.asarray(stack([ranks for ranks, _ in layers], place)),
@@ -141,11 +131,10 @@ def unpack_randlora(
             basis_b=None if owner else jnp.asarray(b),
             bases_shape=(b.shape[0], b.shape[1], b.shape[2], a.shape[1]),
             basis_dtype=np.dtype(b.dtype),
-            scale=settings.number("randlora_alpha") / rank,
+            scale=reading.settings.number("randlora_alpha") / rank,
             pairing="peft",
-            dropout=settings.probability("randlora_dropout"),
-            role=place.role,
-            dtype=np.dtype(array.dtype),
+            dropout=reading.settings.probability("randlora_dropout"),
+            **reading.fields(place),
             trainable=("rank_scales", "feature_scales"),
             links=tuple((name, owner, name) for name in RandomBases.regenerated) if owner else (),
             method="randlora",
@@ -179,7 +168,7 @@ def _read_bases(found: Found, rank: int) -> tuple[np.ndarray, np.ndarray]:
 def _scales(
     module: str, found: Mapping[str, np.ndarray], rank: int, place: TensorPlace
 ) -> tuple[np.ndarray, np.ndarray]:
-    _check_kind(place)
+    check_dense(place, RandomBases)
     smaller = min(sizes(place))
     bases = -(-smaller // rank)
     scales = {name: found[name] for name in ("rank_scales", "feature_scales") if name in found}
@@ -196,8 +185,3 @@ def _check_fits(place: TensorPlace, a: np.ndarray, b: np.ndarray) -> None:
             f"{place.path}: the bases of the file are for sides of {a.shape[1]} and {b.shape[2]}, too small for its "
             f"shape {list(place.shape)}. It is the adapter of another model."
         )
-
-
-def _check_kind(place: TensorPlace) -> None:
-    if place.rule.kind != "dense":
-        raise ManifestError(f"{place.path}: PEFT has RandLoRA of linear modules only, not of a {place.rule.kind}.")

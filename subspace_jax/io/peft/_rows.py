@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.core import Weight
-from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
-from subspace_jax.io.peft._config import Settings
-from subspace_jax.io.peft._names import TensorPlace
-from subspace_jax.io.peft._tensors import Found, check_shapes
+from subspace_jax.io.peft._checks import check_shapes
+from subspace_jax.io.peft._reading import Reading
 from subspace_jax.weights import SparseDelta
 
 _KEY = "trainable_token_indices"
 
 
-def unpack_rows(
-    settings: Settings,
-    found: Found,
-    index: Mapping[tuple[str, str], tuple[TensorPlace, int]],
-    base: BaseArrays,
-) -> dict[str, Weight]:
+def unpack_rows(reading: Reading) -> dict[str, Weight]:
     """Returns the tables of which a file replaces rows, by path; only those rows learn.
 
     Where the model reads the table as its head too, PEFT replaces the rows of both, as this library does.
@@ -32,16 +24,19 @@ def unpack_rows(
     Raises:
       ManifestError: the rows that the config names are not those of the file.
     """
-    given = settings.values.get(_KEY)
-    if not found.rows and not given:
+    given = reading.settings.values.get(_KEY)
+    if not reading.found.rows and not given:
         return {}
-    if not found.rows or not given:
-        raise ManifestError(f"{_KEY}={str(given)[:60]}, and the file has such rows for {sorted(found.rows) or 'none'}.")
-    if isinstance(given, dict) and (absent := [n for n in given if not any(_names(n, m) for m in found.rows)]):
+    if not reading.found.rows or not given:
+        raise ManifestError(
+            f"{_KEY}={str(given)[:60]}, and the file has such rows for {sorted(reading.found.rows) or 'none'}."
+        )
+    if isinstance(given, dict) and (absent := [n for n in given if not any(_names(n, m) for m in reading.found.rows)]):
         raise ManifestError(f"{_KEY} names {absent[0]!r}, of which the file has no rows.")
     weights: dict[str, Weight] = {}
-    for module, values in found.rows.items():
-        place, array = index[module, "weight"][0], base.leaves[index[module, "weight"][0].path]
+    for module, values in reading.found.rows.items():
+        place = reading.place(module)
+        array = reading.base.leaves[place.path]
         if place.rule.kind != "embedding" or place.depth:
             raise ManifestError(f"{_KEY}: {place.path} is a {place.rule.kind} or a stack, expected one embedding.")
         rows = _indices(given, module, array.shape[0])
@@ -52,8 +47,7 @@ def unpack_rows(
             base=array,
             indices=jnp.asarray((rows[order, None] * array.shape[1] + columns).reshape(-1), jnp.int32),
             values=jnp.asarray(values[order].reshape(-1), jnp.promote_types(array.dtype, jnp.float32)),
-            role=place.role,
-            dtype=np.dtype(array.dtype),
+            **reading.fields(place),
             trainable=("values",),
             method="trainable_tokens",
         )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from subspace_jax.core import Weight, nearest
-from subspace_jax.io._base import BaseArrays
+from subspace_jax.core import nearest
 from subspace_jax.io._errors import ManifestError, listing
 from subspace_jax.io.peft._names import TensorPlace
 
@@ -39,8 +37,6 @@ _ENDINGS: dict[str, dict[str, str]] = {
 
 # What PEFT's model has once, not in every module.
 SHARED = {"RANDLORA": {"base_model.randlora_A": "basis_a", "base_model.randlora_B": "basis_b"}}
-
-ONE_SETTING = "PEFT has one setting for all of a folder. Save them apart, or make them equal with dataclasses.replace."
 
 T = TypeVar("T")
 
@@ -202,79 +198,3 @@ def _grouped(
             f"would learn in the others too:{listing(wrong)}\nLoad it onto the unstacked parameters."
         )
     return {place: [found[i] for i in range(len(place.modules))] for place, found in grouped.items()}
-
-
-def same_of_all(values: Mapping[str, T], what: str, mend: str) -> T:
-    """Returns the one value that all have; raises ManifestError naming two that differ."""
-    names = list(values)
-    for name in names[1:]:
-        if values[name] != values[names[0]]:
-            raise ManifestError(f"{names[0]!r} has {what} {values[names[0]]} and {name!r} has {values[name]}; {mend}")
-    return values[names[0]]
-
-
-def whole_alpha(alpha: float) -> float:
-    """Returns an alpha as an integer where it is one but for rounding, as configs have it."""
-    whole = round(alpha)
-    return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
-
-
-def require_parts(path: str, weight: Weight, *names: str) -> None:
-    """Raises ManifestError unless a weight holds these of its fields."""
-    absent = [name for name in names if getattr(weight, name) is None]
-    if absent:
-        raise ManifestError(
-            f"{path}: {', '.join(absent)} of the {type(weight).__name__} are missing. combine() the two trees of "
-            "partition() first."
-        )
-
-
-def check_original(path: str, array: Any, base: BaseArrays) -> None:
-    """Raises ManifestError unless the frozen part of a weight is the array that PEFT will have there."""
-    if isinstance(array, Weight):
-        raise ManifestError(
-            f"{path}: stands on a {type(array).__name__}, and PEFT puts adapters on the original array, so the numbers "
-            "would be others. merge() it and save the whole model, or use save_adapter."
-        )
-    if not base.holds(path, array):
-        raise ManifestError(
-            f"{path}: stands on another array than base_params has there. Pass the parameters that adapt() was given; "
-            "a residual whose start is not kept has no form in PEFT."
-        )
-
-
-def check_role(weight: Weight, place: TensorPlace) -> None:
-    """Raises ManifestError unless a weight reads its array as the NameMap says that PyTorch does."""
-    ours, theirs = weight.role, place.role
-    if place.rule.shared or ours.uses > 1:
-        raise ManifestError(
-            f"{place.path}: the model reads this array in several places, and PEFT adapts only {place.modules[0]}. "
-            "Leave it out, or merge() it."
-        )
-    if not theirs.is_matrix:
-        raise ManifestError(
-            f"{place.path}: is a {type(weight).__name__}, and the NameMap's rule for {place.rule.module!r} says "
-            f"{place.rule.kind} {place.tensor}: PEFT adapts matrices only. Train it as it is with full()."
-        )
-    if (ours.stack_axes, ours.in_axes, ours.out_axes) != (theirs.stack_axes, theirs.in_axes, theirs.out_axes):
-        raise ManifestError(
-            f"{place.path}: was adapted with stack={ours.stack_axes} in={ours.in_axes} out={ours.out_axes}, and by the "
-            f"NameMap it is stack={theirs.stack_axes} in={theirs.in_axes} out={theirs.out_axes} (kind "
-            f"{place.rule.kind!r}, inputs={place.rule.inputs}). Correct the rule, or adapt with roles=sj.roles(...)."
-        )
-    if ours.groups > 1:
-        raise ManifestError(f"{place.path}: PEFT's factors of a grouped convolution have another form. merge() it.")
-
-
-def check_shapes(
-    module: str, found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], place: TensorPlace
-) -> None:
-    """Raises ManifestError unless every part of a module's adapter has the shape expected of it."""
-    wrong = [
-        f"{n} is {list(t.shape)}, expected {list(expected[n])}" for n, t in found.items() if t.shape != expected[n]
-    ]
-    if wrong:
-        raise ManifestError(
-            f"module {module!r}: by the config, and by the shape {list(place.shape)} of {place.path}:{listing(wrong)}\n"
-            "It is the adapter of another model, or the NameMap has the wrong kind or inputs."
-        )
