@@ -10,12 +10,12 @@ regression on its frozen features the digits 5 to 9.
 
 Measured over five seeds at the best of eight rates for accuracy, accuracy and angle: softmax 96.8 ± 0.3 %, 31.6 ± 0.6°
 (at 0.2); k=1 96.3 ± 0.3, 36.4 ± 1.0; k=2 96.7 ± 0.2, 37.1 ± 1.3; k=4 96.6 ± 0.2, 36.9 ± 1.0; k=8 96.9 ± 0.4,
-37.8 ± 1.1 (all at 0.02). Transfer at its own best rate is 94.2 to 94.8 % for every head, with spreads of 0.8 to 1.8. The
-angle falls with the rate for every head, by more than the heads differ: softmax at 0.05 has 37.6°. From k=1 to k=8 it
-grows in 23 of 35 pairs of seed and rate, by 1.4° at 0.02.
+37.8 ± 1.1 (all at 0.02). Transfer at its own best rate is 94.2 to 94.8 % for every head, with spreads of 0.8 to 1.8.
+The angle falls with the rate for every head, by more than the heads differ: softmax at 0.05 has 37.6°. From k=1 to k=8
+it grows in 23 of 35 pairs of seed and rate, by 1.4° at 0.02.
 
-Claims that did not reproduce: a gain in accuracy or transfer over softmax; k=8 is level with it in both. On larger images
-the angle grows more: `gcr_fashion`.
+Claims that did not reproduce: a gain in accuracy or transfer over softmax; k=8 is level with it in both. On larger
+images the angle grows more: `gcr_fashion`.
 """
 
 from __future__ import annotations
