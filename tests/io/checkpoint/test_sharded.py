@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import subspace_jax as sj
 from subspace_jax.io import CheckpointError, abstract_checkpoint, restore_checkpoint, save_checkpoint
 
-from ..eight_devices import eight_devices
+from ...eight_devices import eight_devices
 
 OPTIMIZER = optax.adam(1e-3)
 
