@@ -96,7 +96,7 @@ def main(folder):
 def test_restores_onto_other_meshes(tmp_path):
     environment = os.environ | eight_devices()
     command = [sys.executable, "-m", __name__, str(tmp_path)]
-    root = pathlib.Path(__file__).parents[2]
+    root = pathlib.Path(__file__).parents[3]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
 
