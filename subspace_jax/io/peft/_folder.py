@@ -213,7 +213,13 @@ def _unpack(
     base = BaseArrays(base_params)
     places: dict[str, TensorPlace] = names.places(base.leaves)
     index = index_places(places.values())
-    found = sort_tensors(tensors, settings.method, index)
+    try:
+        found = sort_tensors(tensors, settings.method, index)
+    except ManifestError as error:
+        if settings.flag("ensure_weight_tying"):
+            tied = "ensure_weight_tying=True, by which PEFT stores the adapters of tied modules twice; untie them"
+            raise ManifestError(f"the config has {tied}, if it is of these that {error}") from error
+        raise
     if not found.adapters and not found.whole and not found.rows:
         raise ManifestError("the file holds no adapter.")
     reading = Reading(settings, found, index, base)

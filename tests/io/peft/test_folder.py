@@ -201,6 +201,13 @@ class TestReading:
             tensors[f"{PREFIX}table.token_adapter.trainable_tokens_delta"] = normal(*rows)
         refused(params, write(tmp_path / "x", tensors, {**LORA, "trainable_token_indices": given}), rf"(?s){words}")
 
+    def test_adapters_of_tied_modules(self, params, tmp_path):
+        config = {**LORA, "ensure_weight_tying": True}
+        table = {PREFIX + "tied.lora_embedding_A": normal(2, 9), PREFIX + "tied.lora_embedding_B": normal(4, 2)}
+        folder = write(tmp_path / "x", {**table, **lora_pair("lm_head", 4, 9)}, config)
+        refused(params, folder, "the config has ensure_weight_tying=True, .* no place in the tree")
+        assert load_peft(write(tmp_path / "y", lora_pair("out"), config), params, NAMES)["out"]["kernel"].rank == 2
+
     def test_rows_and_factors_of_one_table(self, params, tmp_path):
         tensors = {f"{PREFIX}table.lora_embedding_A": normal(2, 9), f"{PREFIX}table.lora_embedding_B": normal(4, 2)}
         tensors[f"{PREFIX}table.token_adapter.trainable_tokens_delta"] = normal(1, 4)
