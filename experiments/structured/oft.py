@@ -6,9 +6,9 @@ learning rates, of which the best counts for each.
 
     python -m experiments run oft
 
-Measured over three seeds, test error relative to the error at the start: 5e-10 for OFT and 0.68 ± 0.02 for LoRA, whose
-best rank-2 addition leaves that much. The singular values of the merged weight stay the pretrained ones for OFT, to
-1e-7, and change by up to 20 % for LoRA.
+Measured over three seeds at the best of six rates, test error relative to the error at the start: 5e-14 for OFT and
+0.68 ± 0.02 for LoRA, whose best rank-2 addition leaves that much. The singular values of the merged weight stay the
+pretrained ones for OFT, to 2e-7, and change by up to 20 % for LoRA.
 """
 
 from __future__ import annotations
