@@ -59,11 +59,19 @@ from subspace_jax.core._summary import Summary as Summary
 from subspace_jax.core._summary import SummaryRow as SummaryRow
 from subspace_jax.core._summary import summary as summary
 from subspace_jax.core._summary import trainable_size as trainable_size
+from subspace_jax.core._types import Batch as Batch
+from subspace_jax.core._types import OptState as OptState
+from subspace_jax.core._types import Params as Params
+from subspace_jax.core._types import PyTree as PyTree
+from subspace_jax.core._types import ScalarOrSchedule as ScalarOrSchedule
+from subspace_jax.core._types import Schedule as Schedule
+from subspace_jax.core._types import Updates as Updates
 from subspace_jax.core._weight import Weight as Weight
 from subspace_jax.core._weight import is_weight as is_weight
 from subspace_jax.core._weight import static as static
 
 __all__ = [
+    "Batch",
     "Convolution",
     "Dot",
     "Full",
@@ -76,12 +84,17 @@ __all__ = [
     "NonFiniteError",
     "NotMergeableError",
     "Operation",
+    "OptState",
+    "Params",
     "PatternError",
     "PlanFn",
+    "PyTree",
     "RankError",
     "Role",
     "RoleError",
     "Rounding",
+    "ScalarOrSchedule",
+    "Schedule",
     "Source",
     "Statistics",
     "StatisticsError",
@@ -89,6 +102,7 @@ __all__ = [
     "SubspaceError",
     "Summary",
     "SummaryRow",
+    "Updates",
     "Weight",
     "WeightFileError",
     "adapt",
