@@ -9,10 +9,10 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from subspace_jax.core import StructureError, Weight, is_weight, map_with_paths, path_string
+from subspace_jax.core import Params, PyTree, StructureError, Weight, is_weight, map_with_paths, path_string
 
 
-def shardings(adapted: Any, base: Any, mesh: Mesh | None = None) -> Any:
+def shardings(adapted: Params, base: Params, mesh: Mesh | None = None) -> PyTree:
     """Returns a sharding for every array of an adapted tree, from those of the weights that it stands for.
 
     The parts of a stand-in are split as the axes of its weight that they share: `a` as the input axis, `b` as the
@@ -97,7 +97,7 @@ def _names(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def _base_leaves(base: Any) -> list[tuple[str, Any]]:
+def _base_leaves(base: Params) -> list[tuple[str, Any]]:
     def is_leaf(value: Any) -> bool:
         return is_weight(value) or isinstance(value, (PartitionSpec, NamedSharding))
 
@@ -119,7 +119,7 @@ def _named(path: str, value: Any, mesh: Mesh | None) -> NamedSharding:
     )
 
 
-def state_shardings(optimizer: optax.GradientTransformation, params: Any, placed: Any) -> Any:
+def state_shardings(optimizer: optax.GradientTransformation, params: Params, placed: PyTree) -> PyTree:
     """Returns a sharding for every array of an optimizer's state: moments, bases, coordinates, indices.
 
     `init` is traced abstractly with explicit mesh axes, so that every array of the state says how it is split: moments

@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from subspace_jax.core import Method, SubspaceError, combine, partition, with_dropout
+from subspace_jax.core import (
+    Batch,
+    Method,
+    OptState,
+    Params,
+    PyTree,
+    SubspaceError,
+    Updates,
+    combine,
+    partition,
+    with_dropout,
+)
 
 Loss = Callable[[Any, Any], jax.Array]
 Selector = str | Callable[[str, Any], bool]
@@ -41,7 +52,7 @@ class LearnerState(NamedTuple):
 class Init(Protocol):
     """Makes the first state."""
 
-    def __call__(self, params: Any, key: jax.Array) -> LearnerState:
+    def __call__(self, params: Params, key: jax.Array) -> LearnerState:
         """Returns the state before the first task; it shares no array with `params`, and `key` is consumed."""
         ...
 
@@ -57,7 +68,7 @@ class StartTask(Protocol):
 class Step(Protocol):
     """Learns from one batch."""
 
-    def __call__(self, state: LearnerState, batch: Any, key: jax.Array) -> tuple[LearnerState, dict[str, jax.Array]]:
+    def __call__(self, state: LearnerState, batch: Batch, key: jax.Array) -> tuple[LearnerState, dict[str, jax.Array]]:
         """Returns the state after one optimizer step, and float32 scalars; `key` draws dropout."""
         ...
 
@@ -65,7 +76,7 @@ class Step(Protocol):
 class EndTask(Protocol):
     """Ends a task."""
 
-    def __call__(self, state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+    def __call__(self, state: LearnerState, task: int, batches: Iterable[Batch]) -> LearnerState:
         """Returns the state with what is to be kept of the task; `batches` of it are read only where needed."""
         ...
 
@@ -101,18 +112,20 @@ class Learner(NamedTuple):
 class Update(Protocol):
     """How a learner turns gradients into updates."""
 
-    def __call__(self, gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
+    def __call__(
+        self, gradients: Updates, state: LearnerState, trainable: Params, frozen: Params
+    ) -> tuple[Updates, OptState]:
         """Returns updates and the optimizer's state; the last two arguments are those of `partition`."""
         ...
 
 
-def initial_state(adapted: Any, memory: Any = None) -> LearnerState:
+def initial_state(adapted: Params, memory: PyTree = None) -> LearnerState:
     """Returns the state before the first task; every array is a copy, since steps may free what they are given."""
     state = LearnerState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), adapted, None, memory)
     return jax.tree.map(jnp.copy, state)
 
 
-def init_opt_state(optimizer: optax.GradientTransformation, adapted: Any) -> Any:
+def init_opt_state(optimizer: optax.GradientTransformation, adapted: Params) -> OptState:
     """Initializes an optimizer for the trainable tree, in arrays that share nothing with it."""
     return jax.tree.map(jnp.copy, optimizer.init(partition(adapted)[0]))
 
@@ -123,7 +136,7 @@ def end_state(state: LearnerState, **changed: Any) -> LearnerState:
     return state._replace(**changed)
 
 
-def make_step(loss: Loss, update: Update, penalty: Callable[[Any], jax.Array] | None = None) -> Step:
+def make_step(loss: Loss, update: Update, penalty: Callable[[Params], jax.Array] | None = None) -> Step:
     """Returns the step of a learner.
 
     Args:
@@ -132,12 +145,12 @@ def make_step(loss: Loss, update: Update, penalty: Callable[[Any], jax.Array] | 
       penalty: of the whole tree, added to the loss and reported beside it.
     """
 
-    def step(state: LearnerState, batch: Any, key: jax.Array) -> tuple[LearnerState, dict[str, jax.Array]]:
+    def step(state: LearnerState, batch: Batch, key: jax.Array) -> tuple[LearnerState, dict[str, jax.Array]]:
         if state.opt_state is None:
             raise StreamError("step: no task is running. Begin one: state = learner.start_task(state, task, key).")
         trainable, frozen = partition(state.adapted)
 
-        def objective(trainable: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def objective(trainable: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
             whole = combine(trainable, frozen)
             value = loss(with_dropout(whole, key), batch)
             metrics = {"loss": value.astype(jnp.float32)}
@@ -205,6 +218,6 @@ def check_tasks(name: str, tasks: Any) -> None:
         raise StreamError(f"{name}: tasks={tasks!r}; expected the number of tasks in the stream, a positive int.")
 
 
-def adapted_of(state: LearnerState) -> Any:
+def adapted_of(state: LearnerState) -> Params:
     """Returns the parameters of a state: what `Learner.params` is."""
     return state.adapted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import optax
@@ -21,12 +20,13 @@ from subspace_jax.continual._learner import (
     initial_state,
     make_step,
 )
+from subspace_jax.core import Batch, OptState, Params, PyTree, Updates
 
 
 def plain_update(optimizer: optax.GradientTransformation) -> Update:
     """Returns the update of a learner that gives gradients to its optimizer as they are."""
 
-    def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
+    def update(gradients: Updates, state: LearnerState, trainable: Params, frozen: Params) -> tuple[Updates, OptState]:
         del frozen
         return optimizer.update(gradients, state.opt_state, trainable)
 
@@ -38,12 +38,12 @@ def make_learner(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
-    adapt: Callable[[Any, jax.Array], Any],
-    memory: Callable[[Any], Any] | None = None,
+    adapt: Callable[[Params, jax.Array], Params],
+    memory: Callable[[Params], PyTree] | None = None,
     start: Callable[[LearnerState, int, jax.Array], LearnerState] | None = None,
-    end: Callable[[LearnerState, int, Iterable[Any]], LearnerState] | None = None,
+    end: Callable[[LearnerState, int, Iterable[Batch]], LearnerState] | None = None,
     update: Update | None = None,
-    penalty: Callable[[Any], jax.Array] | None = None,
+    penalty: Callable[[Params], jax.Array] | None = None,
     tasks: int | None = None,
 ) -> Learner:
     """Makes a learner from the parts that are its own: how it adapts, remembers and updates.
@@ -77,7 +77,7 @@ def make_learner(
       {'loss': Array(2., dtype=float32)}
     """
 
-    def init(params: Any, key: jax.Array) -> LearnerState:
+    def init(params: Params, key: jax.Array) -> LearnerState:
         adapted = adapt(params, key)
         return initial_state(adapted, None if memory is None else memory(adapted))
 
@@ -89,7 +89,7 @@ def make_learner(
             state = state._replace(opt_state=init_opt_state(optimizer, state.adapted))
         return state
 
-    def end_task(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+    def end_task(state: LearnerState, task: int, batches: Iterable[Batch]) -> LearnerState:
         check_end(name, state, task)
         return end_state(state if end is None else end(state, task, batches))
 

@@ -10,7 +10,7 @@ import optax
 
 from subspace_jax.continual._learner import Learner, LearnerState, Loss, init_opt_state
 from subspace_jax.continual._make_learner import make_learner
-from subspace_jax.core import Role, adapt
+from subspace_jax.core import Batch, Role, adapt
 
 
 def sequential_learner(
@@ -75,7 +75,7 @@ def joint_learner(
         del task, key
         return state._replace(opt_state=state.memory, memory=None)
 
-    def end(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+    def end(state: LearnerState, task: int, batches: Iterable[Batch]) -> LearnerState:
         del task, batches
         return state._replace(memory=state.opt_state)
 

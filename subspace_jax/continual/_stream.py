@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.continual._learner import Learner, LearnerState, StreamError, concrete_int
+from subspace_jax.core import OptState, Params, PyTree
 
 
 class StreamTask(NamedTuple):
@@ -48,11 +49,11 @@ class StreamResult(NamedTuple):
 class StreamCheckpointer(Protocol):
     """The interface of what saves a stream: `sj.io.Checkpointer`, or anything with these methods."""
 
-    def save(self, step: int, adapted: Any, *, opt_state: Any = None, extra: Any = None) -> None:
+    def save(self, step: int, adapted: Params, *, opt_state: OptState = None, extra: Any = None) -> None:
         """Saves one checkpoint of the stream."""
         ...
 
-    def restore(self, step: int | None = None, *, like: Any = None, shardings: Any = None) -> Any:
+    def restore(self, step: int | None = None, *, like: PyTree = None, shardings: PyTree = None) -> Any:
         """Returns what was saved."""
         ...
 
@@ -78,7 +79,7 @@ class _Position(NamedTuple):
 
 def run_stream(
     learner: Learner,
-    params: Any,
+    params: Params,
     tasks: Sequence[StreamTask],
     *,
     key: jax.Array,
@@ -181,7 +182,7 @@ def _key(key: jax.Array, task: int, step: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, task), step)
 
 
-def _evaluated(tasks: Sequence[StreamTask], evaluate: str, params: Any, number: int | None) -> np.ndarray:
+def _evaluated(tasks: Sequence[StreamTask], evaluate: str, params: Params, number: int | None) -> np.ndarray:
     """Scores of the tasks that are due after the given one; None is before any training."""
     last = len(tasks) - 1
     seen = -1 if number is None or evaluate == "last" else number
@@ -215,7 +216,7 @@ def _save(
 
 
 def _restore(
-    checkpointer: StreamCheckpointer, learner: Learner, params: Any, tasks: Sequence[StreamTask], key: jax.Array
+    checkpointer: StreamCheckpointer, learner: Learner, params: Params, tasks: Sequence[StreamTask], key: jax.Array
 ) -> tuple[LearnerState, _Position] | None:
     """The state and position of the latest checkpoint; None if there is none."""
     number = checkpointer.latest_step()
@@ -249,6 +250,6 @@ def _restore(
     return state, position._replace(matrix=np.array(position.matrix), base=np.array(position.base))
 
 
-def _shardings(tree: Any) -> Any:
+def _shardings(tree: PyTree) -> PyTree:
     """Where arrays were placed on purpose; None elsewhere."""
     return jax.tree.map(lambda v: v.sharding if getattr(v, "committed", False) else None, tree)

@@ -23,6 +23,7 @@ from subspace_jax.core._full import Full
 from subspace_jax.core._partition import key_for
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths, matches
 from subspace_jax.core._role import Role
+from subspace_jax.core._types import Params, PyTree
 from subspace_jax.core._weight import Weight, is_weight
 
 Selector = str | Callable[[str, jax.Array], bool] | tuple[Any, ...]
@@ -112,13 +113,13 @@ def full() -> Method:
 
 
 def adapt(
-    params: Any,
+    params: Params,
     rules: Rules,
     *,
     key: jax.Array,
     roles: Mapping[str, Role] | None = None,
     stats: Mapping[str, Any] | None = None,
-) -> Any:
+) -> Params:
     """Replaces arrays of a parameter tree by stand-in weights, as ordered rules select them.
 
     Args:
@@ -338,7 +339,7 @@ def require_matrix(array: jax.Array, role: Role) -> None:
     role.check(array.shape)
 
 
-def select_paths(tree: Any, selector: Selector | Iterable[str]) -> list[str]:
+def select_paths(tree: PyTree, selector: Selector | Iterable[str]) -> list[str]:
     """Returns the paths that a selector matches.
 
     Args:

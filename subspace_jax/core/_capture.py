@@ -17,6 +17,7 @@ from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._probe import Probed, ScaleExamples
 from subspace_jax.core._role import Role
 from subspace_jax.core._roles import roles as find_roles
+from subspace_jax.core._types import Batch, Params
 from subspace_jax.core._weight import is_weight
 
 Name = Literal["gram", "mean", "gradient", "squared_gradient"]
@@ -57,8 +58,8 @@ class Statistics:
 
 def capture(
     fn: Callable[..., Any],
-    params: Any,
-    batches: Iterable[Any],
+    params: Params,
+    batches: Iterable[Batch],
     *,
     statistics: Name | Iterable[Name] = ("gram",),
     select: Selector | Iterable[str] | None = None,
@@ -130,7 +131,7 @@ def capture(
 
 
 def _selected(
-    params: Any, select: Selector | Iterable[str] | None, roles: Mapping[str, Role], wanted: tuple[str, ...]
+    params: Params, select: Selector | Iterable[str] | None, roles: Mapping[str, Role], wanted: tuple[str, ...]
 ) -> dict[str, Role]:
     """Role of each leaf whose statistics are gathered."""
     leaves = [(p, v) for p, v in leaves_with_paths(params) if not is_weight(v)]
@@ -155,7 +156,7 @@ def _selected(
     return chosen
 
 
-def _zeros(params: Any, chosen: Mapping[str, Role], wanted: tuple[str, ...]) -> dict[str, dict[str, jax.Array]]:
+def _zeros(params: Params, chosen: Mapping[str, Role], wanted: tuple[str, ...]) -> dict[str, dict[str, jax.Array]]:
     """The sums before the first batch."""
     sums = {}
     for path, leaf in leaves_with_paths(params):
@@ -178,8 +179,8 @@ def _step(
     scale_examples: ScaleExamples | None,
     mask: Callable[[Any], jax.Array] | None,
     sums: dict[str, dict[str, jax.Array]],
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
 ) -> dict[str, dict[str, jax.Array]]:
     """Adds the statistics of one batch."""
     values = {path: leaf for path, leaf in leaves_with_paths(params) if path in chosen}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from subspace_jax.core._errors import StructureError, nearest
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
+from subspace_jax.core._types import PyTree
 from subspace_jax.core._weight import Weight, is_weight
 
 
-def resolve_links(tree: Any) -> Any:
+def resolve_links(tree: PyTree) -> PyTree:
     """Returns the tree with every linked field filled in from the weight that stores it.
 
     A weight that shares an array names it in `links` and leaves its own field empty, so the tree holds, saves,

@@ -12,6 +12,7 @@ from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._errors import NonFiniteError, NotMergeableError
 from subspace_jax.core._links import resolve_links
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
+from subspace_jax.core._types import Params
 from subspace_jax.core._weight import Weight, is_weight
 
 
@@ -29,7 +30,7 @@ class Rounding(NamedTuple):
     dtype: str
 
 
-def merge(adapted: Any, *, keep_float32: bool = False) -> Any:
+def merge(adapted: Params, *, keep_float32: bool = False) -> Params:
     """Replaces every stand-in weight of a tree by the ordinary array that it stands for.
 
     Each array is computed in float32 and cast once to the dtype of the array that it replaces.
@@ -77,7 +78,7 @@ def _is_mergeable(weight: Weight) -> bool:
     return weight.mergeable and all(_is_mergeable(v) for _, v in weight.data_items() if isinstance(v, Weight))
 
 
-def _refuse_unmergeable(adapted: Any) -> None:
+def _refuse_unmergeable(adapted: Params) -> None:
     stuck = [path for path, leaf in leaves_with_paths(adapted) if is_weight(leaf) and not _is_mergeable(leaf)]
     if stuck:
         raise NotMergeableError(
@@ -86,7 +87,7 @@ def _refuse_unmergeable(adapted: Any) -> None:
         )
 
 
-def merge_rounding(adapted: Any) -> dict[str, Rounding]:
+def merge_rounding(adapted: Params) -> dict[str, Rounding]:
     """Reports the rounding errors from casting each merged weight to its own dtype; zero for float32 weights.
 
     Args:

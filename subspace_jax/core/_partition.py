@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._errors import StructureError
 from subspace_jax.core._paths import map_with_paths, path_string
+from subspace_jax.core._types import Params, PyTree
 from subspace_jax.core._weight import Weight, is_weight
 
 
-def partition(adapted: Any) -> tuple[Any, Any]:
+def partition(adapted: Params) -> tuple[Params, Params]:
     """Splits a tree into its trainable and its frozen arrays.
 
     Trainable are the fields that each stand-in weight names as such; frozen is everything else, plain arrays
@@ -40,7 +41,7 @@ def partition(adapted: Any) -> tuple[Any, Any]:
     return _select(adapted, True), _select(adapted, False)
 
 
-def _select(tree: Any, wanted: bool) -> Any:
+def _select(tree: PyTree, wanted: bool) -> Params:
     def select(weight: Weight) -> Weight:
         def one(name: str, value: Any) -> Any:
             if isinstance(value, Weight):
@@ -57,7 +58,7 @@ def _select(tree: Any, wanted: bool) -> Any:
     return map_with_paths(leaf, tree)
 
 
-def combine(trainable: Any, frozen: Any) -> Any:
+def combine(trainable: Params, frozen: Params) -> Params:
     """Joins the two trees of `partition`.
 
     Inside a differentiated function the frozen arrays come back with their gradients stopped, so that nothing is
@@ -104,7 +105,7 @@ def _is_hole(value: Any) -> bool:
     return value is None
 
 
-def _first_difference(trainable: Any, frozen: Any) -> str:
+def _first_difference(trainable: Params, frozen: Params) -> str:
     """Says where two trees differ, if their paths already tell."""
     flat = (jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_hole) for tree in (trainable, frozen))
     left, right = ({path_string(path) for path, _ in leaves} for leaves in flat)
@@ -114,7 +115,7 @@ def _first_difference(trainable: Any, frozen: Any) -> str:
     return f": {only[0]} is in the {'trainable' if only[0] in left else 'frozen'} one only"
 
 
-def with_dropout(adapted: Any, key: jax.Array) -> Any:
+def with_dropout(adapted: Params, key: jax.Array) -> Params:
     """Switches on the dropout of every stand-in weight that has one, for one training step.
 
     Each weight folds its own path into the key, so that masks differ between weights; give another key at every

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from subspace_jax.core._types import PyTree
 from subspace_jax.core._weight import is_weight
 
 # A dict's key of this name is another one.
@@ -31,7 +32,7 @@ def path_string(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     """Returns path and value of every leaf, stand-in weights whole.
 
     Example:
@@ -42,7 +43,7 @@ def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
     return [(path_string(path), value) for path, value in leaves]
 
 
-def map_with_paths(function: Any, tree: Any, *rest: Any) -> Any:
+def map_with_paths(function: Any, tree: PyTree, *rest: Any) -> PyTree:
     """Maps `function(path, leaf, ...)` over a tree, stand-in weights whole."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *values: function(path_string(path), *values), tree, *rest, is_leaf=is_weight

@@ -15,6 +15,7 @@ from subspace_jax.core._operation import Operation
 from subspace_jax.core._operations import Convolution, Dot, Lookup
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._role import Role
+from subspace_jax.core._types import Params
 from subspace_jax.core._weight import Weight, is_weight, static
 
 # Elementwise primitives by what they make of a leaf.
@@ -128,7 +129,7 @@ class _Observed(Weight):
         return dataclasses.replace(self, value=value, original=tuple(range(value.ndim)), whole=False)
 
 
-def roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Role]:
+def roles(fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> dict[str, Role]:
     """Finds how `fn(params, *args, **kwargs)` uses each leaf of `params`: the axes it stacks, contracts and produces.
 
     The function is traced once, abstractly: nothing is computed and nothing allocated, and arguments may be

@@ -11,6 +11,7 @@ import numpy as np
 
 from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._paths import leaves_with_paths
+from subspace_jax.core._types import Params
 from subspace_jax.core._weight import Weight, is_weight
 
 
@@ -114,7 +115,7 @@ def _learning(weight: Weight, name: str, value: Any) -> int:
     return sum(v.size for v in jax.tree.leaves(value)) if size is None else size
 
 
-def summary(adapted: Any) -> Summary:
+def summary(adapted: Params) -> Summary:
     """Reports path, role, method, shape, rank and trainable values of every leaf.
 
     Args:

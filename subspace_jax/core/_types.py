@@ -1,7 +1,7 @@
 """Names for what the functions of this library take and return.
 
-optax's own `Params`, `Updates` and `OptState` are containers of arrays and no more. Here a stand-in weight may be a leaf
-of each, and functions read the fields of a state, so a checker of types would refuse what is right. `Schedule` and
+optax's own `Params`, `Updates` and `OptState` are containers of arrays and no more. Here a stand-in weight may be a
+leaf of each, and functions read the fields of a state, so a checker of types would refuse what is right. `Schedule` and
 `ScalarOrSchedule` are optax's own.
 
 Example:

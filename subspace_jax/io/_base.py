@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from subspace_jax.core import is_weight, leaves_with_paths
+from subspace_jax.core import Params, is_weight, leaves_with_paths
 from subspace_jax.io._array import ArraySpec, array_spec, on_host, to_stored
 from subspace_jax.io._errors import ManifestError
 
@@ -31,7 +31,7 @@ class BaseArrays:
     Made of None it holds nothing, so that nothing is left out.
     """
 
-    def __init__(self, params: Any, *, sparse: bool = False) -> None:
+    def __init__(self, params: Params, *, sparse: bool = False) -> None:
         """Takes the leaves of a tree.
 
         Args:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subspace_jax.core import Params
+
 from ._cache import KVCache, init_cache
 from ._llama import Llama
 from ._llama_config import LlamaConfig
@@ -17,7 +19,7 @@ from ._llama_config import LlamaConfig
 
 def greedy_decode(
     module: Llama,
-    params: Any,
+    params: Params,
     tokens: Any,
     max_new_tokens: int,
     *,

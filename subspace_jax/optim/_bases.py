@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from subspace_jax.core import Role, StructureError, leaves_with_paths, path_string
+from subspace_jax.core import PyTree, Role, StructureError, leaves_with_paths, path_string
 from subspace_jax.optim._matrix_views import MatrixView, check_paths, matrix_views, refuse_unseen
 
 Side = Literal["in", "out", "both"]
@@ -31,7 +31,7 @@ def of_sides(basis: Any, side: Side) -> dict[str, jax.Array]:
 
 def check_bases(
     bases: Mapping[str, Any],
-    tree: Any,
+    tree: PyTree,
     side: Side,
     roles: Mapping[str, Role] | None,
     *,

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import optax
 
+from subspace_jax.core import OptState, Params, PyTree, Updates
+
 
 def is_hole(value: Any) -> bool:
     """Tells whether there is no array in the place of one: None, what optax masks with, or what Flax makes of that.
@@ -20,7 +22,7 @@ def is_hole(value: Any) -> bool:
     return not jax.tree.leaves(value)
 
 
-def like_updates(updates: Any, tree: Any) -> Any:
+def like_updates(updates: Updates, tree: PyTree) -> PyTree:
     """Returns a tree like the parameters with None wherever the updates have None, since those do not train.
 
     Args:
@@ -34,7 +36,7 @@ def like_updates(updates: Any, tree: Any) -> Any:
     return jax.tree.map(lambda u, v: None if u is None else v, updates, tree, is_leaf=_is_none)
 
 
-def filled(new: Any, old: Any) -> Any:
+def filled(new: PyTree, old: PyTree) -> PyTree:
     """Returns a new state with the old one's values wherever the new one has None, so that its structure stays.
 
     Example:
@@ -66,15 +68,20 @@ def rest_without_gradient(inner: optax.GradientTransformation) -> optax.Gradient
     """
     extended = optax.with_extra_args_support(inner)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Updates, state: OptState, params: Params = None, **extra: Any) -> tuple[Updates, OptState]:
         return update_resting(extended, updates, state, params, params, **extra)
 
     return optax.GradientTransformationExtraArgs(extended.init, update)
 
 
 def update_resting(
-    inner: optax.GradientTransformationExtraArgs, updates: Any, state: Any, like: Any, params: Any, **extra: Any
-) -> tuple[Any, Any]:
+    inner: optax.GradientTransformationExtraArgs,
+    updates: Updates,
+    state: OptState,
+    like: PyTree,
+    params: Params,
+    **extra: Any,
+) -> tuple[Updates, OptState]:
     """Updates by an optimizer, which rests where the updates have None and a tree `like` the parameters has arrays."""
     if like is None or jax.tree.structure(updates) == jax.tree.structure(like):
         return inner.update(updates, state, params, **extra)
@@ -107,18 +114,18 @@ class Leaves:
       arrays: `jax.tree.leaves` of the updates.
     """
 
-    def __init__(self, updates: Any) -> None:
+    def __init__(self, updates: Updates) -> None:
         self._updates = updates
         self.arrays, self.treedef = jax.tree.flatten(updates)
 
-    def of(self, tree: Any) -> list[Any]:
+    def of(self, tree: PyTree) -> list[Any]:
         """Returns what a tree like the parameters has in the places of the arrays."""
         return self.treedef.flatten_up_to(like_updates(self._updates, tree))
 
-    def tree(self, values: Sequence[Any]) -> Any:
+    def tree(self, values: Sequence[Any]) -> PyTree:
         """Returns a tree like the updates."""
         return jax.tree.unflatten(self.treedef, values)
 
-    def kept(self, values: Sequence[Any], old: Any) -> Any:
+    def kept(self, values: Sequence[Any], old: PyTree) -> PyTree:
         """Returns a tree like `old`, which stays as it is where the updates have no array."""
         return filled(self.tree(values), old)

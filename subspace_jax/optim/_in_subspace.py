@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from subspace_jax.core import Role, check_choice, check_int, leaves_with_paths, select_paths
+from subspace_jax.core import (
+    OptState,
+    Params,
+    PyTree,
+    Role,
+    Updates,
+    check_choice,
+    check_int,
+    leaves_with_paths,
+    select_paths,
+)
 from subspace_jax.linalg import Side, complete
 from subspace_jax.optim._bases import bases_by_path, check_bases, check_orthonormal
 from subspace_jax.optim._holes import Leaves, update_resting
@@ -119,7 +129,7 @@ def in_subspace(
     rule: SideRule = side or ("in" if rank is None else "shorter")
     given = {} if basis is None else bases_by_path(basis, rule)  # pyright: ignore[reportArgumentType]
 
-    def start(params: Any) -> list[Any]:
+    def start(params: Params) -> list[Any]:
         """A basis, or MaskedNode, for each array."""
         if rank is None:
             check_bases(given, params, rule, roles)  # pyright: ignore[reportArgumentType]
@@ -139,7 +149,7 @@ def in_subspace(
                 found.append(place.empty(leaf, size, basis=True))
         return found
 
-    def init(params: Any) -> InSubspaceState:
+    def init(params: Params) -> InSubspaceState:
         leaves, treedef = jax.tree.flatten(params)
         bases = start(params)
         proxies = [
@@ -152,7 +162,9 @@ def in_subspace(
             _refuse_params(extended, coordinates, state)
         return InSubspaceState(jnp.zeros([], jnp.int32), jax.tree.unflatten(treedef, bases), state)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, InSubspaceState]:
+    def update(
+        updates: Updates, state: OptState, params: Params = None, **extra: Any
+    ) -> tuple[Updates, InSubspaceState]:
         held = Leaves(updates)
         bases = held.of(state.basis)
         places = places_of(updates, bases, rule, roles)
@@ -247,10 +259,10 @@ def _check_options(
         check_choice(f"in_subspace: {name}", value, known)
 
 
-def _refuse_params(inner: optax.GradientTransformationExtraArgs, coordinates: Any, state: Any) -> None:
+def _refuse_params(inner: optax.GradientTransformationExtraArgs, coordinates: PyTree, state: OptState) -> None:
     """Raises where the inner optimizer works with parameters only; what else it may need comes with the update."""
 
-    def works(params: Any) -> bool:
+    def works(params: Params) -> bool:
         try:
             jax.eval_shape(lambda: inner.update(coordinates, state, params))
         except Exception:  # whatever a transformation makes of missing arguments

@@ -12,8 +12,10 @@ import optax
 
 from subspace_jax.core import (
     PatternError,
+    PyTree,
     Role,
     RoleError,
+    Updates,
     Weight,
     is_weight,
     leaves_with_paths,
@@ -55,7 +57,7 @@ class MatrixView:
         return matrix if self.role is None else self.role.unmatrix(matrix, self.shape)
 
 
-def matrix_views(tree: Any, roles: Mapping[str, Role] | None = None) -> list[MatrixView | None]:
+def matrix_views(tree: PyTree, roles: Mapping[str, Role] | None = None) -> list[MatrixView | None]:
     """Returns how to see each of `jax.tree.leaves(tree)`; None if the leaf cannot be read as a matrix with entries.
 
     Args:
@@ -105,7 +107,7 @@ def _of_array(path: str, leaf: Any, roles: Mapping[str, Role] | None) -> MatrixV
     return MatrixView(path, ("in", "out"), leaf.shape, role) if role.is_matrix else None
 
 
-def check_paths(given: Mapping[str, Any], tree: Any, what: str, *, gradients: bool = False) -> None:
+def check_paths(given: Mapping[str, Any], tree: PyTree, what: str, *, gradients: bool = False) -> None:
     """Raises PatternError where a path is neither a leaf of a tree nor masked there.
 
     Args:
@@ -134,12 +136,12 @@ def check_paths(given: Mapping[str, Any], tree: Any, what: str, *, gradients: bo
 
 def map_matrices(
     function: Callable[[jax.Array, MatrixView], jax.Array],
-    updates: Any,
+    updates: Updates,
     roles: Mapping[str, Role] | None = None,
     paths: Any = None,
     *,
     seen: Sequence[MatrixView | None] | None = None,
-) -> Any:
+) -> Updates:
     """Maps `function(matrix, view)` over the arrays that are matrices; it returns one of the same shape.
 
     Args:
@@ -166,7 +168,7 @@ def map_matrices(
     return jax.tree.unflatten(treedef, mapped)
 
 
-def refuse_unseen(updates: Any, seen: Sequence[MatrixView | None], paths: Any) -> None:
+def refuse_unseen(updates: Updates, seen: Sequence[MatrixView | None], paths: Any) -> None:
     """Raises RoleError where a leaf of `paths` has no array that is seen as a matrix."""
     visible = {view.path for view in seen if view is not None}
     for path, leaf in leaves_with_paths(updates):

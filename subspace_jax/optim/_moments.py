@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Role
+from subspace_jax.core import OptState, PyTree, Role
 from subspace_jax.linalg import Mode
 from subspace_jax.optim._bases import Side
 from subspace_jax.optim._project import project_orthogonal
@@ -18,8 +18,8 @@ SECOND_MOMENTS = ("nu", "v", "nu_max")
 
 
 def project_momentum(
-    state: Any, basis: Any, mode: Mode = "remove", side: Side = "in", *, roles: Mapping[str, Role] | None = None
-) -> Any:
+    state: OptState, basis: Any, mode: Mode = "remove", side: Side = "in", *, roles: Mapping[str, Role] | None = None
+) -> OptState:
     """Returns an optimizer state whose first moments are projected, to be called when the basis changes.
 
     Second moments are scales, not directions, and stay.
@@ -39,13 +39,13 @@ def project_momentum(
     """
     projection = project_orthogonal(basis, mode, side, roles=roles)
 
-    def moments(tree: Any) -> Any:
+    def moments(tree: PyTree) -> PyTree:
         return projection.update(tree, projection.init(tree))[0]
 
     return map_moments(state, dict.fromkeys(FIRST_MOMENTS, moments))
 
 
-def reset_moments(state: Any) -> Any:
+def reset_moments(state: OptState) -> OptState:
     """Returns an optimizer state whose moments start again.
 
     First and second moments become zero, and so does the count beside them that corrects their bias: with the old
@@ -61,13 +61,13 @@ def reset_moments(state: Any) -> Any:
       [0.0, 0.0]
     """
 
-    def zeros(tree: Any) -> Any:
+    def zeros(tree: PyTree) -> PyTree:
         return jax.tree.map(jnp.zeros_like, tree)
 
     return map_moments(state, dict.fromkeys((*FIRST_MOMENTS, *SECOND_MOMENTS, "count"), zeros))
 
 
-def map_moments(state: Any, functions: Mapping[str, Callable[[Any], Any]]) -> Any:
+def map_moments(state: OptState, functions: Mapping[str, Callable[[Any], Any]]) -> OptState:
     """Maps what the fields of named tuples with moments hold.
 
     Args:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Role, StructureError, check_choice
+from subspace_jax.core import OptState, Params, Role, StructureError, Updates, check_choice
 from subspace_jax.linalg import Mode, project
 from subspace_jax.optim._bases import Side, bases_by_path, check_bases, check_orthonormal, of_sides
 from subspace_jax.optim._holes import rest_without_gradient
@@ -97,14 +97,14 @@ def project_orthogonal(
     check_choice("project_orthogonal: renorm", renorm, (None, "rms"))
     given = bases_by_path(basis, side)
 
-    def init(params: Any) -> ProjectState:
+    def init(params: Params) -> ProjectState:
         check_bases(given, params, side, roles)
         check_orthonormal(given, side)
         return ProjectState(_copied(given))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, basis: Any = None, **extra: Any
-    ) -> tuple[Any, ProjectState]:
+        updates: Updates, state: OptState, params: Params = None, *, basis: Any = None, **extra: Any
+    ) -> tuple[Updates, ProjectState]:
         del params, extra
         bases = state.basis if basis is None else bases_by_path(basis, side)
         seen = check_bases(bases, updates, side, roles, gradients=True)
@@ -114,14 +114,14 @@ def project_orthogonal(
 
 
 def _project_tree(
-    updates: Any,
+    updates: Updates,
     bases: Mapping[str, Any],
     seen: Sequence[MatrixView | None],
     side: Side,
     mode: Mode,
     rtol: float | None,
     renorm: Any,
-) -> Any:
+) -> Updates:
     """A tree whose matrices with a basis are projected; `seen` are its matrix views."""
     bases = jax.lax.stop_gradient(bases)
 
@@ -203,13 +203,13 @@ def sandwich(
     after = project_orthogonal(basis, mode, side, rtol=rtol, renorm=renorm, roles=roles)
     extended = rest_without_gradient(inner)
 
-    def init(params: Any) -> SandwichState:
+    def init(params: Params) -> SandwichState:
         first: Any = after.init(params)
         return SandwichState(first, extended.init(params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, basis: Any = None, **extra: Any
-    ) -> tuple[Any, SandwichState]:
+        updates: Updates, state: OptState, params: Params = None, *, basis: Any = None, **extra: Any
+    ) -> tuple[Updates, SandwichState]:
         bases = state.projection.basis if basis is None else bases_by_path(basis, side)
         seen = check_bases(bases, updates, side, roles, gradients=True)
         projected = _project_tree(updates, bases, seen, side, mode, rtol, None)
@@ -222,7 +222,7 @@ def sandwich(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def replace_basis(state: Any, basis: Any) -> Any:
+def replace_basis(state: OptState, basis: Any) -> OptState:
     """Returns an optimizer state with new bases in every `project_orthogonal` of it; nothing compiles again.
 
     Args:

@@ -17,8 +17,12 @@ from jax.tree_util import tree_leaves_with_path
 
 from subspace_jax.core import (
     Full,
+    OptState,
+    Params,
     PatternError,
+    PyTree,
     StructureError,
+    Updates,
     check_choice,
     check_int,
     is_weight,
@@ -104,12 +108,12 @@ def riemannian(
     """
     _check_options(retraction, transport, renormalize_every)
 
-    def mask(tree: Any) -> Any:
+    def mask(tree: PyTree) -> PyTree:
         return jax.tree.unflatten(jax.tree.structure(tree), [m is not None for _, m in _places(tree, manifold)])
 
     masked = rest_without_gradient(optax.masked(inner, mask))
 
-    def init(params: Any) -> RiemannianState:
+    def init(params: Params) -> RiemannianState:
         _check_patterns(manifold, params)
         for (path, space), leaf in zip(_places(params, manifold), jax.tree.leaves(params), strict=True):
             if space is not None:
@@ -117,7 +121,9 @@ def riemannian(
                 _check_on_manifold(path, space, leaf, tolerance)
         return RiemannianState(jnp.zeros([], jnp.int32), masked.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, RiemannianState]:
+    def update(
+        updates: Updates, state: OptState, params: Params = None, **extra: Any
+    ) -> tuple[Updates, RiemannianState]:
         if params is None:
             raise ValueError("riemannian: update needs params; call optimizer.update(gradients, state, params).")
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -146,7 +152,7 @@ def _tangent(point: jax.Array, space: Manifold, vector: jax.Array, path: str = "
     return without_rounding(space.to_tangent(point, vector), vector).astype(point.dtype)
 
 
-def _names(tree: Any) -> list[str]:
+def _names(tree: PyTree) -> list[str]:
     """A path for each of `jax.tree.leaves(tree)`; fields of stand-in weights have the weight's path before theirs."""
     found: list[str] = []
     for path, leaf in leaves_with_paths(tree):
@@ -158,7 +164,7 @@ def _names(tree: Any) -> list[str]:
     return found
 
 
-def _places(tree: Any, manifold: Manifold | Mapping[str, Manifold]) -> list[tuple[str, Manifold | None]]:
+def _places(tree: PyTree, manifold: Manifold | Mapping[str, Manifold]) -> list[tuple[str, Manifold | None]]:
     """Path and manifold of every leaf; the first pattern that fits counts."""
     if isinstance(manifold, Manifold):
         return [(path, manifold) for path in _names(tree)]
@@ -172,7 +178,7 @@ def _fits(pattern: str, path: str) -> bool:
     return pattern == path or matches(pattern, path)
 
 
-def _points(params: Any, manifold: Manifold | Mapping[str, Manifold]) -> dict[str, tuple[jax.Array, Manifold]]:
+def _points(params: Params, manifold: Manifold | Mapping[str, Manifold]) -> dict[str, tuple[jax.Array, Manifold]]:
     found = {}
     for (path, space), leaf in zip(_places(params, manifold), jax.tree.leaves(params), strict=True):
         if space is not None:
@@ -183,11 +189,11 @@ def _points(params: Any, manifold: Manifold | Mapping[str, Manifold]) -> dict[st
 
 def _map_points(
     function: Callable[..., jax.Array],
-    tree: Any,
+    tree: PyTree,
     points: Mapping[str, tuple[jax.Array, Manifold]],
     *,
     with_path: bool = False,
-) -> Any:
+) -> PyTree:
     """Maps `function(point, manifold, leaf)` over the leaves that have a point; others stay.
 
     What it returns is in the point's dtype: a step in a gradient's narrower one would leave the manifold.
@@ -211,8 +217,11 @@ def _renormalized(point: jax.Array, space: Manifold, due: jax.Array, always: boo
 
 
 def _transported(
-    held: Any, points: Mapping[str, tuple[jax.Array, Manifold]], moved: Mapping[str, jax.Array], transport: Transport
-) -> Any:
+    held: OptState,
+    points: Mapping[str, tuple[jax.Array, Manifold]],
+    moved: Mapping[str, jax.Array],
+    transport: Transport,
+) -> OptState:
     """An inner state whose first moments are vectors at the new points."""
     if transport == "none":
         return held
@@ -224,7 +233,7 @@ def _transported(
             found = space.transport(point, vector, moved[path])
         return found.astype(vector.dtype)
 
-    def moments(tree: Any) -> Any:
+    def moments(tree: PyTree) -> PyTree:
         return _map_points(one, tree, points, with_path=True)
 
     return map_moments(held, dict.fromkeys(FIRST_MOMENTS, moments))
@@ -250,7 +259,7 @@ def _check_on_manifold(path: str, space: Manifold, leaf: Any, tolerance: float) 
         raise StructureError(f"{path}: {reason}")
 
 
-def _check_patterns(manifold: Manifold | Mapping[str, Manifold], params: Any) -> None:
+def _check_patterns(manifold: Manifold | Mapping[str, Manifold], params: Params) -> None:
     """Refuses a pattern that matches neither a leaf nor what optax masks because another optimizer serves it."""
     hidden = tree_leaves_with_path(params, is_leaf=lambda v: isinstance(v, optax.MaskedNode))
     known = [*_names(params), *(path_string(p) for p, v in hidden if isinstance(v, optax.MaskedNode))]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Role, placed_like
+from subspace_jax.core import OptState, PyTree, Role, placed_like
 from subspace_jax.linalg import Side, from_coordinates, randomized_svd, to_coordinates, transport, truncated_svd
 from subspace_jax.optim._holes import Leaves, is_hole
 from subspace_jax.optim._matrix_views import MatrixView, matrix_views
@@ -78,7 +78,7 @@ def subspace_map(view: MatrixView | None, array: jax.Array, rule: SideRule) -> S
 
 
 def places_of(
-    tree: Any, bases: list[Any], rule: SideRule, roles: Mapping[str, Role] | None
+    tree: PyTree, bases: list[Any], rule: SideRule, roles: Mapping[str, Role] | None
 ) -> list[SubspaceMap | None]:
     """Returns the map of each array that has a basis; None for the others."""
     found = zip(matrix_views(tree, roles), jax.tree.leaves(tree), bases, strict=True)
@@ -102,12 +102,12 @@ class Move:
         return placed_like(moved.astype(value.dtype), value)
 
 
-def moved_moments(state: Any, moves: list[Move | None], held: Leaves, moments: Moments) -> Any:
+def moved_moments(state: OptState, moves: list[Move | None], held: Leaves, moments: Moments) -> OptState:
     """Returns the inner optimizer's state in the new coordinates."""
     if moments == "carry":
         return state
 
-    def mapped(tree: Any, squares: bool) -> Any:
+    def mapped(tree: PyTree, squares: bool) -> PyTree:
         try:
             values = held.of(tree)
         except ValueError:  # a moment that is not like the parameters, of a factored optimizer for instance

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from subspace_jax.core import StructureError, combine, partition, path_string, put
+from subspace_jax.core import Batch, PyTree, StructureError, combine, partition, path_string, put
 from subspace_jax.io import Checkpointer
 from subspace_jax.training._preemption import Preemption
 from subspace_jax.training._state import TrainState
@@ -20,7 +20,7 @@ Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 def fit(
     state: TrainState,
     step: Step,
-    batches: Callable[[int], Iterable[Any]],
+    batches: Callable[[int], Iterable[Batch]],
     *,
     steps: int,
     checkpointer: Checkpointer | None = None,
@@ -129,7 +129,7 @@ def _restored(state: TrainState, checkpointer: Checkpointer) -> TrainState:
     return TrainState(step, trainable, frozen if with_frozen else state.frozen, found.opt_state, key)
 
 
-def _paths(tree: Any) -> dict[str, str]:
+def _paths(tree: PyTree) -> dict[str, str]:
     """Dtype and shape of every array by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_string(path): f"{value.dtype}{list(value.shape)}" for path, value in leaves}

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from subspace_jax.core import path_string
+from subspace_jax.core import Batch, path_string
 
 
 def make_mesh(axes: Mapping[str, int], *, explicit: bool = False, devices: Sequence[Any] | None = None) -> Mesh:
@@ -58,7 +58,7 @@ def _sizes(axes: Mapping[str, int], count: int) -> dict[str, int]:
     return sizes
 
 
-def shard_batch(batch: Any, mesh: Mesh, axis: str | Sequence[str] = "data") -> Any:
+def shard_batch(batch: Batch, mesh: Mesh, axis: str | Sequence[str] = "data") -> Batch:
     """Places a batch on a mesh, its leading axis split over one or more mesh axes.
 
     Every process gives its own rows, and the batch is made of all of them in the order of the devices; on one process

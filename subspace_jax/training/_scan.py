@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from subspace_jax.core import combine, partition
+from subspace_jax.core import Batch, OptState, Params, combine, partition
 
 
 class ScanResult(NamedTuple):
@@ -26,13 +26,13 @@ class ScanResult(NamedTuple):
 
 
 def scan_steps(
-    loss: Callable[[Any, Any], jax.Array],
+    loss: Callable[[Params, Batch], jax.Array],
     optimizer: optax.GradientTransformation,
-    adapted: Any,
+    adapted: Params,
     inputs: Any = None,
     *,
     steps: int | None = None,
-    opt_state: Any = None,
+    opt_state: OptState = None,
 ) -> ScanResult:
     """Trains what learns of a tree by `jax.lax.scan`; call it under `jax.jit`, and `jax.vmap` it over seeds or rates.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from subspace_jax.core import StructureError, Weight, is_weight, map_with_paths, partition, put
+from subspace_jax.core import Params, PyTree, StructureError, Weight, is_weight, map_with_paths, partition, put
 from subspace_jax.sharding import state_shardings
 
 
@@ -33,10 +33,10 @@ class TrainState(NamedTuple):
 
 
 def init_train_state(
-    adapted: Any,
+    adapted: Params,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
-    placed: Any = None,
+    placed: PyTree = None,
     *,
     compute_dtype: Any = None,
 ) -> TrainState:
@@ -94,7 +94,7 @@ def init_train_state(
     return TrainState(step, trainable, frozen, opt_state, jnp.copy(key))
 
 
-def with_compute_dtype(adapted: Any, dtype: Any) -> Any:
+def with_compute_dtype(adapted: Params, dtype: Any) -> Params:
     """Makes the weights of an adapted tree stand for arrays of `dtype`, with trained values in float32."""
     dtype = jnp.dtype(dtype)
 

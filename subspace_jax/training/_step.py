@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from subspace_jax.core import StructureError, combine, path_string
+from subspace_jax.core import Batch, Params, StructureError, Updates, combine, path_string
 from subspace_jax.training._state import TrainState
 
 Loss = Callable[[Any, Any, jax.Array], Any]
@@ -21,7 +21,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    weight: Callable[[Any], jax.Array] | None = None,
+    weight: Callable[[Batch], jax.Array] | None = None,
     has_aux: bool = False,
     remat: Callable[..., Any] | None = None,
 ) -> TrainStep:
@@ -63,20 +63,24 @@ def make_train_step(
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"make_train_step: accumulate={accumulate!r}; expected a positive int.")
 
-    def value(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def value(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         found = loss(combine(trainable, frozen), batch, key)
         return found if has_aux else (found, {})
 
     if remat is not None:
         value = jax.checkpoint(value, policy=remat)
 
-    def gradients(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    def gradients(
+        trainable: Params, frozen: Params, batch: Batch, key: jax.Array
+    ) -> tuple[Updates, dict[str, jax.Array]]:
         """Gradients, and loss with metrics."""
         (loss_value, aux), found = jax.value_and_grad(value, has_aux=True)(trainable, frozen, batch, key)
         _check_aux(aux)
         return found, {name: jnp.asarray(v, jnp.float32) for name, v in {"loss": loss_value, **aux}.items()}
 
-    def accumulated(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    def accumulated(
+        trainable: Params, frozen: Params, batch: Batch, key: jax.Array
+    ) -> tuple[Updates, dict[str, jax.Array]]:
         """The weighted means of `gradients` over micro-batches."""
         parts = jax.tree_util.tree_map_with_path(lambda path, v: _cut(path, v, accumulate), batch)
 
@@ -93,7 +97,7 @@ def make_train_step(
         means = jax.tree.map(lambda v: v / share.astype(v.dtype), total)
         return means, jax.tree.map(lambda v: jnp.sum(v, axis=0) / share, metrics)
 
-    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         run = gradients if accumulate == 1 else accumulated
         means, metrics = run(state.trainable, frozen, batch, jax.random.fold_in(state.key, state.step))
         metrics["gradient_norm"] = optax.tree.norm(means).astype(jnp.float32)
@@ -129,13 +133,13 @@ class TrainStep:
         self._step = step
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Returns the new state and the metrics; see `make_train_step`."""
         learned = state._replace(frozen=None)
         new, metrics = self._jitted(learned)(learned, state.frozen, batch)
         return new._replace(frozen=state.frozen), metrics
 
-    def lower(self, state: TrainState, batch: Any) -> Any:
+    def lower(self, state: TrainState, batch: Batch) -> Any:
         """Returns `jax.jit(...).lower` of the step, to compile ahead of time; arrays may be abstract.
 
         The compiled program takes the state without its frozen arrays, those, and the batch.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from subspace_jax.core import Weight, is_weight, map_with_paths
+from subspace_jax.core import PyTree, Weight, is_weight, map_with_paths
 
 W = TypeVar("W", bound=Weight)
 
 
-def map_weights(kind: type[W], function: Callable[[str, W], Any], tree: Any) -> Any:
+def map_weights(kind: type[W], function: Callable[[str, W], Any], tree: PyTree) -> PyTree:
     """Applies `function(path, weight)` to every weight of a class, also inside other weights.
 
     Args:

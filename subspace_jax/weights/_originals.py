@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from subspace_jax.core import StructureError, Weight, leaves_with_paths
+from subspace_jax.core import Params, StructureError, Weight, leaves_with_paths
 
 
-def original_arrays(params: Any) -> Callable[[str, Weight], Any]:
+def original_arrays(params: Params) -> Callable[[str, Weight], Any]:
     """Returns a function of path and weight that finds the array which the weight was made of.
 
     Args:

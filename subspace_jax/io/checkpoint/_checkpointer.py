@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from subspace_jax.core import OptState, Params, PyTree
 from subspace_jax.io._array import ArraySpec
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import CheckpointError, ManifestError
@@ -83,7 +84,7 @@ class Checkpointer:
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot hold checkpoints: {error}") from error
 
-    def save(self, step: int, adapted: Any, *, opt_state: Any = None, extra: Any = None) -> None:
+    def save(self, step: int, adapted: Params, *, opt_state: OptState = None, extra: Any = None) -> None:
         """Saves a checkpoint.
 
         Args:
@@ -112,7 +113,7 @@ class Checkpointer:
         if not saved:
             raise CheckpointError(f"{self.directory}: step {step} was not saved: Orbax declined it.")
 
-    def restore(self, step: int | None = None, *, like: Any = None, shardings: Any = None) -> Checkpoint:
+    def restore(self, step: int | None = None, *, like: PyTree = None, shardings: PyTree = None) -> Checkpoint:
         """Returns a checkpoint; the adapted tree is rebuilt from the manifest alone.
 
         Args:

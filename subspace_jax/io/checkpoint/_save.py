@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from subspace_jax.core import OptState, Params, PyTree
 from subspace_jax.io.checkpoint._checkpointer import Checkpointer
 from subspace_jax.io.checkpoint._state import Checkpoint
 
@@ -12,9 +13,9 @@ from subspace_jax.io.checkpoint._state import Checkpoint
 def save_checkpoint(
     directory: str | os.PathLike[str],
     step: int,
-    adapted: Any,
+    adapted: Params,
     *,
-    opt_state: Any = None,
+    opt_state: OptState = None,
     extra: Any = None,
     base: Any = None,
     max_to_keep: int | None = None,
@@ -53,7 +54,7 @@ def restore_checkpoint(
     step: int | None = None,
     *,
     like: Any = None,
-    shardings: Any = None,
+    shardings: PyTree = None,
     base: Any = None,
 ) -> Checkpoint:
     """Restores one checkpoint; see `Checkpointer.restore`.

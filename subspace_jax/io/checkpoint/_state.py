@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from subspace_jax.core import leaves_with_paths
+from subspace_jax.core import OptState, PyTree, leaves_with_paths
 from subspace_jax.io._array import ArraySpec, array_spec, check_representable, empty, has_entries, to_stored
 from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._describe import describe_node
@@ -73,7 +73,7 @@ def check_step(step: Any) -> int:
     return number
 
 
-def _describe_leaves(opt_state: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+def _describe_leaves(opt_state: OptState, arrays: dict[str, Any]) -> dict[str, Any]:
     """The nodes of an optimizer's leaves; its containers come from the optimizer again."""
     nodes: dict[str, Any] = {}
     for path, value in _leaves(opt_state):
@@ -89,7 +89,7 @@ def _describe_leaves(opt_state: Any, arrays: dict[str, Any]) -> dict[str, Any]:
     return nodes
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
+def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """Path and value of every array; the fields of stand-in weights by their own names."""
     found = []
     for path, leaf in leaves_with_paths(tree):
@@ -136,7 +136,7 @@ def check_base(manifest: Mapping[str, Any], base: BaseArrays) -> None:
         )
 
 
-def check_template(manifest: Mapping[str, Any], like: Any) -> None:
+def check_template(manifest: Mapping[str, Any], like: PyTree) -> None:
     """Raises ManifestError unless an optimizer's state has the leaves that were saved."""
     if manifest["opt_state"] is None:
         raise ManifestError("The checkpoint was saved without opt_state, and like= asks for one.")
@@ -164,7 +164,7 @@ def check_template(manifest: Mapping[str, Any], like: Any) -> None:
         )
 
 
-def placements(shardings: Any, specs: Mapping[str, ArraySpec]) -> dict[str, jax.sharding.Sharding]:
+def placements(shardings: PyTree, specs: Mapping[str, ArraySpec]) -> dict[str, jax.sharding.Sharding]:
     """Returns the sharding of each array of the adapted tree that is given one.
 
     Args:
@@ -196,7 +196,7 @@ def placements(shardings: Any, specs: Mapping[str, ArraySpec]) -> dict[str, jax.
     return given
 
 
-def template_placements(like: Any) -> dict[str, jax.sharding.Sharding]:
+def template_placements(like: PyTree) -> dict[str, jax.sharding.Sharding]:
     """Returns the sharding of each leaf of an optimizer's state that was placed on purpose."""
     found = {}
     for path, leaf in _leaves(like):

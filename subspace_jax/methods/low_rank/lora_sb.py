@@ -13,8 +13,11 @@ import optax
 
 from subspace_jax.core import (
     Method,
+    OptState,
+    Params,
     Role,
     StructureError,
+    Updates,
     check_choice,
     check_int,
     check_number,
@@ -184,7 +187,7 @@ class LoraSbState(NamedTuple):
     inverses: dict[str, Any]
 
 
-def scale_by_lora_sb(adapted: Any) -> optax.GradientTransformation:
+def scale_by_lora_sb(adapted: Params) -> optax.GradientTransformation:
     r"""Rescales gradients of cores so that their steps are projections of steps along the full gradient.
 
     \(\frac{1}{s^2} (P^T P)^{-1} G_R (Q Q^T)^{-1}\), so that \(s P (\cdot) Q\) is the projection of the full gradient on
@@ -231,12 +234,12 @@ def scale_by_lora_sb(adapted: Any) -> optax.GradientTransformation:
             _ridge_inverse(_product(right, jnp.swapaxes(right, -1, -2))),
         )
 
-    def init(params: Any) -> LoraSbState:
+    def init(params: Params) -> LoraSbState:
         del params
         # By path, so that the state is of no container's kind and is the same in a part of the tree.
         return LoraSbState({path: inverses(weight) for path, weight in cores.items()})
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Updates, state: OptState, params: Params = None) -> tuple[Updates, OptState]:
         del params
 
         def one(path: str, gradient: Any) -> Any:

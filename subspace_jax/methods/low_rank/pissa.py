@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from subspace_jax.core import (
     Full,
     Method,
+    Params,
     Role,
     StructureError,
     Weight,
@@ -162,7 +163,7 @@ def qpissa(
     return Method("qpissa", make)
 
 
-def to_lora(adapted: Any, params: Any) -> Any:
+def to_lora(adapted: Params, params: Params) -> Params:
     r"""Rewrites residual low-rank weights as plain LoRA on the untouched arrays.
 
     With the factors at the start \(a_0, b_0\): \(s (a b - a_0 b_0) = s\,[a\,|\,a_0]\,[b; -b_0]\), a LoRA of twice the

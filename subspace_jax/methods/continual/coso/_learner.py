@@ -10,7 +10,7 @@ import jax
 import optax
 
 from subspace_jax.continual import Learner, LearnerState, Loss, Selector, init_opt_state, make_learner, rules_of
-from subspace_jax.core import Role, StructureError, adapt, full, map_with_paths, select_paths
+from subspace_jax.core import Batch, Params, PyTree, Role, StructureError, adapt, full, map_with_paths, select_paths
 from subspace_jax.methods.continual.coso._memory import next_task
 from subspace_jax.methods.continual.coso._transform import CosoState
 
@@ -66,7 +66,7 @@ def learner(
     if (rules is None) != (rules_optimizer is None):
         raise StructureError("coso.learner: give rules= and rules_optimizer= both, or neither.")
 
-    def labels(trainable: Any) -> Any:
+    def labels(trainable: Params) -> PyTree:
         chosen = set(select_paths(trainable, select))
         return map_with_paths(lambda path, leaf: "selected" if path in chosen else "others", trainable)
 
@@ -74,7 +74,7 @@ def learner(
     compiled = jax.jit(finish)
     both = optax.multi_transform({"selected": optimizer, "others": rules_optimizer or optax.identity()}, labels)
 
-    def selected_state(adapted: Any) -> Any:
+    def selected_state(adapted: Params) -> PyTree:
         held = init_opt_state(both, adapted).inner_states["selected"]
         if not any(isinstance(n, CosoState) for n in jax.tree.leaves(held, is_leaf=lambda v: isinstance(v, CosoState))):
             raise StructureError("coso.learner: optimizer= holds no coso; pass sj.coso(learning_rate, ...).")
@@ -86,7 +86,7 @@ def learner(
         opt_state = new._replace(inner_states={**new.inner_states, "selected": state.memory})
         return state._replace(opt_state=opt_state, memory=None)
 
-    def end(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+    def end(state: LearnerState, task: int, batches: Iterable[Batch]) -> LearnerState:
         del task, batches
         held = state.opt_state.inner_states["selected"]
         memory = compiled(held)

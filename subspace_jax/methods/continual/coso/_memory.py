@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from subspace_jax.core import StructureError, path_string, placed_like
+from subspace_jax.core import OptState, StructureError, path_string, placed_like
 from subspace_jax.linalg import orthonormalize, project, to_coordinates
 from subspace_jax.methods.continual.coso._transform import CosoState
 
 
-def next_task(state: Any, energy_threshold: float = 0.98, *, min_new: int = 1) -> Any:
+def next_task(state: OptState, energy_threshold: float = 0.98, *, min_new: int = 1) -> OptState:
     r"""Adds a task's leading gradient directions to the history in the optimizer's state; all else starts again.
 
     Of the sketch's singular values \(\sigma\) the first \(k\) count, as many as have a cumulative share of

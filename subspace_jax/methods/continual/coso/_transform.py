@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from subspace_jax.core import RankError, Role, check_choice, check_int, leaves_with_paths, placed_like, select_paths
+from subspace_jax.core import (
+    OptState,
+    Params,
+    RankError,
+    Role,
+    Updates,
+    check_choice,
+    check_int,
+    leaves_with_paths,
+    placed_like,
+    select_paths,
+)
 from subspace_jax.linalg import Side, frequent_directions, project, to_coordinates, transport, truncated_svd
 from subspace_jax.optim import (
     Leaves,
@@ -115,13 +126,13 @@ def scale_by_coso(
     """
     _check_options(r1, r2, gap, side, tasks)
 
-    def wanted(params: Any) -> list[SubspaceMap | None]:
+    def wanted(params: Params) -> list[SubspaceMap | None]:
         paths = {p for p, _ in leaves_with_paths(params)} if select is None else set(select_paths(params, select))
         found = zip(jax.tree.leaves(params), matrix_views(params, roles), strict=True)
         places = [subspace_map(view, leaf, side) for leaf, view in found]
         return [p if p is not None and p.view.path in paths else None for p in places]
 
-    def init(params: Any) -> CosoState:
+    def init(params: Params) -> CosoState:
         held = Leaves(params)
         # optax initializes with a tree without leaves to tell what of a state is like the parameters.
         places = wanted(params) if held.arrays else []
@@ -131,7 +142,7 @@ def scale_by_coso(
         nu = held.tree([jnp.zeros_like(m) for m in moments])
         return CosoState(count=jnp.zeros([], jnp.int32), **trees, mu=held.tree(moments), nu=nu)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, CosoState]:
+    def update(updates: Updates, state: OptState, params: Params = None, **extra: Any) -> tuple[Updates, CosoState]:
         del params, extra
         held = Leaves(updates)
         trees = state.basis, state.sketch, state.history, state.used
@@ -262,7 +273,7 @@ def coso(
         roles=roles,
     )
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, CosoState]:
+    def update(updates: Updates, state: OptState, params: Params = None, **extra: Any) -> tuple[Updates, CosoState]:
         if params is None and not is_zero(weight_decay):
             raise ValueError("coso: weight_decay needs params=, the current parameters.")
         # The steps of this task, which `next_task` resets: a chained schedule would continue.

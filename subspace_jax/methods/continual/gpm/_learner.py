@@ -9,7 +9,19 @@ import jax
 import optax
 
 from subspace_jax.continual import Learner, LearnerState, Loss, Selector, StreamError, make_learner, rules_of
-from subspace_jax.core import Role, adapt, capture, full, leaves_with_paths, merge, select_paths
+from subspace_jax.core import (
+    Batch,
+    OptState,
+    Params,
+    Role,
+    Updates,
+    adapt,
+    capture,
+    full,
+    leaves_with_paths,
+    merge,
+    select_paths,
+)
 from subspace_jax.methods.continual.gpm._memory import GPMMemory, init_memory, next_task
 from subspace_jax.optim import ProjectState, SandwichState, sandwich
 
@@ -70,17 +82,17 @@ def learner(
     if not 0.0 < columns <= 1.0:
         raise StreamError(f"gpm.learner: columns={columns}; expected a share of the input dimensions in (0, 1].")
 
-    def empty(adapted: Any) -> dict[str, GPMMemory]:
+    def empty(adapted: Params) -> dict[str, GPMMemory]:
         chosen = set(select_paths(adapted, select))
         return {path: _empty(path, weight, columns) for path, weight in leaves_with_paths(adapted) if path in chosen}
 
-    def end(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+    def end(state: LearnerState, task: int, batches: Iterable[Batch]) -> LearnerState:
         known = {path: weight.role for path, weight in leaves_with_paths(state.adapted) if path in state.memory}
         found = capture(loss, merge(state.adapted), batches, select=list(known), roles=known, mask=mask)
         share = threshold(task) if callable(threshold) else threshold
         return state._replace(memory={p: _remember(m, found[p].gram, share) for p, m in state.memory.items()})
 
-    def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
+    def update(gradients: Updates, state: LearnerState, trainable: Params, frozen: Params) -> tuple[Updates, OptState]:
         del frozen
         bases = {path: memory.basis for path, memory in state.memory.items()}
         # The memory holds the bases; the optimizer's state need not hold them again.

@@ -12,6 +12,7 @@ from jax import lax
 
 from subspace_jax.core import (
     Method,
+    Params,
     Role,
     StructureError,
     check_dtype,
@@ -90,7 +91,7 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
 
 
-def _weights(adapted: Any) -> list[tuple[str, LowRank]]:
+def _weights(adapted: Params) -> list[tuple[str, LowRank]]:
     found = [(path, w) for path, w in leaves_with_paths(adapted) if _is_ours(w)]
     if not found:
         raise StructureError(
@@ -107,7 +108,7 @@ def _is_ours(weight: Any) -> bool:
     return weight.a is not None and weight.base.a is not None and weight.base.rank % weight.rank == 0
 
 
-def penalty(adapted: Any, overlap_weight: float = 0.5, norm_weight: float = 0.0) -> jax.Array:
+def penalty(adapted: Params, overlap_weight: float = 0.5, norm_weight: float = 0.0) -> jax.Array:
     r"""Returns the overlap of the adapter's input side with those of earlier tasks, which O-LoRA adds to the loss.
 
     \(\lambda_1 \sum_{i<t} \sum |A_i^T A_t| + \lambda_2\,(\|A_t\|_F + \|B_t\|_F)\), summed over weights: absolute
@@ -146,7 +147,7 @@ def _norm(array: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0))
 
 
-def next_task(adapted: Any, task: Any, *, key: jax.Array) -> Any:
+def next_task(adapted: Params, task: Any, *, key: jax.Array) -> Params:
     """Freezes the adapter that learned beside those of earlier tasks, and puts a new one in its place.
 
     The model's outputs stay as they are; shapes do too. Start the optimizer's moments anew: see `reset_moments`.

@@ -20,7 +20,7 @@ from subspace_jax.continual import (
     make_learner,
     rules_of,
 )
-from subspace_jax.core import Role, adapt, leaves_with_paths, merge, select_paths
+from subspace_jax.core import Batch, OptState, Params, Role, Updates, adapt, leaves_with_paths, merge, select_paths
 from subspace_jax.methods.continual.osf._method import osf
 from subspace_jax.methods.continual.osf._ranks import importance, ranks, schedule
 from subspace_jax.methods.continual.osf._transform import OSFState, projection
@@ -85,7 +85,7 @@ def learner(
             f'osf.learner: preserved={preserved!r}; expected "schedule", "importance" or a function of the task.'
         )
 
-    def split(params: Any, share: Any, key: jax.Array) -> Any:
+    def split(params: Params, share: Any, key: jax.Array) -> Params:
         method = osf(share, width="common")
         return adapt(params, rules_of(select, method, rules), key=key, roles=roles)
 
@@ -97,11 +97,11 @@ def learner(
         found = {path: np.asarray(value) for path, value in state.memory.items()}
         return ranks(found, state.adapted, floor=floor, target=target, roles=roles) if task else 0
 
-    def unsplit(params: Any, key: jax.Array) -> Any:
+    def unsplit(params: Params, key: jax.Array) -> Params:
         jax.eval_shape(lambda p: split(p, 0, key), params)  # refuses bad patterns and shapes now
         return params
 
-    def no_importance(params: Any) -> Any:
+    def no_importance(params: Params) -> Any:
         if preserved != "importance":
             return None
         split_params = jax.eval_shape(lambda p: split(p, 0, jax.random.key(0)), params)
@@ -111,7 +111,7 @@ def learner(
     def start(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
         return state._replace(adapted=split(state.adapted, share_of(state, task), key))
 
-    def end(state: LearnerState, task: int, batches: Iterable[Any]) -> LearnerState:
+    def end(state: LearnerState, task: int, batches: Iterable[Batch]) -> LearnerState:
         del task
         params = merge(state.adapted)
         if preserved != "importance":
@@ -120,7 +120,7 @@ def learner(
         found = importance(loss, params, batches, select=list(known), roles=known)
         return state._replace(adapted=params, memory={p: jnp.asarray(v, jnp.float32) for p, v in found.items()})
 
-    def update(gradients: Any, state: LearnerState, trainable: Any, frozen: Any) -> tuple[Any, Any]:
+    def update(gradients: Updates, state: LearnerState, trainable: Params, frozen: Params) -> tuple[Updates, OptState]:
         # The frozen tree holds the singular vectors; the optimizer's state need not hold them again.
         held = OSFState({}, state.opt_state)
         updates, new = projection(optimizer, frozen).update(gradients, held, trainable, frozen=frozen)

@@ -13,7 +13,9 @@ import numpy as np
 from jax import lax
 
 from subspace_jax.core import (
+    Batch,
     Operation,
+    Params,
     PatternError,
     RankError,
     Role,
@@ -93,8 +95,8 @@ def _cosines(inputs: jax.Array, outputs: jax.Array) -> jax.Array:
 
 def importance(
     fn: Callable[..., Any],
-    params: Any,
-    batches: Iterable[Any],
+    params: Params,
+    batches: Iterable[Batch],
     *,
     select: Any = None,
     roles: Mapping[str, Role] | None = None,
@@ -135,7 +137,7 @@ def importance(
     chosen = {p: known[p] for p in wanted if p in known and known[p].kind == "dense"}
 
     @jax.jit
-    def step(zeros: dict[str, jax.Array], params: Any, batch: Any) -> dict[str, jax.Array]:
+    def step(zeros: dict[str, jax.Array], params: Params, batch: Batch) -> dict[str, jax.Array]:
         def total(sums: dict[str, jax.Array]) -> jax.Array:
             def place(path: str, leaf: Any) -> Any:
                 if path not in chosen:
@@ -187,7 +189,7 @@ def schedule(task: int, tasks: int) -> float:
 
 def ranks(
     importance: Mapping[str, Any],
-    params: Any,
+    params: Params,
     *,
     floor: float = 0.1,
     target: float = 0.8,
@@ -236,7 +238,7 @@ def ranks(
     return {p: np.clip(np.round(r * smaller[p]), 1, smaller[p]).astype(np.int32) for p, r in ratio.items()}
 
 
-def _smaller_sides(paths: Mapping[str, Any], params: Any, roles: Mapping[str, Role] | None) -> dict[str, int]:
+def _smaller_sides(paths: Mapping[str, Any], params: Params, roles: Mapping[str, Role] | None) -> dict[str, int]:
     found = {}
     for path, leaf in leaves_with_paths(params):
         role = next((r for pattern, r in (roles or {}).items() if pattern == path or matches(pattern, path)), None)

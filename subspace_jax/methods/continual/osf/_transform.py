@@ -9,7 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Role, StructureError, check_choice, is_weight, leaves_with_paths, map_with_paths
+from subspace_jax.core import (
+    OptState,
+    Params,
+    PyTree,
+    Role,
+    StructureError,
+    Updates,
+    check_choice,
+    is_weight,
+    leaves_with_paths,
+    map_with_paths,
+)
 from subspace_jax.linalg import project
 from subspace_jax.methods.low_rank.svfit import SplitSVD
 from subspace_jax.optim import (
@@ -56,7 +67,7 @@ class OSFState(NamedTuple):
 
 def projection(
     inner: optax.GradientTransformation,
-    frozen: Any,
+    frozen: Params,
     *,
     project_gradients: bool = True,
     project_params: bool = True,
@@ -115,10 +126,10 @@ def projection(
     extended = rest_without_gradient(inner)
     given = _high_of(frozen)
 
-    def projected(tree: Any, high: dict[str, High]) -> Any:
+    def projected(tree: PyTree, high: dict[str, High]) -> Updates:
         return _dense(tree, high, roles) if mode == "dense" else _factored(tree, high, drop_rounding=True)
 
-    def init(params: Any) -> OSFState:
+    def init(params: Params) -> OSFState:
         check_paths(given, params, "SplitSVD")
         _check(given, params, mode)
         if mode == "dense":
@@ -126,8 +137,8 @@ def projection(
         return OSFState(jax.tree.map(jnp.copy, dict(given)), extended.init(params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, frozen: Any = None, **extra: Any
-    ) -> tuple[Any, OSFState]:
+        updates: Updates, state: OptState, params: Params = None, *, frozen: Params = None, **extra: Any
+    ) -> tuple[Updates, OSFState]:
         if params is None and project_params and mode == "factored":
             raise ValueError("osf.projection: update needs params=, the current parameters, to project them.")
         high = jax.lax.stop_gradient(state.high if frozen is None else _high_of(frozen))
@@ -144,7 +155,7 @@ def projection(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def next_task(state: Any, frozen: Any) -> Any:
+def next_task(state: OptState, frozen: Params) -> OptState:
     """Returns an optimizer state for the next task: new singular vectors, and moments that start again.
 
     Args:
@@ -185,7 +196,7 @@ def next_task(state: Any, frozen: Any) -> Any:
     return replaced
 
 
-def _high_of(frozen: Any) -> dict[str, High]:
+def _high_of(frozen: Params) -> dict[str, High]:
     """The frozen singular vectors of every `SplitSVD` of a tree, by path."""
     found = {
         path: High(leaf.high_left, leaf.high_right, leaf.live)
@@ -200,7 +211,7 @@ def _high_of(frozen: Any) -> dict[str, High]:
     return found
 
 
-def _check(high: Mapping[str, High], tree: Any, mode: Form) -> None:
+def _check(high: Mapping[str, High], tree: PyTree, mode: Form) -> None:
     """Refuses leaves of the other mode, and of other shapes than the frozen part."""
     for path, leaf in leaves_with_paths(tree):
         if path not in high or not jax.tree.leaves(leaf):
@@ -217,7 +228,7 @@ def _check(high: Mapping[str, High], tree: Any, mode: Form) -> None:
                 raise StructureError(f"{path}: factors of sizes {shapes}, but the frozen part is of {expected}.")
 
 
-def _factored(tree: Any, high: Mapping[str, High], *, drop_rounding: bool = False) -> Any:
+def _factored(tree: PyTree, high: Mapping[str, High], *, drop_rounding: bool = False) -> PyTree:
     """The factors of every `SplitSVD` projected off its frozen part, with padding set to zero."""
 
     def one(path: str, leaf: Any) -> Any:
@@ -244,7 +255,7 @@ def _factored(tree: Any, high: Mapping[str, High], *, drop_rounding: bool = Fals
     return map_with_paths(one, tree)
 
 
-def _after(steps: Any, params: Any, high: Mapping[str, High]) -> Any:
+def _after(steps: Any, params: Params, high: Mapping[str, High]) -> PyTree:
     """The steps that lead to projected parameters, in the dtype of the parameters."""
 
     def one(path: str, step: Any, param: Any) -> Any:
@@ -262,7 +273,7 @@ def _after(steps: Any, params: Any, high: Mapping[str, High]) -> Any:
     return map_with_paths(back, steps, params, _factored(moved, high))
 
 
-def _dense(tree: Any, high: Mapping[str, High], roles: Mapping[str, Role] | None) -> Any:
+def _dense(tree: PyTree, high: Mapping[str, High], roles: Mapping[str, Role] | None) -> PyTree:
     """Whole arrays without what lies in the frozen part's columns or rows."""
 
     def one(matrix: jax.Array, view: MatrixView) -> jax.Array:

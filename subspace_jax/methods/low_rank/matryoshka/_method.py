@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from subspace_jax.core import InitFn, Leaf, Method, PlanFn, RankError, Role, check_choice, check_int, check_rank
+from subspace_jax.core import InitFn, Leaf, Method, Params, PlanFn, RankError, Role, check_choice, check_int, check_rank
 from subspace_jax.methods.low_rank.matryoshka._weight import NestedLowRank, RankScale
 from subspace_jax.weights import LowRank, map_weights
 
@@ -137,7 +137,7 @@ def training_gains(ranks: Sequence[int], largest: int, rank_scale: RankScale, no
     return np.asarray(gains / (len(ranks) if normalize else 1), np.float32)
 
 
-def at_rank(adapted: Any, rank: int | jax.Array, *, inference: Inference = "published") -> Any:
+def at_rank(adapted: Params, rank: int | jax.Array, *, inference: Inference = "published") -> Params:
     r"""Sets the rank at which every nested adapter of a tree works.
 
     Args:
@@ -183,8 +183,8 @@ def _check_within(rank: int | jax.Array, weight: NestedLowRank) -> None:
 
 
 def sample_rank(
-    adapted: Any, key: jax.Array, *, only_last: bool = False, every_rank: bool = False
-) -> tuple[Any, jax.Array]:
+    adapted: Params, key: jax.Array, *, only_last: bool = False, every_rank: bool = False
+) -> tuple[Params, jax.Array]:
     """Draws one rank for a training step and works at it in every layer, as DyLoRA does.
 
     Call it inside the differentiated function, with another key at every step and the same key on every host.
@@ -230,7 +230,7 @@ def sample_rank(
     return map_weights(NestedLowRank, one, adapted), rank
 
 
-def truncate_rank(adapted: Any, rank: int, *, inference: Inference = "published") -> Any:
+def truncate_rank(adapted: Params, rank: int, *, inference: Inference = "published") -> Params:
     """Cuts out the adapter of one rank as plain LoRA, to be saved or served alone.
 
     Args:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from subspace_jax.core import Role, check_int, placed_like
+from subspace_jax.core import OptState, Params, Role, Updates, check_int, placed_like
 from subspace_jax.linalg import FixedBasis, Transform, chosen_columns, select_columns, wide_matmul
 from subspace_jax.methods.optimizers.dct_lowrank._oriented import (
     check_columns,
@@ -118,7 +118,7 @@ def scale_by_dct_adam(
     check_columns("scale_by_dct_adam", transform, norm, basis)
     options: dict[str, Any] = {"basis": basis, "transform": transform, "norm": norm}
 
-    def init(params: Any) -> DctAdamState:
+    def init(params: Params) -> DctAdamState:
         held = Leaves(params)
         found = []
         for leaf, view in zip(held.arrays, matrix_views(params, roles), strict=True):
@@ -134,7 +134,7 @@ def scale_by_dct_adam(
         trees = {name: held.tree([parts[i] for parts in found]) for i, name in enumerate(_Leaf._fields)}
         return DctAdamState(count=jnp.zeros((), jnp.int32), **trees)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, DctAdamState]:
+    def update(updates: Updates, state: OptState, params: Params = None) -> tuple[Updates, DctAdamState]:
         del params
         held = Leaves(updates)
         count = jnp.asarray(optax.safe_increment(state.count))

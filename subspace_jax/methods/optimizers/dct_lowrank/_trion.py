@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Role, check_choice, check_int, placed_like
+from subspace_jax.core import OptState, Params, Role, Updates, check_choice, check_int, placed_like
 from subspace_jax.linalg import (
     NEWTON_SCHULZ_COEFFICIENTS,
     FixedBasis,
@@ -117,7 +117,7 @@ def scale_by_trion(
     }
     check_choice("scale_by_trion: scale", scale, factors)
 
-    def init(params: Any) -> TrionState:
+    def init(params: Params) -> TrionState:
         held, hole = Leaves(params), optax.MaskedNode()
         found = []
         for leaf, view in zip(held.arrays, matrix_views(params, roles), strict=True):
@@ -127,7 +127,7 @@ def scale_by_trion(
                 found.append((hole, wide_zeros(leaf), wide_zeros(leaf)))
         return TrionState(jnp.zeros((), jnp.int32), *(held.tree([parts[i] for parts in found]) for i in range(3)))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, TrionState]:
+    def update(updates: Updates, state: OptState, params: Params = None) -> tuple[Updates, TrionState]:
         del params
         held, count = Leaves(updates), jnp.asarray(optax.safe_increment(state.count))
         trees = state.momentum, state.mu, state.nu

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import StructureError, is_weight, leaves_with_paths
+from subspace_jax.core import PyTree, StructureError, is_weight, leaves_with_paths
 from subspace_jax.weights import LowRank
 
 
@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 PairFn = Callable[[Any], Sequence[Pair]]
 
 
-def low_rank_pairs(tree: Any) -> list[Pair]:
+def low_rank_pairs(tree: PyTree) -> list[Pair]:
     """Returns the factor pairs of every `LowRank` stand-in of a trainable tree, inside other weights too.
 
     Args:

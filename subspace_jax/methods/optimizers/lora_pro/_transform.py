@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import StructureError
+from subspace_jax.core import OptState, Params, StructureError, Updates
 from subspace_jax.linalg import wide_matmul
 from subspace_jax.methods.optimizers.lora_pro._adjust import Adjusted, adjust_pair, equivalent_gradient, plain_pair
 from subspace_jax.methods.optimizers.lora_pro._pair import Pair, PairFn, groups_of, low_rank_pairs, stacked
@@ -45,12 +45,12 @@ def scale_by_lora_pro(delta: float = 1e-8, *, pairs: PairFn | None = None) -> op
     """
     find = pairs or low_rank_pairs
 
-    def init(params: Any) -> optax.EmptyState:
+    def init(params: Params) -> optax.EmptyState:
         if jax.tree.leaves(params):  # optax initializes with a tree without leaves to tell states from parameters
             find(params)
         return optax.EmptyState()
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Updates, state: OptState, params: Params = None) -> tuple[Updates, OptState]:
         tree = _Factors(updates, params)
         for group in groups_of(find(params), tree.values):
             if live := tree.live(group):
@@ -113,7 +113,7 @@ def scale_by_lora_pro_adam(
     """
     find = pairs or low_rank_pairs
 
-    def init(params: Any) -> LoraProAdamState:
+    def init(params: Params) -> LoraProAdamState:
         count, leaves = jnp.zeros((), jnp.int32), jax.tree.leaves(params)
         if not leaves:  # of optax, to tell what of a state is like the parameters: nothing here
             return LoraProAdamState(count, *(jnp.zeros((0,)),) * 2)  # pyright: ignore[reportArgumentType]
@@ -125,7 +125,7 @@ def scale_by_lora_pro_adam(
         found = groups_of(find(params), leaves)
         return LoraProAdamState(count, tuple(map(moment, found)), tuple(map(moment, found)))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, LoraProAdamState]:
+    def update(updates: Updates, state: OptState, params: Params = None) -> tuple[Updates, LoraProAdamState]:
         tree = _Factors(updates, params)
         count = jnp.asarray(optax.safe_increment(state.count))
         moments = []
@@ -237,7 +237,7 @@ def lora_pro_adam(
 class _Factors:
     """Gradients and parameters in one order, that of `jax.tree.leaves(params)`."""
 
-    def __init__(self, updates: Any, params: Any) -> None:
+    def __init__(self, updates: Updates, params: Params) -> None:
         if params is None:
             raise ValueError("LoRA-Pro needs the factors themselves: call update(gradients, state, params).")
         self._given = updates
@@ -269,7 +269,7 @@ class _Factors:
             self.gradients[one.a] = step.a[i].astype(self.gradients[one.a].dtype)
             self.gradients[one.b] = step.b[i].astype(self.gradients[one.b].dtype)
 
-    def updates(self) -> Any:
+    def updates(self) -> Updates:
         """The tree as it was given, with what is written."""
         found = jax.tree.unflatten(self._treedef, self.gradients)
         return jax.tree.map(lambda u, v: None if u is None else v, self._given, found, is_leaf=lambda v: v is None)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Role, leaves_with_paths, placed_like, select_paths
+from subspace_jax.core import OptState, Params, Role, Updates, leaves_with_paths, placed_like, select_paths
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.methods.regularized.lambda_orthogonality._penalty import lambda_orthogonality_gradient
 from subspace_jax.optim import MatrixView, like_updates, matrix_views, refuse_unseen
@@ -75,17 +75,19 @@ def add_lambda_orthogonality(
       (True, [1.0, 1.0])
     """
 
-    def wanted(params: Any) -> set[str]:
+    def wanted(params: Params) -> set[str]:
         known = [path for path, _ in leaves_with_paths(params)]
         # optax initializes with a tree without leaves to tell what of a state is like the parameters.
         return set(known if select is None or not known else select_paths(params, select))
 
-    def init(params: Any) -> AddLambdaOrthogonalityState:
+    def init(params: Params) -> AddLambdaOrthogonalityState:
         if select is not None:
             refuse_unseen(params, matrix_views(params, roles), wanted(params))
         return AddLambdaOrthogonalityState(jnp.zeros([], jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, AddLambdaOrthogonalityState]:
+    def update(
+        updates: Updates, state: OptState, params: Params = None, **extra: Any
+    ) -> tuple[Updates, AddLambdaOrthogonalityState]:
         del extra
         if params is None:
             raise ValueError(

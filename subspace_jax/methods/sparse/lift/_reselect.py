@@ -10,6 +10,7 @@ import jax
 
 from subspace_jax.core import (
     Method,
+    Params,
     StructureError,
     is_weight,
     key_for,
@@ -23,7 +24,7 @@ from subspace_jax.weights import SparseDelta, migrate_entries
 S = TypeVar("S")
 
 
-def reselect_principal(adapted: Any, state: S, method: Method, *, key: jax.Array) -> tuple[Any, S]:
+def reselect_principal(adapted: Params, state: S, method: Method, *, key: jax.Array) -> tuple[Params, S]:
     r"""Writes the trained values of a sparse method into their weights and selects new entries from the result.
 
     A position that is selected again keeps its value in float32 and its moments; a new one starts with moments of
@@ -106,7 +107,7 @@ def _select(path: str, weight: Any, method: Method, key: jax.Array) -> SparseDel
     return dataclasses.replace(weight, base=new.base, indices=new.indices, values=values)
 
 
-def _migrate(adapted: Any, state: S, moves: Mapping[str, Callable[[jax.Array], jax.Array]]) -> S:
+def _migrate(adapted: Params, state: S, moves: Mapping[str, Callable[[jax.Array], jax.Array]]) -> S:
     """The state with every array at the place of moved values moved along.
 
     Transformations hold trees of the structure of what learns, at places of their own: the end of such an array's

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import check_choice
+from subspace_jax.core import OptState, Params, Updates, check_choice
 from subspace_jax.optim import filled, like_updates, with_rate
 
 EpsMode = Literal["hf", "optax"]
@@ -54,11 +54,11 @@ def scale_by_lift_adam(
     """
     check_choice("scale_by_lift_adam: eps_mode", eps_mode, ("hf", "optax"))
 
-    def init(params: Any) -> ScaleByLiftAdamState:
+    def init(params: Params) -> ScaleByLiftAdamState:
         zeros = optax.tree.zeros_like(params)
         return ScaleByLiftAdamState(jnp.zeros((), jnp.int32), zeros, optax.tree.zeros_like(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Updates, state: OptState, params: Params = None) -> tuple[Updates, OptState]:
         del params
         held = [like_updates(updates, tree) for tree in (state.mu, state.nu)]
         mu = jax.tree.map(lambda g, m: (b1 * m + (1 - b1) * g).astype(m.dtype), updates, held[0])

@@ -9,11 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import StructureError, is_weight, leaves_with_paths, map_with_paths, with_adapters
+from subspace_jax.core import (
+    Params,
+    PyTree,
+    StructureError,
+    is_weight,
+    leaves_with_paths,
+    map_with_paths,
+    with_adapters,
+)
 from subspace_jax.methods.sparse.s2ft._weight import DenseSlice
 
 
-def fuse_slices(*adapted: Any) -> Any:
+def fuse_slices(*adapted: Params) -> Params:
     """Returns one adapter whose change is the sum of those of several adapters of one base.
 
     Slots are concatenated, so selections that do not overlap keep their values exactly, and rows that two
@@ -57,7 +65,7 @@ def fuse_slices(*adapted: Any) -> Any:
     return map_with_paths(one, *adapted)
 
 
-def switch_slices(params: Any, old: Any, new: Any) -> Any:
+def switch_slices(params: Params, old: Params, new: Params) -> Params:
     """Replaces the adapter that is merged into a model by another one.
 
     Args:
@@ -76,7 +84,7 @@ def switch_slices(params: Any, old: Any, new: Any) -> Any:
       True
     """
 
-    def apply(tree: Any, adapter: Any, sign: float) -> Any:
+    def apply(tree: PyTree, adapter: Params, sign: float) -> Params:
         def one(path: str, array: Any, weight: Any) -> Any:
             if not is_weight(weight):
                 return array
@@ -90,7 +98,7 @@ def switch_slices(params: Any, old: Any, new: Any) -> Any:
     return apply(apply(params, old, -1.0), new, 1.0)
 
 
-def serve_slices(fn: Callable[..., Any], adapted: Sequence[Any], tasks: jax.Array, *inputs: jax.Array) -> Any:
+def serve_slices(fn: Callable[..., Any], adapted: Sequence[Params], tasks: jax.Array, *inputs: jax.Array) -> Any:
     r"""Runs a batch in which every example has an adapter of its own.
 
     One product with the base for the whole batch, and for each example \(x_{sel}\,\Delta\) with its own selection and
@@ -134,7 +142,7 @@ def serve_slices(fn: Callable[..., Any], adapted: Sequence[Any], tasks: jax.Arra
     return jax.vmap(of_one)(tasks, *inputs)
 
 
-def _parts_by_path(tree: Any) -> dict[str, dict[str, jax.Array]]:
+def _parts_by_path(tree: PyTree) -> dict[str, dict[str, jax.Array]]:
     """What is an adapter's own: the change and where it goes."""
     found = {path: _checked(path, leaf) for path, leaf in leaves_with_paths(tree) if is_weight(leaf)}
     return {

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.core import PatternError, RoleError, leaves_with_paths, map_with_paths, nearest
+from subspace_jax.core import Params, PatternError, RoleError, leaves_with_paths, map_with_paths, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def reordered(mask: np.ndarray, order: np.ndarray) -> np.ndarray:
     return np.take_along_axis(mask, _of_groups(order, mask.shape[-1]), axis=-1)
 
 
-def co_permute(params: Any, coupling: Coupling, order: np.ndarray) -> Any:
+def co_permute(params: Params, coupling: Coupling, order: np.ndarray) -> Params:
     """Permutes one layer's heads or channels in all arrays; the network computes the same function.
 
     Args:

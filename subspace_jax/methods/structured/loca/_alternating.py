@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Weight, check_int, is_weight
+from subspace_jax.core import OptState, Params, PyTree, Updates, Weight, check_int, is_weight
 from subspace_jax.methods.structured.loca._weight import CosineSpectrum
 from subspace_jax.optim import is_hole, like_updates, rest_without_gradient
 
@@ -80,7 +80,7 @@ def alternating(
     first = rest_without_gradient(coefficients)
     second = rest_without_gradient(locations)
 
-    def init(params: Any) -> AlternatingState:
+    def init(params: Params) -> AlternatingState:
         places = _select(params, True)
         # optax initializes with a tree without leaves to tell what of a state is like the parameters.
         if jax.tree.leaves(params) and not jax.tree.leaves(places):
@@ -90,7 +90,7 @@ def alternating(
             )
         return AlternatingState(jnp.zeros([], jnp.int32), first.init(_select(params, False)), second.init(places))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Updates, state: OptState, params: Params = None, **extra: Any) -> tuple[Updates, OptState]:
         if params is None:
             raise ValueError("alternating: call update(updates, state, params); it needs the parameters.")
         resting = like_updates(updates, params)
@@ -115,7 +115,7 @@ def alternating(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _select(tree: Any, locations: bool) -> Any:
+def _select(tree: PyTree, locations: bool) -> PyTree:
     """The tree with what `optax.masked` leaves in place of everything but the locations, or of the locations."""
 
     def leaf(value: Any, owner: Any = None, name: str = "") -> Any:
@@ -131,16 +131,16 @@ def _is_masked(value: Any) -> bool:
     return isinstance(value, optax.MaskedNode)
 
 
-def _like(change: Any, params: Any) -> Any:
+def _like(change: Updates, params: Params) -> Updates:
     return jax.tree.map(lambda c, p: c.astype(p.dtype), change, params)
 
 
-def _still(params: Any) -> Any:
+def _still(params: Params) -> Updates:
     # Not +0, which would turn a parameter of -0 into +0.
     return jax.tree.map(lambda p: jnp.full_like(p, -0.0), params)
 
 
-def _projected(change: Any, params: Any) -> Any:
+def _projected(change: Updates, params: Params) -> Updates:
     """The change that ends within the range of locations."""
     if not isinstance(params, Weight):
         return change

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Method, Role, check_choice, check_number, check_probability, check_rank, require_matrix
+from subspace_jax.core import (
+    Method,
+    Params,
+    Role,
+    check_choice,
+    check_number,
+    check_probability,
+    check_rank,
+    require_matrix,
+)
 from subspace_jax.methods.structured.loca._weight import CosineSpectrum, Evaluation
 from subspace_jax.weights import hidden_zeros, map_weights
 
@@ -98,7 +107,7 @@ class CosineValues(NamedTuple):
     with_locations: int
 
 
-def cosine_values(adapted: Any) -> CosineValues:
+def cosine_values(adapted: Params) -> CosineValues:
     """Counts the values that LoCA trains, with and without the locations.
 
     Args:
@@ -124,7 +133,7 @@ def cosine_values(adapted: Any) -> CosineValues:
     return CosineValues(coefficients, coefficients + locations)
 
 
-def fix_locations(adapted: Any) -> Any:
+def fix_locations(adapted: Params) -> Params:
     """Rounds LoCA's locations to integers for good; from then on only coefficients learn.
 
     For the part of training after `alternating`'s cut-off, and for files: a coefficient and two integers each.

@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Method, Role, check_int, check_probability, is_weight, require_matrix
+from subspace_jax.core import (
+    Method,
+    OptState,
+    Params,
+    Role,
+    Updates,
+    check_int,
+    check_probability,
+    is_weight,
+    require_matrix,
+)
 from subspace_jax.linalg import skew_size
 from subspace_jax.methods.structured.oft._weight import Rotated
 from subspace_jax.optim import is_hole
@@ -113,11 +123,11 @@ def coft_projection(radius: float = 6e-5) -> optax.GradientTransformation:
       >>> optimizer = optax.chain(optax.adam(1e-3), sj.methods.oft.coft_projection(1e-3))
     """
 
-    def init(params: Any) -> optax.EmptyState:
+    def init(params: Params) -> optax.EmptyState:
         del params
         return optax.EmptyState()
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Updates, state: OptState, params: Params = None) -> tuple[Updates, OptState]:
         if params is None:
             raise ValueError("coft_projection: call update(updates, state, params); it needs the weights.")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
+from subspace_jax.core import Params
 from subspace_jax.linalg import kronecker_sum, kronecker_svd
 from subspace_jax.methods.structured.soka._weight import KroneckerSum
 from subspace_jax.weights import map_weights, original_arrays
 
 
-def active_values(adapted: Any) -> int:
+def active_values(adapted: Params) -> int:
     r"""Counts the trained values of SoKA's terms in use, \(\sum r (m n + p q + 1)\).
 
     What `summary` counts as trainable, of SoKA's weights alone.
@@ -37,7 +37,7 @@ def active_values(adapted: Any) -> int:
     return sum(counts)
 
 
-def to_kronecker(adapted: Any, params: Any) -> Any:
+def to_kronecker(adapted: Params, params: Params) -> Params:
     r"""Rewrites SoKA's weights as Kronecker sums on the untouched arrays.
 
     The change is the sum of the terms now less that at the start: twice the terms on the original weight. Where terms

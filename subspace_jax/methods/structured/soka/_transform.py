@@ -6,18 +6,18 @@ SoKA: Singular Value Decomposition (SVD) on Kronecker Adaptation for Large Langu
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
+from subspace_jax.core import Params
 from subspace_jax.linalg import Combine, count_terms, kronecker_sum, wide_dtype
 from subspace_jax.methods.structured.soka._weight import KroneckerSum
 from subspace_jax.weights import map_weights
 
 
 def prune_terms(
-    adapted: Any, *, energy: float = 0.95, combine: Combine = "min", least: int = 1, most: int | None = None
-) -> Any:
+    adapted: Params, *, energy: float = 0.95, combine: Combine = "min", least: int = 1, most: int | None = None
+) -> Params:
     r"""Retires the terms of SoKA that training has left small, without changing the function.
 
     By the criteria of `soka`, on the terms' norms \(|\sigma_c| \|U_c\| \|V_c\|\) in place of singular values. What a
@@ -59,7 +59,7 @@ def prune_terms(
     return map_weights(KroneckerSum, prune, adapted)
 
 
-def normalize_terms(adapted: Any) -> Any:
+def normalize_terms(adapted: Params) -> Params:
     r"""Moves the norms of SoKA's factors into their scales, without changing the function.
 
     \(\sigma_c \leftarrow \sigma_c \|U_c\| \|V_c\|\), and both factors of norm 1; use it after each step, or never.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 
-from subspace_jax.core import PatternError, matches, nearest
+from subspace_jax.core import Params, PatternError, PyTree, matches, nearest
 
 
-def complete_norms(params: Any, norms: str | Iterable[str]) -> Any:
+def complete_norms(params: Params, norms: str | Iterable[str]) -> Params:
     """Returns the parameters with a bias of zeros or a scale of ones in norms that have only the other.
 
     For the model with `use_bias=True` and `use_scale=True` in those norms, which then computes what it did before.
@@ -35,7 +34,7 @@ def complete_norms(params: Any, norms: str | Iterable[str]) -> Any:
     found: dict[str, str] = {}
     unmatched = set(patterns)
 
-    def visit(tree: Any, path: str) -> Any:
+    def visit(tree: PyTree, path: str) -> PyTree:
         if not isinstance(tree, Mapping):
             return tree
         new = {name: visit(value, f"{path}/{name}" if path else str(name)) for name, value in tree.items()}

@@ -13,7 +13,9 @@ from subspace_jax.core import (
     InitFn,
     Leaf,
     Method,
+    Params,
     PatternError,
+    PyTree,
     Role,
     RoleError,
     check_choice,
@@ -205,7 +207,7 @@ def _with_outputs(array: jax.Array, role: Role) -> Role:
     return dataclasses.replace(role, in_axes=(), out_axes=rest)
 
 
-def fold(adapted: Any) -> Any:
+def fold(adapted: Params) -> Params:
     """Folds every scale and shift into ordinary parameters, and creates the biases that layers lack.
 
     Args:
@@ -245,7 +247,7 @@ def _bias_of(weight: ScaledShifted) -> jax.Array:
     return weight.shift.reshape(*role.stack_shape(shape), *role.out_shape(shape)).astype(weight.dtype)
 
 
-def _with_entry(tree: Any, names: list[str], value: jax.Array, path: str) -> Any:
+def _with_entry(tree: PyTree, names: list[str], value: jax.Array, path: str) -> PyTree:
     if not isinstance(tree, Mapping):
         raise PatternError(f"{path}: a bias cannot be created in a {type(tree).__name__}; the tree must be of dicts.")
     first, *rest = names
