@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.fft
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from subspace_jax.linalg._cosine_transform import cosine_matrix
 from subspace_jax.linalg._sharding import by_compiler, whole_rows
@@ -29,7 +30,7 @@ class Selected(NamedTuple):
     coordinates: jax.Array
 
 
-def fixed_basis(size: int, basis: FixedBasis = "dct") -> jax.Array:
+def fixed_basis(size: int, basis: FixedBasis = "dct") -> Float[Array, "size size"]:
     """Returns an orthonormal matrix `[size, size]` that depends on nothing but its size.
 
     Args:
@@ -46,7 +47,9 @@ def fixed_basis(size: int, basis: FixedBasis = "dct") -> jax.Array:
     return jnp.linalg.qr(jax.random.normal(jax.random.key(size), (size, size)))[0]
 
 
-def transform_rows(matrix: jax.Array, *, basis: FixedBasis = "dct", transform: Transform = "matmul") -> jax.Array:
+def transform_rows(
+    matrix: Float[Array, "*stack N n"], *, basis: FixedBasis = "dct", transform: Transform = "matmul"
+) -> Float[Array, "*stack N n"]:
     """Returns `matrix @ fixed_basis`, by a product or, for cosines, by fast Fourier transforms of the rows.
 
     Args:
@@ -61,7 +64,7 @@ def transform_rows(matrix: jax.Array, *, basis: FixedBasis = "dct", transform: T
 
 
 def select_columns(
-    matrix: jax.Array,
+    matrix: Float[Array, "*stack N n"],
     rank: int,
     *,
     basis: FixedBasis = "dct",
@@ -92,7 +95,9 @@ def select_columns(
     return Selected(indices, jnp.take_along_axis(spectrum, indices[..., None, :], axis=-1))
 
 
-def chosen_columns(indices: jax.Array, size: int, basis: FixedBasis = "dct") -> jax.Array:
+def chosen_columns(
+    indices: Int[Array, "*stack rank"], size: int, basis: FixedBasis = "dct"
+) -> Float[Array, "*stack size rank"]:
     """Returns columns of the fixed basis, `[*stack, size, rank]`.
 
     Args:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.fft import dctn, idctn
+from jaxtyping import Array, Float, Int
 
 
-def cosine_vectors(index: jax.Array, size: int, dtype=jnp.float32) -> jax.Array:
+def cosine_vectors(index: Int[Array, " *stack"], size: int, dtype=jnp.float32) -> Float[Array, "*stack size"]:
     r"""Returns rows of the orthonormal DCT-II matrix: \(c_i \cos(\pi (2 j + 1)\, i / 2 N)\) over \(j\).
 
     Args:
@@ -38,7 +39,7 @@ def cosine_vectors(index: jax.Array, size: int, dtype=jnp.float32) -> jax.Array:
     return wave * jnp.where(index == 0, math.sqrt(1.0 / size), math.sqrt(2.0 / size)).astype(dtype)
 
 
-def cosine_matrix(size: int, dtype=jnp.float32) -> jax.Array:
+def cosine_matrix(size: int, dtype=jnp.float32) -> Float[Array, "size size"]:
     r"""Returns the orthonormal DCT-II matrix \(C\): `C @ x` is the transform of `x`, and \(C C^T = I\).
 
     Args:
@@ -53,7 +54,7 @@ def cosine_matrix(size: int, dtype=jnp.float32) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="fft")
-def cosine_transform(matrix: jax.Array, *, fft: bool = True) -> jax.Array:
+def cosine_transform(matrix: Float[Array, "m n"], *, fft: bool = True) -> Float[Array, "m n"]:
     r"""Returns the two-dimensional DCT \(C_m M C_n^T\) of `[m, n]`, orthonormal.
 
     Args:
@@ -72,7 +73,7 @@ def cosine_transform(matrix: jax.Array, *, fft: bool = True) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="fft")
-def inverse_cosine_transform(spectrum: jax.Array, *, fft: bool = True) -> jax.Array:
+def inverse_cosine_transform(spectrum: Float[Array, "m n"], *, fft: bool = True) -> Float[Array, "m n"]:
     r"""Returns the inverse two-dimensional DCT \(C_m^T S C_n\): the matrix whose transform is `spectrum`.
 
     Args:
@@ -104,7 +105,7 @@ class Residuals(NamedTuple):
     random_cosine: float
 
 
-def best_cosine_terms(matrix: jax.Array, count: int) -> tuple[jax.Array, float]:
+def best_cosine_terms(matrix: Float[Array, "m n"], count: int) -> tuple[Float[Array, "m n"], float]:
     """Returns the best approximation by `count` terms of the cosine transform, and the share of energy it leaves.
 
     Args:
@@ -125,7 +126,7 @@ def best_cosine_terms(matrix: jax.Array, count: int) -> tuple[jax.Array, float]:
     return inverse_cosine_transform(kept), _missing(kept, spectrum)
 
 
-def compare_residuals(key: jax.Array, matrix: jax.Array, rank: int) -> Residuals:
+def compare_residuals(key: jax.Array, matrix: Float[Array, "in out"], rank: int) -> Residuals:
     r"""Compares cosine terms, best and random, with a low rank of as many values, \(n = r\,(d_{in} + d_{out})\).
 
     Args:
@@ -153,9 +154,9 @@ def compare_residuals(key: jax.Array, matrix: jax.Array, rank: int) -> Residuals
     )
 
 
-def _missing(kept: jax.Array, spectrum: jax.Array) -> float:
+def _missing(kept: Float[Array, "m n"], spectrum: Float[Array, "m n"]) -> float:
     return float(jnp.sum((spectrum - kept) ** 2) / jnp.sum(spectrum**2))
 
 
-def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+def _product(left: Float[Array, "m k"], right: Float[Array, "k n"]) -> Float[Array, "m n"]:
     return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

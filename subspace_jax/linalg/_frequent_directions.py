@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from subspace_jax.linalg._sharding import whole_matrices
 from subspace_jax.linalg._svd import truncated_svd
 
 
-def frequent_directions(sketch: jax.Array, columns: jax.Array) -> jax.Array:
+def frequent_directions(
+    sketch: Float[Array, "*stack m r"], columns: Float[Array, "*stack m n"]
+) -> Float[Array, "*stack m r"]:
     r"""Adds columns to a sketch of fixed size: \(S S^T \approx \sum C C^T\), from below.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from subspace_jax.linalg._sharding import whole_matrices
 from subspace_jax.linalg._svd import randomized_svd, truncated_svd
@@ -86,7 +87,7 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def rearrange(matrix: jax.Array, split: KroneckerSplit) -> jax.Array:
+def rearrange(matrix: Float[Array, "*stack mp nq"], split: KroneckerSplit) -> Float[Array, "*stack mn pq"]:
     r"""Rearranges a matrix so that its Kronecker terms become low-rank terms.
 
     \(R(A \otimes B) = \mathrm{vec}(A)\,\mathrm{vec}(B)^T\) with row-major vec; linear, one to one, and it keeps the
@@ -110,7 +111,7 @@ def rearrange(matrix: jax.Array, split: KroneckerSplit) -> jax.Array:
     return jnp.swapaxes(parts, -3, -2).reshape(*stack, m * n, p * q)
 
 
-def unrearrange(rearranged: jax.Array, split: KroneckerSplit) -> jax.Array:
+def unrearrange(rearranged: Float[Array, "*stack mn pq"], split: KroneckerSplit) -> Float[Array, "*stack mp nq"]:
     """Undoes `rearrange`: returns the matrix `[*stack, m p, n q]`.
 
     Args:
@@ -131,7 +132,12 @@ def unrearrange(rearranged: jax.Array, split: KroneckerSplit) -> jax.Array:
 
 
 def kronecker_svd(
-    matrix: jax.Array, split: KroneckerSplit, terms: int, *, key: jax.Array | None = None, oversample: int = 10
+    matrix: Float[Array, "*stack mp nq"],
+    split: KroneckerSplit,
+    terms: int,
+    *,
+    key: jax.Array | None = None,
+    oversample: int = 10,
 ) -> KroneckerSVD:
     r"""Returns the leading Kronecker terms: the best approximation by a sum of so many, in the Frobenius norm.
 
@@ -161,7 +167,9 @@ def kronecker_svd(
     return KroneckerSVD(left, s, vt.reshape(*shape[:-4], split.p, split.q))
 
 
-def kronecker_sum(scales: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+def kronecker_sum(
+    scales: Float[Array, "*stack r"], left: Float[Array, "*stack r m n"], right: Float[Array, "*stack r p q"]
+) -> Float[Array, "*stack m*p n*q"]:
     r"""Returns the sum of Kronecker products \(\sum_c \sigma_c\,U_c \otimes V_c\), `[*stack, m p, n q]`.
 
     Args:
@@ -184,8 +192,13 @@ def kronecker_sum(scales: jax.Array, left: jax.Array, right: jax.Array) -> jax.A
 
 
 def kronecker_rows(
-    rows: jax.Array, scales: jax.Array, left: jax.Array, right: jax.Array, *, precision: Any = lax.Precision.HIGHEST
-) -> jax.Array:
+    rows: Float[Array, "*stack t mp"],
+    scales: Float[Array, "*stack r"],
+    left: Float[Array, "*stack r m n"],
+    right: Float[Array, "*stack r p q"],
+    *,
+    precision: Any = lax.Precision.HIGHEST,
+) -> Float[Array, "*stack t n*q"]:
     r"""Multiplies rows by a sum of Kronecker products, which is never formed.
 
     A row read as \(X\), `[m, p]`, becomes \(\sum_c \sigma_c\,U_c^T X V_c\), `[n, q]`, in the order of fewer operations;

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from subspace_jax.linalg._subspace import wide_matmul
 
@@ -18,8 +18,9 @@ NEWTON_SCHULZ_COEFFICIENTS = (
 
 
 def newton_schulz(
-    matrix: jax.Array, coefficients: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ_COEFFICIENTS
-) -> jax.Array:
+    matrix: Float[Array, "*stack m n"],
+    coefficients: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ_COEFFICIENTS,
+) -> Float[Array, "*stack m n"]:
     r"""Orthogonalizes a matrix by products alone: keeps its singular vectors and takes singular values near 1.
 
     \(X \leftarrow a X + (b\,Y + c\,Y^2)\,X\) with \(Y = X X^T\), from \(X / \|X\|\). A matrix of zeros stays zero.

@@ -7,9 +7,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 
-def skew(entries: jax.Array, size: int) -> jax.Array:
+def skew(entries: Float[Array, "*stack free"], size: int) -> Float[Array, "*stack size size"]:
     """Returns skew-symmetric matrices whose strict upper triangles, row by row, are `entries`.
 
     Args:
@@ -30,7 +31,7 @@ def skew(entries: jax.Array, size: int) -> jax.Array:
 
 
 @jax.custom_jvp
-def cayley(matrix: jax.Array) -> jax.Array:
+def cayley(matrix: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
     r"""Returns the Cayley transform \((I + Q)(I - Q)^{-1}\), a rotation for skew-symmetric \(Q\), in float32.
 
     Its derivative is \(\frac{1}{2} (I + R)\,dQ\,(I + R)\), so that no step solves anything backwards.
@@ -50,7 +51,9 @@ def cayley(matrix: jax.Array) -> jax.Array:
 
 
 @cayley.defjvp
-def _cayley_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _cayley_jvp(
+    primals: tuple[Float[Array, "*stack n n"]], tangents: tuple[Float[Array, "*stack n n"]]
+) -> tuple[Float[Array, "*stack n n"], Float[Array, "*stack n n"]]:
     rotation = cayley(*primals)
     half = rotation + jnp.eye(rotation.shape[-1], dtype=rotation.dtype)
     change = tangents[0].astype(rotation.dtype)
@@ -58,7 +61,7 @@ def _cayley_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[
     return rotation, 0.5 * jnp.matmul(jnp.matmul(half, change, precision=precision), half, precision=precision)
 
 
-def _inverse_by_sweeps(matrix: jax.Array) -> jax.Array:
+def _inverse_by_sweeps(matrix: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
     """The inverse of matrices with a positive definite symmetric part, which need no pivoting.
 
     On CPU many decompositions beside products in one program can deadlock (jax 0.10, two cores);
@@ -67,7 +70,7 @@ def _inverse_by_sweeps(matrix: jax.Array) -> jax.Array:
     size = matrix.shape[-1]
     places = jnp.arange(size)
 
-    def sweep(k: jax.Array, current: jax.Array) -> jax.Array:
+    def sweep(k: Int[Array, ""], current: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
         row = lax.dynamic_index_in_dim(current, k, axis=-2)
         column = lax.dynamic_index_in_dim(current, k, axis=-1)
         pivot = lax.dynamic_index_in_dim(row, k, axis=-1)
@@ -78,7 +81,7 @@ def _inverse_by_sweeps(matrix: jax.Array) -> jax.Array:
     return lax.fori_loop(0, size, sweep, matrix)
 
 
-def cayley_neumann(matrix: jax.Array, terms: int) -> jax.Array:
+def cayley_neumann(matrix: Float[Array, "*stack n n"], terms: int) -> Float[Array, "*stack n n"]:
     r"""Returns the Cayley transform with its inverse cut to a series: \(I + 2Q + \dots + 2Q^{t-2} + Q^{t-1}\).
 
     It equals \(\mathrm{Cayley}(Q)\,(I - Q^{t-1})\), so it is orthogonal up to \(O(\|Q\|^{t-1})\) only.

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Shaped
 
 
-def whole_matrices(matrix: jax.Array) -> jax.Array:
+def whole_matrices(matrix: Shaped[Array, "*stack m n"]) -> Shaped[Array, "*stack m n"]:
     """Returns the array with the last two axes whole on every device, where mesh axes are explicit.
 
     Decompositions need that there; stacked axes keep their split, so that each device decomposes its own matrices.
@@ -31,7 +32,7 @@ def whole_matrices(matrix: jax.Array) -> jax.Array:
     return jax.sharding.reshard(matrix, PartitionSpec(*sharding.spec[:-2], None, None))
 
 
-def whole_rows(matrix: jax.Array) -> jax.Array:
+def whole_rows(matrix: Shaped[Array, "*stack m n"]) -> Shaped[Array, "*stack m n"]:
     """Returns the array with its last axis whole on every device, where mesh axes are explicit.
 
     Args:
@@ -45,7 +46,7 @@ def whole_rows(matrix: jax.Array) -> jax.Array:
     )
 
 
-def layers_apart(matrix: jax.Array) -> jax.Array:
+def layers_apart(matrix: Shaped[Array, "*stack m n"]) -> Shaped[Array, "*stack m n"]:
     """Returns the array with its stack split over the mesh, in a program for a mesh with automatic axes.
 
     A decomposition needs whole matrices; left alone, the compiler gathers all layers on every device. Everywhere else,
@@ -89,7 +90,9 @@ def without_repeats(entries: Sequence[Any]) -> list[Any]:
     return kept
 
 
-def by_compiler(function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+def by_compiler(
+    function: Callable[[jax.Array], jax.Array], array: Shaped[Array, " *shape"]
+) -> Shaped[Array, " *shape"]:
     """Runs a function that JAX refuses over explicit mesh axes with axes that the compiler splits.
 
     Args:

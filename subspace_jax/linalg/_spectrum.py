@@ -6,14 +6,16 @@ import heapq
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 Combine = Literal["min", "max", "energy", "elbow"]
 
 
-def energy_terms(values: jax.Array, share: float, total: jax.Array | None = None) -> jax.Array:
+def energy_terms(
+    values: Float[Array, "*stack k"], share: float, total: Float[Array, " *stack"] | None = None
+) -> Int[Array, " *stack"]:
     r"""Counts the leading terms that hold a share \(\tau\) of the energy.
 
     That is the smallest \(r\) with \(\sum_{c \le r} s_c^2 \ge \tau \sum_c s_c^2\).
@@ -38,7 +40,7 @@ def energy_terms(values: jax.Array, share: float, total: jax.Array | None = None
     return jnp.where(enough.any(axis=-1), jnp.argmax(enough, axis=-1) + 1, values.shape[-1]).astype(jnp.int32)
 
 
-def elbow_terms(values: jax.Array, count: jax.Array | None = None) -> jax.Array:
+def elbow_terms(values: Float[Array, "*stack k"], count: Int[Array, " *stack"] | None = None) -> Int[Array, " *stack"]:
     r"""Returns the number of terms before the elbow of the spectrum.
 
     The elbow is the value farthest below the chord from the first to the last: with \(x_c = (c - 1) / (K - 1)\) and
@@ -72,15 +74,15 @@ def elbow_terms(values: jax.Array, count: jax.Array | None = None) -> jax.Array:
 
 
 def count_terms(
-    values: jax.Array,
+    values: Float[Array, "*stack k"],
     share: float,
     combine: Combine = "min",
     *,
     least: int = 1,
     most: int | None = None,
-    total: jax.Array | None = None,
-    count: jax.Array | None = None,
-) -> jax.Array:
+    total: Float[Array, " *stack"] | None = None,
+    count: Int[Array, " *stack"] | None = None,
+) -> Int[Array, " *stack"]:
     """Returns how many terms to keep by the energy and the elbow criterion, within bounds.
 
     Args:
@@ -111,8 +113,8 @@ def count_terms(
 
 
 def allocate_terms(
-    spectra: Sequence[np.ndarray], costs: Sequence[int], budget: int, *, least: int, most: int
-) -> list[np.ndarray]:
+    spectra: Sequence[Float[np.ndarray, "... _"]], costs: Sequence[int], budget: int, *, least: int, most: int
+) -> list[Int[np.ndarray, ...]]:
     r"""Allocates a budget of values that several matrices share, and returns the number of terms of each.
 
     After `least` terms each, the term with the most energy for its cost, \(s_c^2\) per value, comes next, until one

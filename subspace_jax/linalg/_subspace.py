@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from subspace_jax.linalg._sharding import whole_matrices, without_repeats
 
@@ -20,7 +21,9 @@ Side = Literal["in", "out"]
 Mode = Literal["remove", "keep"]
 
 
-def project(matrix: jax.Array, basis: jax.Array, *, mode: Mode = "keep", side: Side = "in") -> jax.Array:
+def project(
+    matrix: Float[Array, "*stack in out"], basis: Float[Array, "*stack d k"], *, mode: Mode = "keep", side: Side = "in"
+) -> Float[Array, "*stack in out"]:
     r"""Projects the columns (side "in") or rows (side "out") of a matrix onto a subspace, or onto its complement.
 
     \(U U^T G\) or \(G - U U^T G\) for "in"; \(G U U^T\) or \(G - G U U^T\) for "out".
@@ -43,7 +46,9 @@ def project(matrix: jax.Array, basis: jax.Array, *, mode: Mode = "keep", side: S
     return kept if mode == "keep" else matrix.astype(kept.dtype) - kept
 
 
-def to_coordinates(matrix: jax.Array, basis: jax.Array, *, side: Side = "in") -> jax.Array:
+def to_coordinates(
+    matrix: Float[Array, "*stack in out"], basis: Float[Array, "*stack d k"], *, side: Side = "in"
+) -> Float[Array, "*stack _ _"]:
     r"""Returns coordinates of a matrix in a subspace: \(U^T G\), `[*stack, k, out]`, or \(G U\), `[*stack, in, k]`.
 
     The result is in at least float32.
@@ -58,7 +63,9 @@ def to_coordinates(matrix: jax.Array, basis: jax.Array, *, side: Side = "in") ->
     return wide_matmul(matrix, basis, split=(-2, None))
 
 
-def from_coordinates(coordinates: jax.Array, basis: jax.Array, *, side: Side = "in") -> jax.Array:
+def from_coordinates(
+    coordinates: Float[Array, "*stack _ _"], basis: Float[Array, "*stack d k"], *, side: Side = "in"
+) -> Float[Array, "*stack in out"]:
     r"""Returns the matrix of given coordinates in a subspace: \(U C\) or \(C U^T\).
 
     Args:
@@ -72,8 +79,13 @@ def from_coordinates(coordinates: jax.Array, basis: jax.Array, *, side: Side = "
 
 
 def transport(
-    coordinates: jax.Array, old: jax.Array, new: jax.Array, *, side: Side = "in", squares: bool = False
-) -> jax.Array:
+    coordinates: Float[Array, "*stack _ _"],
+    old: Float[Array, "*stack d _"],
+    new: Float[Array, "*stack d _"],
+    *,
+    side: Side = "in",
+    squares: bool = False,
+) -> Float[Array, "*stack _ _"]:
     r"""Transports coordinates to another basis: \(R C\) or \(C R^T\) with \(R = U_{new}^T U_{old}\).
 
     Args:
@@ -99,7 +111,12 @@ def transport(
     return wide_matmul(coordinates, jnp.swapaxes(mixing, -1, -2), split=(-2, None))
 
 
-def wide_matmul(left: jax.Array, right: jax.Array, *, split: tuple[int | None, int | None] = (-2, -1)) -> jax.Array:
+def wide_matmul(
+    left: Float[Array, "*#stack m k"],
+    right: Float[Array, "*#stack k n"],
+    *,
+    split: tuple[int | None, int | None] = (-2, -1),
+) -> Float[Array, "*stack m n"]:
     """Returns a product of stacked matrices in at least float32, also over axes that are split between devices.
 
     Args:
@@ -114,7 +131,9 @@ def wide_matmul(left: jax.Array, right: jax.Array, *, split: tuple[int | None, i
     return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
 
-def _placed_matmul(left: jax.Array, right: jax.Array, split: tuple[int | None, int | None]) -> jax.Array:
+def _placed_matmul(
+    left: Float[Array, "*#stack m k"], right: Float[Array, "*#stack k n"], split: tuple[int | None, int | None]
+) -> Float[Array, "*stack m n"]:
     """A product over explicit mesh axes.
 
     Not by `jnp.matmul`: it takes the result's sharding for axes in an order that broadcast or unit axes of the stack
@@ -126,7 +145,7 @@ def _placed_matmul(left: jax.Array, right: jax.Array, split: tuple[int | None, i
     stack = [a if a is not None else b for a, b in zip(*padded, strict=True)]
     shape = jnp.broadcast_shapes(left.shape[:-2], right.shape[:-2])
 
-    def stacked(array: jax.Array, own: tuple[Any, ...]) -> jax.Array:
+    def stacked(array: Float[Array, "... a b"], own: tuple[Any, ...]) -> Float[Array, "... a b"]:
         if array.shape[:-2] == shape and list(own[:-2]) == stack:
             return array
         spec = without_repeats([*stack, *own[-2:]])
@@ -145,7 +164,7 @@ def _placed_matmul(left: jax.Array, right: jax.Array, split: tuple[int | None, i
     )
 
 
-def complete(basis: jax.Array) -> jax.Array:
+def complete(basis: Float[Array, "*stack d k"]) -> Float[Array, "*stack d _"]:
     """Returns an orthonormal basis of the complement of the span of `basis`.
 
     Args:
@@ -166,7 +185,7 @@ def complete(basis: jax.Array) -> jax.Array:
     return jnp.asarray(np.where(free, u[..., first:], 0.0), jnp.float32)
 
 
-def orthonormalize(columns: jax.Array, tolerance: float = 1e-6) -> jax.Array:
+def orthonormalize(columns: Float[Array, "*stack d k"], tolerance: float = 1e-6) -> Float[Array, "*stack d k"]:
     """Orthonormalizes columns from left to right; columns that depend on earlier ones become zero.
 
     Args:
@@ -184,7 +203,7 @@ def orthonormalize(columns: jax.Array, tolerance: float = 1e-6) -> jax.Array:
     columns = whole_matrices(columns.astype(jnp.promote_types(columns.dtype, jnp.float32)))
     lengths = jnp.linalg.norm(columns, axis=-2, keepdims=True)
 
-    def step(i: jax.Array, basis: jax.Array) -> jax.Array:
+    def step(i: Int[Array, ""], basis: Float[Array, "*stack d k"]) -> Float[Array, "*stack d k"]:
         column = jnp.take(columns, i, axis=-1)[..., None] / jnp.where(
             lengths[..., i, None] == 0, 1.0, lengths[..., i, None]
         )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from subspace_jax.linalg._sharding import layers_apart, whole_matrices
 
@@ -35,7 +36,9 @@ def wide_dtype(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def fix_signs(u: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array]:
+def fix_signs(
+    u: Float[Array, "*stack m r"], vt: Float[Array, "*stack r n"]
+) -> tuple[Float[Array, "*stack m r"], Float[Array, "*stack r n"]]:
     """Flips signs so that the largest entry of each left vector is positive, the same on every backend.
 
     Args:
@@ -56,7 +59,7 @@ def fix_signs(u: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array]:
     return u * sign, vt * jnp.swapaxes(sign, -1, -2)
 
 
-def truncated_svd(matrix: jax.Array, rank: int) -> SVD:
+def truncated_svd(matrix: Float[Array, "*stack m n"], rank: int) -> SVD:
     """Returns the leading `rank` singular triples by a full decomposition.
 
     Args:
@@ -73,14 +76,16 @@ def truncated_svd(matrix: jax.Array, rank: int) -> SVD:
 
 # One compiled program per shape and setting, whoever calls: outside jit a loop would be compiled anew by every call.
 @functools.partial(jax.jit, static_argnames="rank")
-def _truncated(matrix: jax.Array, rank: int) -> SVD:
+def _truncated(matrix: Float[Array, "*stack m n"], rank: int) -> SVD:
     matrix = whole_matrices(matrix).astype(wide_dtype(matrix.dtype))
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     u, vt = fix_signs(u[..., :rank], vt[..., :rank, :])
     return SVD(u, s[..., :rank], vt)
 
 
-def randomized_svd(key: jax.Array, matrix: jax.Array, rank: int, *, iterations: int = 4, oversample: int = 8) -> SVD:
+def randomized_svd(
+    key: jax.Array, matrix: Float[Array, "*stack m n"], rank: int, *, iterations: int = 4, oversample: int = 8
+) -> SVD:
     """Returns the leading `rank` singular triples by a randomized range finder.
 
     A Gaussian test matrix of `rank + oversample` columns, `iterations` power iterations with a QR factorization
@@ -103,18 +108,18 @@ def randomized_svd(key: jax.Array, matrix: jax.Array, rank: int, *, iterations: 
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "iterations", "oversample"))
-def _randomized(key: jax.Array, matrix: jax.Array, rank: int, iterations: int, oversample: int) -> SVD:
+def _randomized(key: jax.Array, matrix: Float[Array, "*stack m n"], rank: int, iterations: int, oversample: int) -> SVD:
     matrix = whole_matrices(matrix).astype(wide_dtype(matrix.dtype))
     *stack, m, n = matrix.shape
     columns = min(rank + oversample, m, n)
 
-    def times(left: jax.Array, right: jax.Array) -> jax.Array:
+    def times(left: Float[Array, "*stack a b"], right: Float[Array, "*stack b c"]) -> Float[Array, "*stack a c"]:
         return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
-    def orthonormal(columns: jax.Array) -> jax.Array:
+    def orthonormal(columns: Float[Array, "*stack d r"]) -> Float[Array, "*stack d r"]:
         return jnp.linalg.qr(columns)[0]
 
-    def transposed(q: jax.Array) -> jax.Array:
+    def transposed(q: Float[Array, "*stack m r"]) -> Float[Array, "*stack n r"]:
         # The few rows are transposed, not the matrix: a loop would hold it both ways. Without the barrier the compiler
         # joins the transpose to the product, which is then slower for few columns.
         rows = lax.optimization_barrier(times(jnp.swapaxes(q, -1, -2), matrix))
@@ -122,7 +127,7 @@ def _randomized(key: jax.Array, matrix: jax.Array, rank: int, iterations: int, o
 
     test = jax.random.normal(key, (*stack, n, columns), matrix.dtype)
 
-    def power(_: int, q: jax.Array) -> jax.Array:
+    def power(_: int, q: Float[Array, "*stack m r"]) -> Float[Array, "*stack m r"]:
         return orthonormal(times(matrix, orthonormal(transposed(q))))
 
     q = lax.fori_loop(0, iterations, power, orthonormal(times(matrix, test)))

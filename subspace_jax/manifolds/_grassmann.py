@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from subspace_jax.manifolds._frames import gram, product, transposed, widened
 from subspace_jax.manifolds._manifold import Manifold
@@ -42,7 +43,9 @@ class Grassmann(Manifold):
       Edelman, Arias, Smith, The Geometry of Algorithms with Orthogonality Constraints, 1998.
     """
 
-    def to_tangent(self, point: jax.Array, vector: jax.Array) -> jax.Array:
+    def to_tangent(
+        self, point: Float[Array, "*stack n k"], vector: Float[Array, "*stack n k"]
+    ) -> Float[Array, "*stack n k"]:
         r"""Returns \(A - X X^T A\).
 
         Args:
@@ -53,7 +56,9 @@ class Grassmann(Manifold):
         point, vector = widened(point, vector)
         return vector - product(point, gram(point, vector))
 
-    def _exponential(self, point: jax.Array, tangent: jax.Array) -> jax.Array:
+    def _exponential(
+        self, point: Float[Array, "*stack n k"], tangent: Float[Array, "*stack n k"]
+    ) -> Float[Array, "*stack n k"]:
         # With V = U S W^T the geodesic is X W cos(S) W^T + U sin(S) W^T; U = V W / S needs no SVD of a tall matrix.
         squares, w = jnp.linalg.eigh(gram(tangent, tangent))
         sizes = jnp.sqrt(jnp.maximum(squares, 0.0))
@@ -64,7 +69,7 @@ class Grassmann(Manifold):
         outside = product(w * sines[..., None, :], transposed(w))
         return point + product(point, inside) + product(tangent, outside)
 
-    def log(self, point: jax.Array, other: jax.Array) -> jax.Array:
+    def log(self, point: Float[Array, "*stack n k"], other: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         """Returns the shortest tangent vector whose exponential spans `other`.
 
         Args:
@@ -75,7 +80,12 @@ class Grassmann(Manifold):
         found = _principal_vectors(*widened(point, other))
         return product(found.directions * found.angles[..., None, :], transposed(found.start))
 
-    def transport(self, point: jax.Array, tangent: jax.Array, new_point: jax.Array) -> jax.Array:
+    def transport(
+        self,
+        point: Float[Array, "*stack n k"],
+        tangent: Float[Array, "*stack n k"],
+        new_point: Float[Array, "*stack n k"],
+    ) -> Float[Array, "*stack n k"]:
         """Returns the vector carried in parallel along the shortest geodesic, in terms of the new basis.
 
         Args:
@@ -91,7 +101,7 @@ class Grassmann(Manifold):
         moved = tangent - product(point, found.start, sines * along) - product(found.directions, 2 * halves**2 * along)
         return self.to_tangent(new_point, product(moved, found.start, transposed(found.turned)))
 
-    def angles(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def angles(self, a: Float[Array, "*stack n k"], b: Float[Array, "*stack n k"]) -> Float[Array, "*stack k"]:
         """Returns the principal angles of two subspaces, `[*stack, k]`, smallest first, precise also near zero.
 
         Args:
@@ -101,7 +111,7 @@ class Grassmann(Manifold):
         self._check_shapes(a, b)
         return _principal_vectors(*widened(a, b)).angles
 
-    def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def distance(self, a: Float[Array, "*stack n k"], b: Float[Array, "*stack n k"]) -> Float[Array, " *stack"]:
         r"""Returns the geodesic distance \(\sqrt{\sum_i \theta_i^2}\) of the principal angles, `[*stack]`.
 
         Args:
@@ -111,7 +121,7 @@ class Grassmann(Manifold):
         return jnp.sqrt(jnp.sum(jnp.square(self.angles(a, b)), -1))
 
 
-def _principal_vectors(a: jax.Array, b: jax.Array) -> _PrincipalVectors:
+def _principal_vectors(a: Float[Array, "*stack n k"], b: Float[Array, "*stack n k"]) -> _PrincipalVectors:
     start, cosines, turned_t = jnp.linalg.svd(gram(a, b), full_matrices=False)
     turned = transposed(turned_t)
     outside = product(b, turned)

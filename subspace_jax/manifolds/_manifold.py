@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from subspace_jax.core import StructureError
 from subspace_jax.linalg import wide_dtype
@@ -30,7 +31,7 @@ class Manifold(abc.ABC):
         """What messages call it."""
         return type(self).__name__
 
-    def project(self, matrix: jax.Array) -> jax.Array:
+    def project(self, matrix: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         r"""Returns the nearest point to a matrix: \(U V^T\) of its SVD.
 
         Args:
@@ -43,7 +44,9 @@ class Manifold(abc.ABC):
         return polar_frame(*widened(matrix))
 
     @abc.abstractmethod
-    def to_tangent(self, point: jax.Array, vector: jax.Array) -> jax.Array:
+    def to_tangent(
+        self, point: Float[Array, "*stack n k"], vector: Float[Array, "*stack n k"]
+    ) -> Float[Array, "*stack n k"]:
         """Returns the orthogonal projection of a matrix onto the tangent space.
 
         It turns a Euclidean gradient into the Riemannian one.
@@ -53,7 +56,9 @@ class Manifold(abc.ABC):
           vector: any matrices, of the point's shape.
         """
 
-    def retract(self, point: jax.Array, tangent: jax.Array, method: Retraction = "exponential") -> jax.Array:
+    def retract(
+        self, point: Float[Array, "*stack n k"], tangent: Float[Array, "*stack n k"], method: Retraction = "exponential"
+    ) -> Float[Array, "*stack n k"]:
         r"""Returns the point that is reached by going along a tangent vector: \(X + V + O(|V|^2)\).
 
         Args:
@@ -75,11 +80,18 @@ class Manifold(abc.ABC):
         return (qr_frame if method == "qr" else polar_frame)(point + tangent)
 
     @abc.abstractmethod
-    def _exponential(self, point: jax.Array, tangent: jax.Array) -> jax.Array:
+    def _exponential(
+        self, point: Float[Array, "*stack n k"], tangent: Float[Array, "*stack n k"]
+    ) -> Float[Array, "*stack n k"]:
         """The geodesic from `point` in direction `tangent` at time one; both wide and whole."""
 
     @abc.abstractmethod
-    def transport(self, point: jax.Array, tangent: jax.Array, new_point: jax.Array) -> jax.Array:
+    def transport(
+        self,
+        point: Float[Array, "*stack n k"],
+        tangent: Float[Array, "*stack n k"],
+        new_point: Float[Array, "*stack n k"],
+    ) -> Float[Array, "*stack n k"]:
         """Returns the tangent vector at `new_point` that stands for one at `point`.
 
         Args:
@@ -88,7 +100,9 @@ class Manifold(abc.ABC):
           new_point: where to bring it.
         """
 
-    def inner(self, point: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    def inner(
+        self, point: Float[Array, "*stack n k"], a: Float[Array, "*stack n k"], b: Float[Array, "*stack n k"]
+    ) -> Float[Array, " *stack"]:
         r"""Returns \(\langle A, B \rangle = \mathrm{tr}(A^T B)\) of two tangent vectors, `[*stack]`.
 
         Args:
@@ -100,7 +114,7 @@ class Manifold(abc.ABC):
         return frobenius(*widened(a, b))
 
     @abc.abstractmethod
-    def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def distance(self, a: Float[Array, "*stack n k"], b: Float[Array, "*stack n k"]) -> Float[Array, " *stack"]:
         """Returns the distance of two points, `[*stack]`.
 
         Args:
@@ -108,7 +122,9 @@ class Manifold(abc.ABC):
           b: of the same shape.
         """
 
-    def random_point(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def random_point(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> Float[Array, "*stack n k"]:
         """Returns points drawn uniformly: orthonormal factors of Gaussian matrices.
 
         Args:
@@ -124,7 +140,7 @@ class Manifold(abc.ABC):
             raise StructureError(f"{self.name}.random_point: dtype={jnp.dtype(dtype)}; points need float32 or float64.")
         return self._oriented(qr_frame(jax.random.normal(key, shape, dtype)))
 
-    def _oriented(self, frame: jax.Array) -> jax.Array:
+    def _oriented(self, frame: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
         return frame
 
     @overload
@@ -158,7 +174,7 @@ class Manifold(abc.ABC):
             )
         return ""
 
-    def _check_shapes(self, first: Any, *others: Any) -> None:
+    def _check_shapes(self, first: Float[Array, "... n k"], *others: Float[Array, "... n k"]) -> None:
         self.check_shape(jnp.shape(first))
         for other in others:
             if jnp.shape(other)[-2:] != jnp.shape(first)[-2:]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from subspace_jax.manifolds._frames import exponential, gram, product, skew_part, symmetric, widened
 from subspace_jax.manifolds._manifold import Manifold
@@ -32,7 +32,7 @@ class SpecialOrthogonal(Manifold):
       Edelman, Arias, Smith, The Geometry of Algorithms with Orthogonality Constraints, 1998.
     """
 
-    def project(self, matrix: jax.Array) -> jax.Array:
+    def project(self, matrix: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
         r"""Returns the nearest rotation: \(U D V^T\) of the SVD, where \(D\) flips the last direction if need be.
 
         Args:
@@ -44,7 +44,9 @@ class SpecialOrthogonal(Manifold):
         flips = jnp.ones_like(u[..., 0, :]).at[..., -1].set(sign)
         return product(u * flips[..., None, :], vt)
 
-    def to_tangent(self, point: jax.Array, vector: jax.Array) -> jax.Array:
+    def to_tangent(
+        self, point: Float[Array, "*stack n n"], vector: Float[Array, "*stack n n"]
+    ) -> Float[Array, "*stack n n"]:
         r"""Returns \(X\,\mathrm{skew}(X^T A)\).
 
         Args:
@@ -55,10 +57,17 @@ class SpecialOrthogonal(Manifold):
         point, vector = widened(point, vector)
         return product(point, skew_part(gram(point, vector)))
 
-    def _exponential(self, point: jax.Array, tangent: jax.Array) -> jax.Array:
+    def _exponential(
+        self, point: Float[Array, "*stack n n"], tangent: Float[Array, "*stack n n"]
+    ) -> Float[Array, "*stack n n"]:
         return product(point, exponential(skew_part(gram(point, tangent))))
 
-    def transport(self, point: jax.Array, tangent: jax.Array, new_point: jax.Array) -> jax.Array:
+    def transport(
+        self,
+        point: Float[Array, "*stack n n"],
+        tangent: Float[Array, "*stack n n"],
+        new_point: Float[Array, "*stack n n"],
+    ) -> Float[Array, "*stack n n"]:
         r"""Returns \(Y X^T V\).
 
         Args:
@@ -70,7 +79,7 @@ class SpecialOrthogonal(Manifold):
         point, tangent, new_point = widened(point, tangent, new_point)
         return product(new_point, gram(point, tangent))
 
-    def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def distance(self, a: Float[Array, "*stack n n"], b: Float[Array, "*stack n n"]) -> Float[Array, " *stack"]:
         r"""Returns \(|\log(A^T B)|_F\), the root of twice the sum of squared angles of rotation, `[*stack]`.
 
         Args:
@@ -84,7 +93,7 @@ class SpecialOrthogonal(Manifold):
         sines = jnp.sqrt(jnp.sum(jnp.square(product(skew_part(turn), vectors)), -2))
         return jnp.sqrt(jnp.sum(jnp.square(jnp.arctan2(sines, cosines)), -1))
 
-    def _oriented(self, frame: jax.Array) -> jax.Array:
+    def _oriented(self, frame: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
         return frame.at[..., -1].multiply(_determinant_sign(frame)[..., None])
 
     def _why_not(self, matrix: Any, tolerance: float) -> str:
@@ -99,5 +108,5 @@ class SpecialOrthogonal(Manifold):
         return ""
 
 
-def _determinant_sign(matrix: jax.Array) -> jax.Array:
+def _determinant_sign(matrix: Float[Array, "*stack n n"]) -> Float[Array, " *stack"]:
     return jnp.where(jnp.linalg.det(widened(matrix)[0]) < 0, -1.0, 1.0)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from subspace_jax.manifolds._frames import exponential, frobenius, gram, product, symmetric, widened
 from subspace_jax.manifolds._manifold import Manifold
@@ -31,7 +31,9 @@ class Stiefel(Manifold):
       Edelman, Arias, Smith, The Geometry of Algorithms with Orthogonality Constraints, 1998.
     """
 
-    def to_tangent(self, point: jax.Array, vector: jax.Array) -> jax.Array:
+    def to_tangent(
+        self, point: Float[Array, "*stack n k"], vector: Float[Array, "*stack n k"]
+    ) -> Float[Array, "*stack n k"]:
         r"""Returns \(A - X\,\mathrm{sym}(X^T A)\).
 
         Args:
@@ -42,14 +44,21 @@ class Stiefel(Manifold):
         point, vector = widened(point, vector)
         return vector - product(point, symmetric(gram(point, vector)))
 
-    def _exponential(self, point: jax.Array, tangent: jax.Array) -> jax.Array:
+    def _exponential(
+        self, point: Float[Array, "*stack n k"], tangent: Float[Array, "*stack n k"]
+    ) -> Float[Array, "*stack n k"]:
         inside, squares = gram(point, tangent), gram(tangent, tangent)
         eye = jnp.zeros_like(inside) + jnp.eye(point.shape[-1], dtype=point.dtype)  # placed as the others
         generator = jnp.block([[inside, -squares], [eye, inside]])
         columns = exponential(generator)[..., :, : point.shape[-1]]
         return product(jnp.concatenate([point, tangent], -1), columns, exponential(-inside))
 
-    def transport(self, point: jax.Array, tangent: jax.Array, new_point: jax.Array) -> jax.Array:
+    def transport(
+        self,
+        point: Float[Array, "*stack n k"],
+        tangent: Float[Array, "*stack n k"],
+        new_point: Float[Array, "*stack n k"],
+    ) -> Float[Array, "*stack n k"]:
         """Returns the projection of the vector onto the tangent space of the new point.
 
         Args:
@@ -60,7 +69,7 @@ class Stiefel(Manifold):
         self._check_shapes(point, tangent, new_point)
         return self.to_tangent(new_point, tangent)
 
-    def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def distance(self, a: Float[Array, "*stack n k"], b: Float[Array, "*stack n k"]) -> Float[Array, " *stack"]:
         r"""Returns \(|A - B|_F\), `[*stack]`.
 
         Args:
