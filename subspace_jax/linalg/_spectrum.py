@@ -114,7 +114,7 @@ def count_terms(
 
 def allocate_terms(
     spectra: Sequence[Float[np.ndarray, "... _"]], costs: Sequence[int], budget: int, *, least: int, most: int
-) -> list[Int[np.ndarray, ...]]:
+) -> list[Int[np.ndarray, " ..."]]:
     r"""Allocates a budget of values that several matrices share, and returns the number of terms of each.
 
     After `least` terms each, the term with the most energy for its cost, \(s_c^2\) per value, comes next, until one
