@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from subspace_jax.core import Batch, OptState, Params, combine, partition
+from subspace_jax.core import Batch, OptState, Params, PyTree, combine, partition
 
 
 class ScanResult(NamedTuple):
@@ -29,7 +29,7 @@ def scan_steps(
     loss: Callable[[Params, Batch], jax.Array],
     optimizer: optax.GradientTransformation,
     adapted: Params,
-    inputs: Any = None,
+    inputs: PyTree = None,
     *,
     steps: int | None = None,
     opt_state: OptState = None,
@@ -57,7 +57,7 @@ def scan_steps(
     """
     trainable, frozen = partition(adapted)
 
-    def step(carry: Any, one: Any) -> tuple[Any, jax.Array]:
+    def step(carry: PyTree, one: Batch) -> tuple[PyTree, jax.Array]:
         trainable, state = carry
         value, gradients = jax.value_and_grad(lambda t: loss(combine(t, frozen), one))(trainable)
         updates, state = optimizer.update(gradients, state, trainable)

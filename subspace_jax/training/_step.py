@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from subspace_jax.core import Batch, Params, StructureError, Updates, combine, path_string
+from subspace_jax.core import Batch, Params, PyTree, StructureError, Updates, combine, path_string
 from subspace_jax.training._state import TrainState
 
 Loss = Callable[[Any, Any, jax.Array], Any]
@@ -84,7 +84,7 @@ def make_train_step(
         """The weighted means of `gradients` over micro-batches."""
         parts = jax.tree_util.tree_map_with_path(lambda path, v: _cut(path, v, accumulate), batch)
 
-        def body(total: Any, one: Any) -> tuple[Any, Any]:
+        def body(total: PyTree, one: Batch) -> tuple[PyTree, Any]:
             part, number = one
             found, metrics = gradients(trainable, frozen, part, jax.random.fold_in(key, number))
             share = jnp.ones(()) if weight is None else jnp.asarray(weight(part), jnp.float32)

@@ -44,7 +44,7 @@ class Checkpointer:
         directory: str | os.PathLike[str],
         *,
         max_to_keep: int | None = None,
-        base: Any = None,
+        base: Params = None,
         background: bool = False,
         read_only: bool = False,
     ) -> None:

@@ -17,7 +17,7 @@ def save_checkpoint(
     *,
     opt_state: OptState = None,
     extra: Any = None,
-    base: Any = None,
+    base: Params = None,
     max_to_keep: int | None = None,
 ) -> None:
     """Saves one checkpoint, atomically; a loop that saves often keeps a `Checkpointer` open instead.
@@ -53,9 +53,9 @@ def restore_checkpoint(
     directory: str | os.PathLike[str],
     step: int | None = None,
     *,
-    like: Any = None,
+    like: PyTree = None,
     shardings: PyTree = None,
-    base: Any = None,
+    base: Params = None,
 ) -> Checkpoint:
     """Restores one checkpoint; see `Checkpointer.restore`.
 

@@ -209,7 +209,7 @@ def template_placements(like: PyTree) -> dict[str, jax.sharding.Sharding]:
 def unpack(
     manifest: Mapping[str, Any],
     arrays: Mapping[str, Any],
-    like: Any,
+    like: PyTree,
     base: BaseArrays,
     places: Mapping[str, jax.sharding.Sharding],
 ) -> Checkpoint:

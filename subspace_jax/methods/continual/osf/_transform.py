@@ -255,7 +255,7 @@ def _factored(tree: PyTree, high: Mapping[str, High], *, drop_rounding: bool = F
     return map_with_paths(one, tree)
 
 
-def _after(steps: Any, params: Params, high: Mapping[str, High]) -> PyTree:
+def _after(steps: Updates, params: Params, high: Mapping[str, High]) -> PyTree:
     """The steps that lead to projected parameters, in the dtype of the parameters."""
 
     def one(path: str, step: Any, param: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 
@@ -13,7 +13,7 @@ from subspace_jax.optim import is_zero, riemannian
 
 
 def grassmann_sgd(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     momentum: float = 0.9,
     *,
     paths: str | Sequence[str] | None = None,
