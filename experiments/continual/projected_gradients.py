@@ -33,7 +33,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, Tuning, human_bytes, with_spread
+from experiments.runner import Context, Experiment, human_bytes, with_spread
 from experiments.tasks import digits_task
 from subspace_jax.metrics import average_accuracy, backward_transfer
 
@@ -64,11 +64,11 @@ class ProjectedGradientsConfig:
     batch_size: int = 32
     thresholds: tuple[float, ...] = (0.95, 0.99, 0.99)
     samples: int = 300
-    sgd_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1)
-    adam_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    sgd_rates: tuple[float, ...] = (3e-2, 1e-1)
+    adam_rates: tuple[float, ...] = (1e-3, 3e-3)
     lora_rank: int = 8
     galore_rank: int = 8
-    galore_rates: tuple[float, ...] = (4e-3, 1.2e-2, 4e-2, 1.2e-1)
+    galore_rates: tuple[float, ...] = (1.2e-2, 4e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -305,5 +305,4 @@ EXPERIMENT = Experiment(
     config=ProjectedGradientsConfig,
     run=run,
     rows=rows,
-    tuning=Tuning("average"),
 )

@@ -37,7 +37,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, Tuning, best_rates, with_spread
+from experiments.runner import Context, Experiment, best_rates, with_spread
 from experiments.tasks import digits_task
 from subspace_jax.linalg import best_cosine_terms, compare_residuals, inverse_cosine_transform
 
@@ -73,7 +73,7 @@ class LocaConfig:
     digits_count: int = 300
     digits_steps: int = 300
     digits_shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.5)
-    digits_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    digits_rates: tuple[float, ...] = (3e-2, 1e-1)
     digits_location_rate: float = 3e-3
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -178,5 +178,4 @@ EXPERIMENT = Experiment(
     config=LocaConfig,
     run=run,
     rows=rows,
-    tuning=Tuning(),
 )

@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, Tuning, best_rates, with_spread
+from experiments.runner import Context, Experiment, best_rates, with_spread
 from experiments.tasks import digits_task
 
 
@@ -51,7 +51,7 @@ class RandloraConfig:
     fit_steps: int = 3000
     fit_rate: float = 1e-2
     steps: int = 300
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
@@ -143,5 +143,4 @@ EXPERIMENT = Experiment(
     config=RandloraConfig,
     run=run,
     rows=rows,
-    tuning=Tuning(),
 )

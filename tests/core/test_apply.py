@@ -174,7 +174,7 @@ def test_linen_einsum_and_partitioned_parameters():
     fn = lambda p, x: model.apply({"params": p}, x)
     roles = sj.roles(fn, params, X)
     assert roles["Einsum_0/kernel"].out_axes == (1, 2)
-    adapted = adapt(params, {"**/kernel": lora(), "**/kernel": lora()}, roles)
+    adapted = adapt(params, {"**/kernel": lora()}, roles)
     assert sj.core.is_weight(adapted["DenseGeneral_0"]["kernel"].value)
     same_as_dense(fn, adapted, X)
 
