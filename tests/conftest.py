@@ -38,13 +38,35 @@ def _all_optimizations(request):
 def _free_compiled_programs():
     """Frees what a module compiled: thousands of small programs would fill the memory of a laptop."""
     yield
+    _free()
+
+
+@pytest.fixture(autouse=True)
+def _stay_small():
+    """Frees compiled programs in the middle of a module where they grow beyond what a laptop has to spare."""
+    yield
+    if _resident_bytes() > LARGEST:
+        _free()
+
+
+LARGEST = 1.6e9
+_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+
+
+def _free():
     jax.clear_caches()
     gc.collect()
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
 
 
-_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+def _resident_bytes():
+    """Memory that this process holds; zero where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def pytest_report_header(config):
