@@ -26,7 +26,7 @@ quickstart: $(VENV)/.installed-$(EXTRAS)
 
 test: export OPENBLAS_NUM_THREADS ?= 1
 test: $(VENV)/.installed-$(EXTRAS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 10 $(TESTS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
