@@ -29,7 +29,7 @@ import jax
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, Tuning, best_rates, mean_and_spread, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_rates, best_runs, mean_and_spread, with_spread
 from experiments.tasks import digits_task
 
 
@@ -71,14 +71,7 @@ def run(config: LolduConfig, context: Context) -> dict[str, Any]:
     runs = []
     for name, rules, rate in context.track(jobs, "turned digits"):
         optimizer = optax.adam(rate)
-        for seed in config.seeds:
-            losses, accuracy, count = digits_task.adapt_and_fit(rules, optimizer, seed, config.steps)
-            runs.append(
-                {
-                    **{"method": name, "learning_rate": rate, "seed": seed, "accuracy": accuracy},
-                    **{"early_loss": digits_task.early(losses), "adapter_values": count},
-                }
-            )
+        runs += [digits_task.run_record(name, rules, rate, optimizer, seed, config.steps) for seed in config.seeds]
     return {"runs": runs, "upright": _upright(config), "checks": _checks(config, runs)}
 
 
@@ -97,12 +90,10 @@ def _upright(config: LolduConfig) -> dict[str, list[float]]:
 def _checks(config: LolduConfig, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The requirements, by the best rate of each arm."""
 
-    def best(name: str) -> Mapping[str, float]:
-        table = []
-        for rate in {r["learning_rate"] for r in runs if r["method"] == name}:
-            same = [r for r in runs if r["method"] == name and r["learning_rate"] == rate]
-            table.append({k: mean_and_spread([r[k] for r in same])[0] for k in ("accuracy", "early_loss")})
-        return max(table, key=lambda line: line["accuracy"])
+    found = best_runs(runs, "accuracy")
+
+    def best(name: str) -> dict[str, float]:
+        return {key: mean_and_spread([r[key] for r in found[name]])[0] for key in ("accuracy", "early_loss")}
 
     ours = best(f"loldu r={config.ranks[0]}")
     return {

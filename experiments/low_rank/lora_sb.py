@@ -91,15 +91,8 @@ def run(config: LoraSbConfig, context: Context) -> dict[str, Any]:
             "random": sj.methods.lora_sb.lora_xs(config.rank, factors="random"),
         }[name]
         for seed in config.seeds:
-            losses, accuracy, count = digits_task.adapt_and_fit(
-                {digits_task.HIDDEN: method}, optimizer, seed, config.steps, stats=stats[seed]
-            )
-            runs.append(
-                {
-                    **{"method": name, "learning_rate": rate, "seed": seed, "accuracy": accuracy},
-                    **{"early_loss": digits_task.early(losses), "adapter_values": count},
-                }
-            )
+            rules = {digits_task.HIDDEN: method}
+            runs.append(digits_task.run_record(name, rules, rate, optimizer, seed, config.steps, stats=stats[seed]))
     return {"runs": runs}
 
 

@@ -79,14 +79,7 @@ def run(config: SvfitConfig, context: Context) -> dict[str, Any]:
     runs = []
     for name, rules, rate in context.track(jobs, "turned digits"):
         optimizer = optax.adam(rate)
-        for seed in config.seeds:
-            losses, accuracy, count = digits_task.adapt_and_fit(rules, optimizer, seed, config.steps)
-            runs.append(
-                {
-                    **{"method": name, "learning_rate": rate, "seed": seed, "accuracy": accuracy},
-                    **{"early_loss": digits_task.early(losses), "adapter_values": count},
-                }
-            )
+        runs += [digits_task.run_record(name, rules, rate, optimizer, seed, config.steps) for seed in config.seeds]
     return {"runs": runs}
 
 

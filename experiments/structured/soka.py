@@ -95,13 +95,7 @@ def run(config: SokaConfig, context: Context) -> dict[str, Any]:
     for name, rate in context.track([(n, r) for n in arms for r in config.rates], "turned digits"):
         for seed in config.seeds:
             rules = {digits_task.HIDDEN: arms[name]}
-            losses, accuracy, count = digits_task.adapt_and_fit(rules, optimizers[rate], seed, config.steps)
-            runs.append(
-                {
-                    **{"method": name, "learning_rate": rate, "seed": seed, "accuracy": accuracy},
-                    **{"early_loss": digits_task.early(losses), "adapter_values": count},
-                }
-            )
+            runs.append(digits_task.run_record(name, rules, rate, optimizers[rate], seed, config.steps))
     planted = [_approximate(config, noise, seed) for noise in config.noise for seed in config.seeds]
     return {"runs": runs, "planted": planted}
 

@@ -140,3 +140,12 @@ def adapt_and_fit(
 def early(losses: Sequence[float]) -> float:
     """Returns the mean loss of steps 20 to 30."""
     return float(np.mean(losses[20:30]))
+
+
+def run_record(
+    method: str, rules: Any, rate: float, optimizer: Any, seed: int, steps: int, *, stats: Any = None
+) -> dict[str, Any]:
+    """Adapts the network of a seed, see `adapt_and_fit`, and returns what the tables of experiments are made of."""
+    losses, reached, count = adapt_and_fit(rules, optimizer, seed, steps, stats=stats)
+    found = {"method": method, "learning_rate": rate, "seed": seed, "accuracy": reached}
+    return found | {"early_loss": early(losses), "adapter_values": count}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from subspace_jax.core._errors import RankError
 
@@ -87,8 +88,6 @@ def check_number(
     Raises:
       ValueError: it is not a finite real number, or outside the range.
     """
-    from jax.core import Tracer
-
     if isinstance(value, Tracer):
         return
     limits = [("above", above, lambda v: v > above), ("at least", least, lambda v: v >= least)]

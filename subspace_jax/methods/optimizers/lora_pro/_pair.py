@@ -77,4 +77,5 @@ def groups_of(pairs: Sequence[Pair], values: Sequence[jax.Array]) -> list[list[P
 
 
 def stacked(group: Sequence[Pair], values: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns the factors of a group of equal shapes, each stacked along a new first axis."""
     return jnp.stack([values[one.a] for one in group]), jnp.stack([values[one.b] for one in group])
