@@ -7,6 +7,7 @@ The mechanism and one or two names of each method are here. All that a method ha
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from subspace_jax import banks as banks
 from subspace_jax import continual as continual
 from subspace_jax import core as core
 from subspace_jax import errors as errors
@@ -18,6 +19,8 @@ from subspace_jax import metrics as metrics
 from subspace_jax import optim as optim
 from subspace_jax import sharding as sharding
 from subspace_jax import weights as weights
+from subspace_jax.banks import bank as bank
+from subspace_jax.banks import per_row as per_row
 from subspace_jax.continual import run_stream as run_stream
 from subspace_jax.core import Method as Method
 from subspace_jax.core import Role as Role
@@ -99,6 +102,8 @@ __all__ = [
     "Weight",
     "__version__",
     "adapt",
+    "bank",
+    "banks",
     "capture",
     "catalogue",
     "combine",
@@ -135,6 +140,7 @@ __all__ = [
     "optim",
     "osf",
     "partition",
+    "per_row",
     "pissa",
     "project_orthogonal",
     "qpissa",

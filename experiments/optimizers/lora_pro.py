@@ -61,11 +61,17 @@ def _chain(transformation: optax.GradientTransformation, rate: float) -> optax.G
     return optax.chain(transformation, optax.scale_by_learning_rate(rate))
 
 
+def _pairs(config: LoraProConfig) -> Any:
+    return lambda tree: sj.methods.lora_pro.low_rank_pairs(tree, {"w": config.alpha / config.rank})
+
+
 ARMS = {
-    "LoRA, SGD": lambda rate: optax.sgd(rate),
-    "LoRA-Pro, SGD": lambda rate: _chain(sj.methods.lora_pro.scale_by_lora_pro(), rate),
-    "LoRA, Adam": lambda rate: optax.adam(rate),
-    "LoRA-Pro, Adam": lambda rate: _chain(sj.methods.lora_pro.scale_by_lora_pro_adam(), rate),
+    "LoRA, SGD": lambda rate, config: optax.sgd(rate),
+    "LoRA-Pro, SGD": lambda rate, config: _chain(sj.methods.lora_pro.scale_by_lora_pro(pairs=_pairs(config)), rate),
+    "LoRA, Adam": lambda rate, config: optax.adam(rate),
+    "LoRA-Pro, Adam": lambda rate, config: _chain(
+        sj.methods.lora_pro.scale_by_lora_pro_adam(pairs=_pairs(config)), rate
+    ),
 }
 
 apply = sj.with_adapters(lambda params, x: x @ params["w"])
@@ -76,7 +82,7 @@ def run(config: LoraProConfig, context: Context) -> dict[str, Any]:
     runs = []
     jobs = [(arm, rate) for arm in ARMS for rate in (config.sgd_rates if arm.endswith("SGD") else config.adam_rates)]
     for arm, rate in context.track(jobs, "regression"):
-        train = make_training(ARMS[arm](rate), config, "Pro" in arm)
+        train = make_training(ARMS[arm](rate, config), config, "Pro" in arm)
         for seed in config.seeds:
             loss, gaps = train(*make_problem(config, seed), jax.random.key(200 + seed))
             runs.append(

@@ -33,6 +33,7 @@ from subspace_jax.core._errors import SubspaceError as SubspaceError
 from subspace_jax.core._errors import WeightFileError as WeightFileError
 from subspace_jax.core._errors import nearest as nearest
 from subspace_jax.core._full import Full as Full
+from subspace_jax.core._interpret import OnMaterialize as OnMaterialize
 from subspace_jax.core._labels import placed_like as placed_like
 from subspace_jax.core._labels import product as product
 from subspace_jax.core._links import resolve_links as resolve_links
@@ -53,6 +54,7 @@ from subspace_jax.core._paths import map_with_paths as map_with_paths
 from subspace_jax.core._paths import matches as matches
 from subspace_jax.core._paths import path_string as path_string
 from subspace_jax.core._put import put as put
+from subspace_jax.core._register_weight import register_weight as register_weight
 from subspace_jax.core._role import Role as Role
 from subspace_jax.core._roles import roles as roles
 from subspace_jax.core._summary import Summary as Summary
@@ -83,6 +85,7 @@ __all__ = [
     "Method",
     "NonFiniteError",
     "NotMergeableError",
+    "OnMaterialize",
     "Operation",
     "OptState",
     "Params",
@@ -131,6 +134,7 @@ __all__ = [
     "product",
     "put",
     "register",
+    "register_weight",
     "require_matrix",
     "resolve_links",
     "roles",

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import jax
 
+from subspace_jax.core._register_weight import register_weight
 from subspace_jax.core._weight import Weight
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(Weight):
     """The array itself, trainable; `with_adapters` puts it back before the model runs.

@@ -80,7 +80,7 @@ def combine(trainable: Params, frozen: Params) -> Params:
       {'a': Array(0., dtype=float32), 'b': Array(1., dtype=float32)}
     """
 
-    def join(path: Any, learned: Any, fixed: Any) -> Any:
+    def join(path: Any, fixed: Any, learned: Any) -> Any:
         if learned is not None and fixed is not None:
             raise StructureError(
                 f"{path_string(path)}: both trees have a value here, of shapes {jnp.shape(learned)} and "
@@ -98,7 +98,8 @@ def combine(trainable: Params, frozen: Params) -> Params:
             f"The trainable and the frozen tree differ in structure{_first_difference(trainable, frozen)}. Both must "
             "come from one partition()."
         )
-    return jax.tree_util.tree_map_with_path(join, trainable, frozen, is_leaf=_is_hole)
+    # The frozen tree's structure: its remarks are the weights' own, an optimizer step's are those of its first call.
+    return jax.tree_util.tree_map_with_path(join, frozen, trainable, is_leaf=_is_hole)
 
 
 def _is_hole(value: Any) -> bool:

@@ -18,6 +18,7 @@ from subspace_jax.core._errors import StatisticsError
 from subspace_jax.core._labels import placed_like, product
 from subspace_jax.core._operation import Operation
 from subspace_jax.core._operations import Convolution, Dot
+from subspace_jax.core._register_weight import register_weight
 from subspace_jax.core._weight import Weight, static
 
 ScaleExamples = Literal["max_abs", "signed_max"]
@@ -84,7 +85,7 @@ def _tap_backward(residual: tuple[_Inputs, _Probe], cotangent: jax.Array):
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probed(Weight):
     """An array beside the probe that gathers statistics of its inputs."""

@@ -14,6 +14,7 @@ from subspace_jax.core._apply import with_adapters
 from subspace_jax.core._operation import Operation
 from subspace_jax.core._operations import Convolution, Dot, Lookup
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
+from subspace_jax.core._register_weight import register_weight
 from subspace_jax.core._role import Role
 from subspace_jax.core._types import Params
 from subspace_jax.core._weight import Weight, is_weight, static
@@ -45,7 +46,7 @@ class _Notes:
         return dataclasses.replace(main, stack_axes=outer + inner, uses=len(found))
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Observed(Weight):
     """A leaf that records its uses and otherwise behaves as the array.

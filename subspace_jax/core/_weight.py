@@ -22,17 +22,23 @@ if TYPE_CHECKING:
 W = TypeVar("W", bound="Weight")
 
 
-def static(**options: Any) -> Any:
-    """Declares a field of a weight that is metadata: part of the tree's structure, never a traced value."""
-    return dataclasses.field(metadata={"static": True}, **options)
+def static(*, remark: bool = False, **options: Any) -> Any:
+    """Declares a field of a weight that is metadata: part of the tree's structure, never a traced value.
+
+    Args:
+      remark: the field does not change what the weight computes, so weights that differ in it share programs.
+      **options: of `dataclasses.field`.
+    """
+    return dataclasses.field(metadata={"static": True, "remark": remark}, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weight(abc.ABC):
     """A small pytree that takes a weight array's place in a tree, and is used wherever the array could be.
 
-    A concrete weight is a frozen keyword-only dataclass registered with `jax.tree_util.register_dataclass`. Its
-    data fields are arrays or weights, its other fields are declared with `static()`. The class attribute `axes`
+    A concrete weight is a frozen keyword-only dataclass with the decorator `register_weight`. Its data fields are
+    arrays or weights, its other fields are declared with `static()`; a number given for a data field, such as a
+    scale, becomes an array, so that another one is another argument and not another program. The class attribute `axes`
     names the axes of every array field, which slicing, sharding and checkpoints rely on: "array" for the shape of
     the array stood for, else words such as "stack in rank": `stack` are the stacked axes (absent where one array
     serves all layers), `in` and `out` the products of the role's input and output axes. The class attribute
@@ -51,7 +57,7 @@ class Weight(abc.ABC):
     role: Role = static()
     dtype: np.dtype = static()
     trainable: tuple[str, ...] = static()
-    method: str = static(default="")
+    method: str = static(default="", remark=True)
     links: tuple[tuple[str, str, str], ...] = static(default=())
 
     axes: ClassVar[Mapping[str, str]] = {}
@@ -67,6 +73,12 @@ class Weight(abc.ABC):
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"{cls.__module__}: the weight class name {cls.__name__} is taken by {known.__module__}.")
         Weight.classes[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for name in self.data_names():
+            if isinstance(value := getattr(self, name), (int, float)) and not isinstance(value, bool):
+                # float64 where JAX has it, else float32: never weakly typed, so that every scale is of one type.
+                object.__setattr__(self, name, jnp.asarray(value, jnp.result_type(float)))
 
     @property
     @abc.abstractmethod
@@ -169,6 +181,11 @@ class Weight(abc.ABC):
     def data_names(cls) -> tuple[str, ...]:
         """Names of the fields that hold arrays or weights."""
         return tuple(f.name for f in dataclasses.fields(cls) if not f.metadata.get("static"))
+
+    @classmethod
+    def number_names(cls) -> tuple[str, ...]:
+        """Names of the data fields that hold one number, such as a scale."""
+        return tuple(f.name for f in dataclasses.fields(cls) if isinstance(f.default, float) and not f.metadata)
 
     def data_items(self) -> Iterator[tuple[str, Any]]:
         """Yields name and value of every data field that is not empty."""

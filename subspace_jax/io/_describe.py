@@ -35,8 +35,7 @@ def describe(tree: Any, base: Any = None) -> tuple[dict[str, Any], dict[str, Any
       ManifestError: the tree holds something else.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from subspace_jax.io import rebuild
+      >>>       >>> from subspace_jax.io import rebuild
       >>> manifest, arrays = describe({"layer": [jnp.zeros((2, 3)), None]})
       >>> list(arrays), manifest["format_version"]
       (['layer/0'], 1)
@@ -102,7 +101,7 @@ class _Description:
                 f"{path}: two classes of stand-in weights are called {cls.__name__!r}; rename {cls.__module__}'s."
             )
         static = {n: encode(getattr(weight, n), f"{path}.{n}") for n in static_names(cls)}
-        data = _regenerated(weight, path)
+        data = _regenerated(weight, path) | _numbers(weight, path)
         data |= {
             name: self.node(value, join(path, name), leaf_path, frozen=name not in weight.trainable)
             for name, value in weight.data_items()
@@ -126,6 +125,17 @@ class _Description:
             return {**node, "base": leaf_path, "sha256": self.base.digest(leaf_path), **inside}
         self.arrays[path] = value
         return node
+
+
+def _numbers(weight: Weight, path: str) -> dict[str, Any]:
+    """The nodes of fields of one frozen number, such as a scale, which stand in the description itself."""
+    nodes = {}
+    for name in set(weight.number_names()) - set(weight.trainable):
+        value = getattr(weight, name)
+        if isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.ndim == 0:
+            number = encode(float(np.asarray(value.addressable_data(0))), path)
+            nodes[name] = {"node": "array", **array_spec(value, join(path, name)).to_json(), "number": number}
+    return nodes
 
 
 def _regenerated(weight: Weight, path: str) -> dict[str, Any]:

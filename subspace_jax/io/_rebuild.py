@@ -19,7 +19,7 @@ from subspace_jax.io._array import ArraySpec, array_spec, from_stored, on_host
 from subspace_jax.io._base import BaseArrays, digest
 from subspace_jax.io._errors import ManifestError, listing
 from subspace_jax.io._manifest import MakeLeaf, Regenerated, check_header, differences, join, static_names
-from subspace_jax.io._static import decode, decode_fields
+from subspace_jax.io._static import decode, decode_fields, encode
 
 
 def rebuild(manifest: Any, arrays: Mapping[str, Any], base: Any = None) -> Any:
@@ -170,6 +170,7 @@ def _rebuild_weight(name: str, static: dict[str, Any], data: dict[str, Any], pat
             f"{path}: the stand-in weight {name[:40]!r} is not known here; nearest are "
             f"{nearest(name[:40], Weight.classes)}. Import the module that defines it before loading."
         )
+    static, data = _with_numbers(cls, static, data, path)
     fields: dict[str, Any] = decode_fields(cls, static_names(cls), static, path)
     if unknown := sorted(set(data) - set(cls.data_names())):
         raise ManifestError(f"{path}: {name} has no field {', '.join(map(repr, unknown))}, only {cls.data_names()}.")
@@ -178,7 +179,9 @@ def _rebuild_weight(name: str, static: dict[str, Any], data: dict[str, Any], pat
     made_again = {n: item for n, item in data.items() if isinstance(item, dict) and "regenerated" in item}
     if unknown := sorted(made_again.keys() - set(cls.regenerated)):
         raise ManifestError(f"{path}: {name} cannot make {', '.join(map(repr, unknown))} of its static fields.")
-    parts = {n: _rebuild(item, join(path, n), leaf) for n, item in data.items() if n not in made_again}
+    numbers = {n for n, item in data.items() if isinstance(item, dict) and "number" in item}
+    parts = {n: _rebuild(item, join(path, n), leaf) for n, item in data.items() if n not in (*made_again, *numbers)}
+    parts |= {n: _number(data[n], join(path, n), leaf) for n in numbers}
     arguments: dict[str, Any] = dict.fromkeys(cls.data_names()) | parts | fields
     try:
         weight = cls(**arguments)
@@ -186,6 +189,29 @@ def _rebuild_weight(name: str, static: dict[str, Any], data: dict[str, Any], pat
         raise ManifestError(f"{path}: {name} refuses what the manifest gives it: {error}") from error
     whole = {n: _rebuild_regenerated(weight, n, item, join(path, n), leaf) for n, item in made_again.items()}
     return dataclasses.replace(weight, **whole) if whole else weight
+
+
+def _with_numbers(
+    cls: type[Weight], static: dict[str, Any], data: dict[str, Any], path: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The static fields, and the data with the numbers that files of before have among the static ones."""
+    named = cls.number_names()
+    learning = static.get("trainable")
+    # Of a partition both halves had the number; of what learns it is no part any more.
+    names = learning.get("tuple") if isinstance(learning, dict) else None
+    half = isinstance(names, list) and bool(data) and all(name in names for name in data)
+    spec = ArraySpec((), np.dtype(jnp.result_type(float))).to_json()
+    old = {n: decode(static[n], float, f"{path}.{n}") for n in named if n in static}
+    nodes = {} if half else {n: {"node": "array", **spec, "number": encode(v, path)} for n, v in old.items()}
+    return {n: v for n, v in static.items() if n not in named}, nodes | data
+
+
+def _number(node: Any, path: str, leaf: MakeLeaf) -> Any:
+    match node:
+        case {"node": "array", "number": number, **rest}:
+            spec, value = ArraySpec.from_json(rest, path), decode(number, float, path)
+            return leaf(path, spec, Regenerated(lambda: jnp.asarray(value, spec.dtype)))
+    raise ManifestError(f"{path}: {str(node)[:80]!r} is no number of a manifest that this version knows.")
 
 
 def _rebuild_regenerated(weight: Weight, name: str, node: dict[str, Any], path: str, leaf: MakeLeaf) -> Any:

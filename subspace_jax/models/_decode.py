@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subspace_jax.banks import per_row
 from subspace_jax.core import Params
 
 from ._cache import KVCache, init_cache
@@ -26,6 +27,7 @@ def greedy_decode(
     mask: Any = None,
     stop_token: int | None = None,
     apply: Callable[..., Any] | None = None,
+    rows: Any = None,
 ) -> jax.Array:
     """Continues each sequence greedily, with the most likely token at every step.
 
@@ -38,6 +40,7 @@ def greedy_decode(
         stop_token: id that ends a sequence; the loop ends once all sequences have ended.
         apply: function in place of `module.apply`, for example `with_adapters(module.apply)`. Keep one such
           function and reuse it: each new function compiles anew.
+        rows: `[batch]` slots of a bank of adapters, which `params` is then: every sequence is continued by its own.
 
     Returns:
         `[batch, max_new_tokens]` int32; after the stop token the rest repeats it.
@@ -55,15 +58,26 @@ def greedy_decode(
         (1, 4)
     """
     prompt, real = _checked(module.config, tokens, mask, max_new_tokens)
+    if rows is not None and apply is not None:
+        raise ValueError("greedy_decode: rows= runs the module itself by per_row; leave apply= out.")
     return _decode(
         params,
         prompt,
         real,
-        apply=module.apply if apply is None else apply,
+        None if rows is None else jnp.asarray(rows),
+        apply=_by_row(module) if rows is not None else module.apply if apply is None else apply,
         config=module.config,
         max_new_tokens=max_new_tokens,
         stop_token=stop_token,
     )
+
+
+@functools.cache
+def _by_row(module: Llama) -> Callable[..., Any]:
+    """The module on a bank of adapters; one function for each module, so that it compiles once."""
+    axes = KVCache(keys=1, values=1, valid=0, length=None)  # pyright: ignore[reportArgumentType]
+    run = per_row(lambda p, *args: module.apply({"params": p}, *args), in_axes=(0, 0, axes), out_axes=(0, axes))
+    return lambda variables, rows, *args: run(variables["params"], rows, *args)
 
 
 def _checked(config: LlamaConfig, tokens: Any, mask: Any, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,13 +104,14 @@ def _checked(config: LlamaConfig, tokens: Any, mask: Any, max_new_tokens: int) -
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "config", "max_new_tokens", "stop_token"))
-def _decode(params, prompt, real, *, apply, config, max_new_tokens, stop_token):
+def _decode(params, prompt, real, rows, *, apply, config, max_new_tokens, stop_token):
     batch, length = prompt.shape
     cache = init_cache(config, batch, length + max_new_tokens)
     stop = -1 if stop_token is None else stop_token
 
     def next_token(tokens, mask, cache: KVCache):
-        logits, cache = apply({"params": params}, tokens, mask, cache)
+        named = () if rows is None else (rows,)
+        logits, cache = apply({"params": params}, *named, tokens, mask, cache)
         return jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32), cache
 
     def unfinished(carry):

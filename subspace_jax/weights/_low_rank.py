@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Operation, Weight, dense, placed_like, product, static
+from subspace_jax.core import Operation, Weight, dense, placed_like, product, register_weight, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights._dropout import drop_inputs, step_keys
 
@@ -17,7 +17,7 @@ from subspace_jax.weights._dropout import drop_inputs, step_keys
 CANCELLATION = 1.0 / 64.0
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRank(Weight):
     r"""A frozen array plus a low-rank product of trainable factors: \(W + s\,a\,b\).
@@ -28,7 +28,7 @@ class LowRank(Weight):
       base: \(W\), of the weight's shape, or a weight that stands for it (a quantized one, say); usually frozen.
       a: `[*stack, in, rank]`, the side of the inputs.
       b: `[*stack, rank, out]`, the side of the outputs.
-      scale: \(s\).
+      scale: \(s\), a scalar.
       rank_stabilized: the scale was made as \(\alpha / \sqrt r\), not as \(\alpha / r\); for files that hold alpha.
       dropout: probability of dropping an input of the factors, where `dropout_key` is set.
       dropout_key: keys `[*stack]` for one training step, set by `with_dropout`.
@@ -45,8 +45,8 @@ class LowRank(Weight):
     start_a: jax.Array | None = None
     start_b: jax.Array | None = None
     base_squares: jax.Array | None = None
-    scale: float = static(default=1.0)
-    rank_stabilized: bool = static(default=False)
+    scale: jax.Array = 1.0  # pyright: ignore[reportAssignmentType]
+    rank_stabilized: bool = static(default=False, remark=True)
     dropout: float = static(default=0.0)
 
     axes: ClassVar[Mapping[str, str]] = {
@@ -57,6 +57,7 @@ class LowRank(Weight):
         "start_a": "stack in rank",
         "start_b": "stack rank out",
         "base_squares": "stack out",
+        "scale": "",
     }
 
     @property
@@ -73,13 +74,13 @@ class LowRank(Weight):
         """Returns \\(W + s\\,a\\,b\\), added in float32."""
         one = self.with_frozen_stopped()
         wide = wide_dtype(one.dtype)
-        delta = dense((one.a.astype(wide) * one.scale, one.b.astype(wide)), one.role, one.shape)
+        delta = dense((one.a.astype(wide) * one.scale.astype(wide), one.b.astype(wide)), one.role, one.shape)
         return (_dense_base(one.base, wide) + delta).astype(self.dtype if dtype is None else dtype)
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on `base` plus that on the factors, in the cheap order."""
-        scale = None if self.scale == 1.0 else self.scale
-        return self.contract_base(x, operation) + operation.product(self.drop(x, operation), (self.a, self.b), scale)
+        addition = operation.product(self.drop(x, operation), (self.a, self.b), self.scale)
+        return self.contract_base(x, operation) + addition
 
     def contract_base(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on `base` alone."""
@@ -96,7 +97,7 @@ class LowRank(Weight):
         one = self.with_frozen_stopped()
         wide = wide_dtype(one.dtype)
         base = one.role.matrix(_dense_base(one.base, wide))
-        a, b = one.a.astype(wide), one.b.astype(wide) * one.scale
+        a, b = one.a.astype(wide), one.b.astype(wide) * one.scale.astype(wide)
 
         stack = tuple(f"stack{i}" for i in range(a.ndim - 2))
 

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Dot, Operation, Weight, dense, static
+from subspace_jax.core import Dot, Operation, Weight, dense, register_weight, static
 from subspace_jax.linalg import wide_dtype
 
 Route = Literal["factored", "materialized", "auto"]
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankCore(Weight):
     r"""A frozen array plus a trainable core, full or diagonal, between frozen factors: \(W + s\,P\,R\,Q\).
@@ -27,7 +27,7 @@ class LowRankCore(Weight):
       left: \(P\), `[*stack, in, rank]`.
       core: \(R\), `[*stack, rank, rank]`, or the diagonal of one, `[*stack, rank]`.
       right: \(Q\), `[*stack, rank, out]`.
-      scale: \(s\).
+      scale: \(s\), a scalar.
       route: "factored" multiplies with the factors one after the other, "materialized" forms the sum first, "auto"
         takes what costs fewer operations for the input at hand, backward pass included.
       wide_only: the product cancels between the factors, so in bfloat16 and float16 the sum is always formed, in
@@ -40,7 +40,7 @@ class LowRankCore(Weight):
     left: jax.Array
     core: jax.Array
     right: jax.Array
-    scale: float = static(default=1.0)
+    scale: jax.Array = 1.0  # pyright: ignore[reportAssignmentType]
     route: Route = static(default="factored")
     wide_only: bool = static(default=False)
     in_sizes: tuple[int, ...] = static(default=())
@@ -51,6 +51,7 @@ class LowRankCore(Weight):
         "left": "stack in rank",
         "core": "stack rank",
         "right": "stack rank out",
+        "scale": "",
     }
 
     @property
@@ -69,7 +70,8 @@ class LowRankCore(Weight):
         r"""Returns \(W + s\,P\,R\,Q\), added in float32."""
         one = self.with_frozen_stopped()
         wide = wide_dtype(one.dtype)
-        left, core, right = (v.astype(wide) for v in (one.left, one.core * one.scale, one.right))
+        left, core, right = (v.astype(wide) for v in (one.left, one.core, one.right))
+        core = core * one.scale.astype(wide)
         total = dense((left, core, right), one.role, one.shape)
         if one.base is not None:
             base = one.base.materialize(wide) if isinstance(one.base, Weight) else one.base.astype(wide)
@@ -80,8 +82,7 @@ class LowRankCore(Weight):
         """Returns the operation on `base` plus that on the three factors, in the cheap order."""
         if self._is_formed(x, operation):
             return operation.apply(x, self.materialize(operation.dtype))
-        scale = None if self.scale == 1.0 else self.scale
-        product = operation.product(x, (self.left, self.core, self.right), scale)
+        product = operation.product(x, (self.left, self.core, self.right), self.scale)
         if self.base is None:
             return product
         base = self.base.contract(x, operation) if isinstance(self.base, Weight) else operation.apply(x, self.base)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.core import Role, Weight, static
+from subspace_jax.core import Role, Weight, register_weight, static
 from subspace_jax.linalg import whole_matrices
 
 BLOCK = 64
@@ -30,7 +30,7 @@ LEVELS = np.array(
 Order = Literal["out_in", "in_out"]
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NF4(Weight):
     """A frozen array of 4-bit codes with one float32 scale per block of 64 entries.

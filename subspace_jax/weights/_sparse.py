@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from subspace_jax.core import Operation, RoleError, Weight, static
+from subspace_jax.core import Operation, RoleError, Weight, register_weight, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights._entries import (
     blocks_of,
@@ -27,7 +27,7 @@ from subspace_jax.weights._entries import (
 SparseMode = Literal["set", "add"]
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseDelta(Weight):
     r"""A frozen array of which a few entries are replaced ("set") or changed ("add") by trained values.
@@ -164,7 +164,7 @@ class SparseDelta(Weight):
         return super().partition_specs(spec, exact=exact)
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseBlocks(SparseDelta):
     r"""`SparseDelta` with one list per block of the matrix, so that each device needs only its own lists.

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import subspace_jax as sj
-from subspace_jax.core import Weight
+from subspace_jax.core import Weight, register_weight
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByRows(Weight):
     """An array whose products go through `linear`."""

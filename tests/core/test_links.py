@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import subspace_jax as sj
-from subspace_jax.core import Leaf, Method, StructureError, Weight, resolve_links
+from subspace_jax.core import Leaf, Method, StructureError, Weight, register_weight, resolve_links
 from tests.tolerances import tolerance
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedScale(Weight):
     """An array times a number that all weights of one method share."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import subspace_jax as sj
-from subspace_jax.core import NonFiniteError, NotMergeableError
+from subspace_jax.core import NonFiniteError, NotMergeableError, register_weight
 from subspace_jax.weights import LowRank
 
 from .helpers import adapt, close, lora, merged, normal
@@ -77,7 +77,7 @@ def test_overflow_of_half_precision_names_the_mend():
     close(sj.merge({"w": large}, keep_float32=True)["w"], exact(large), 1e-6)
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routed(LowRank):
     """Depends on the input."""

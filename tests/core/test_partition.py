@@ -32,8 +32,8 @@ def test_two_trees_with_holes():
     assert trainable["out"].direction.a.shape == (8, 2)
     assert frozen["out"].direction.base is PARAMS["out"]
     assert len(jax.tree.leaves(trainable)) == 2 + 1 + 3
-    # Of DoRA's direction: the base, and the frozen part of its column lengths.
-    assert len(jax.tree.leaves(frozen)) == 1 + 1 + 2
+    # Base and scale of two, the frozen part of DoRA's column lengths, and the leaf that is left alone.
+    assert len(jax.tree.leaves(frozen)) == 2 * 2 + 1 + 1
     back = sj.combine(trainable, frozen)
     assert jax.tree.structure(back) == jax.tree.structure(adapted)
     for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(adapted), strict=True):
@@ -84,7 +84,7 @@ def test_trees_that_do_not_fit_are_refused():
     with pytest.raises(StructureError, match=r"x: both trees have a value"):
         sj.combine({"x": 1.0}, {"x": 2.0})
     other = sj.adapt(
-        PARAMS, {"a/w": sj.lora(3, alpha=1), "a/b": sj.full(), "out": sj.dora(lora())}, key=jax.random.key(0)
+        PARAMS, {"a/w": sj.lora(3, dropout=0.1), "a/b": sj.full(), "out": sj.dora(lora())}, key=jax.random.key(0)
     )
     with pytest.raises(StructureError, match="differ in structure"):
         sj.combine(sj.partition(other)[0], frozen)

@@ -144,10 +144,10 @@ def test_partition_specs_follow_the_axes():
 
 def test_a_weight_is_a_pytree_under_every_transformation():
     weight = low_rank((3, 6, 4), sj.Role.dense((1,), (2,), (0,)))
-    assert len(jax.tree.leaves(weight)) == 3
+    assert len(jax.tree.leaves(weight)) == 4
     assert jax.tree.structure(weight) == jax.tree.structure(jax.tree.map(lambda v: v + 1, weight))
     paths = [sj.core.path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path({"w": weight})]
-    assert paths == ["w/base", "w/a", "w/b"]
+    assert paths == ["w/base", "w/a", "w/b", "w/scale"]
     assert sj.core.is_weight(jax.eval_shape(lambda w: w, weight))
     close(jax.jit(lambda w: w.materialize())(weight), dense(weight))
     assert (weight.ndim, weight.size, weight.rank) == (3, 72, 2)

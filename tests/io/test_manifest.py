@@ -208,6 +208,29 @@ def test_rebuilds_without_models_and_data(adapted, tmp_path):
     assert float(out[3]) == float(kernel.materialize().sum())
 
 
+def test_descriptions_of_before_have_scales_among_the_static_fields(adapted, assert_same_bits):
+    """Up to version 0.1 a scale was static, in both halves of a partition."""
+
+    def as_before(node):
+        if isinstance(node, list):
+            return [as_before(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        node = {k: as_before(v) for k, v in node.items()}
+        if node.get("node") == "weight" and "scale" in sj.core.Weight.classes[node["class"]].number_names():
+            scale = node["data"].pop("scale", {"number": 1.0})
+            node["static"]["scale"] = scale["number"]
+        return node
+
+    trainable, frozen = sj.partition(adapted)
+    for tree in (adapted, trainable, frozen):
+        manifest, arrays = describe(tree)
+        before = as_before(manifest)
+        assert before != manifest
+        back = rebuild(json.loads(json.dumps(before)), arrays)
+        assert_same_bits(back, tree)
+
+
 def edited(manifest, path, value):
     manifest = copy.deepcopy(manifest)
     *parents, last = path

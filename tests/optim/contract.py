@@ -240,10 +240,12 @@ CASES = (
         leaves=("matrix", "full", "loca", "vector"),
         absent="matrix",
     ),
-    Case("lora_pro", lambda rate: sj.lora_pro(rate), None, False, (*PAIRS, "matrix", "vector"), "twin"),
+    Case(
+        "lora_pro", lambda rate: sj.lora_pro(rate, adapted=adapted()), None, False, (*PAIRS, "matrix", "vector"), "twin"
+    ),
     Case(
         "lora_pro_adam",
-        lambda rate: sj.methods.lora_pro.lora_pro_adam(rate),
+        lambda rate: sj.methods.lora_pro.lora_pro_adam(rate, adapted=adapted()),
         None,
         False,
         (*PAIRS, "matrix", "vector"),
@@ -276,12 +278,12 @@ ALIASES = (
     ),
     (lambda rate, decay: sj.trion(rate, 2, weight_decay=decay), lambda: sj.methods.dct_lowrank.scale_by_trion(2)),
     (
-        lambda rate, decay: sj.lora_pro(rate, weight_decay=decay),
-        lambda: sj.methods.lora_pro.scale_by_lora_pro(),
+        lambda rate, decay: sj.lora_pro(rate, weight_decay=decay, adapted=adapted()),
+        lambda: sj.methods.lora_pro.scale_by_lora_pro(adapted=adapted()),
     ),
     (
-        lambda rate, decay: sj.methods.lora_pro.lora_pro_adam(rate, weight_decay=decay),
-        lambda: sj.methods.lora_pro.scale_by_lora_pro_adam(),
+        lambda rate, decay: sj.methods.lora_pro.lora_pro_adam(rate, weight_decay=decay, adapted=adapted()),
+        lambda: sj.methods.lora_pro.scale_by_lora_pro_adam(adapted=adapted()),
     ),
     (
         lambda rate, decay: sj.methods.lift.lift_adam(rate, weight_decay=decay),

@@ -16,7 +16,7 @@ import subspace_jax as sj
 from subspace_jax.core import leaves_with_paths
 from subspace_jax.weights import LowRank
 
-from .contract import ALIASES, CASES, SHAPES, bases, make_tree, matrices, rest
+from .contract import ALIASES, CASES, SHAPES, adapted, bases, make_tree, matrices, rest
 
 RATE = 0.05
 STATIC_SGD = ("renormalize_every",)
@@ -277,8 +277,8 @@ PAIR = {"learning_rate": 0.1, "weight_decay": 0.1, "delta": 1e-8}
         (sj.scale_by_coso, {"b1": 0.8, "r1": 2, "r2": 2, "tasks": 2}, ("r1", "r2", "gap", "tasks")),
         (sj.dct_adam, NUMBERS | {"rank": 2}, ("rank", "every", "norm", "largest")),
         (sj.trion, NUMBERS | {"rank": 2, "momentum": 0.9}, ("rank", "norm", "largest")),
-        (sj.lora_pro, PAIR, ()),
-        (sj.methods.lora_pro.lora_pro_adam, NUMBERS | PAIR, ()),
+        (sj.lora_pro, PAIR | {"adapted": adapted()}, ("adapted",)),
+        (sj.methods.lora_pro.lora_pro_adam, NUMBERS | PAIR | {"adapted": adapted()}, ("adapted",)),
         (sj.methods.lift.lift_adam, NUMBERS, ()),
         (sj.methods.lambda_orthogonality.add_lambda_orthogonality, {"weight": 0.1, "lam": 1.0, "alpha": 2.0}, ()),
         (sj.methods.gcr.grassmann_sgd, {"learning_rate": 0.1, "momentum": 0.9, "paths": "matrix"}, STATIC_SGD),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -27,10 +26,11 @@ def same_of_all(values: Mapping[str, T], what: str, mend: str) -> T:
     return values[names[0]]
 
 
-def whole_alpha(alpha: float) -> float:
-    """Returns an alpha as an integer where it is one but for rounding, as configs have it."""
-    whole = round(alpha)
-    return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
+def alpha_of(scale: float, divisor: float) -> float:
+    """Returns the shortest alpha that gives a float32 scale when divided, an integer where it is one."""
+    candidates = (float(f"{scale * divisor:.{digits}g}") for digits in (6, 7, 8, 9, 17))
+    alpha = next((a for a in candidates if np.float32(a / divisor) == np.float32(scale)), scale * divisor)
+    return round(alpha) if alpha.is_integer() else alpha
 
 
 def require_parts(path: str, weight: Weight, *names: str) -> None:

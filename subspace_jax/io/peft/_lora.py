@@ -16,12 +16,12 @@ from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
 from subspace_jax.io.peft._checks import (
     ONE_SETTING,
+    alpha_of,
     check_original,
     check_role,
     check_shapes,
     require_parts,
     same_of_all,
-    whole_alpha,
 )
 from subspace_jax.io.peft._config import Settings, exact_pattern
 from subspace_jax.io.peft._dora import direction_of, is_dora, lengths_of, with_lengths
@@ -84,7 +84,7 @@ def pack_lora(
         lengths = lengths_of(weight, place)
         parts = zip(place.modules, unstack(a, place, path), unstack(b, place, path), lengths, strict=True)
         for module, module_a, module_b, length in parts:
-            ranks[module], scales[module] = module_a.shape[-1], inner.scale
+            ranks[module], scales[module] = module_a.shape[-1], float(inner.scale)
             first, second = factor_names(place)
             tensors[tensor_name(module, first)] = input_factor_to_torch(module_a, place)
             tensors[tensor_name(module, second)] = output_factor_to_torch(module_b, place)
@@ -106,8 +106,7 @@ def _ranks_and_alphas(ranks: Mapping[str, int], scales: Mapping[str, float], sta
     """The commonest rank and alpha, and patterns for modules that have others."""
     alphas = {}
     for module, scale in scales.items():
-        alpha = scale * (math.sqrt(ranks[module]) if stabilized else ranks[module])
-        alphas[module] = whole_alpha(alpha)
+        alphas[module] = alpha_of(scale, math.sqrt(ranks[module]) if stabilized else ranks[module])
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
@@ -142,7 +141,7 @@ def _check_base(weight: LowRank, path: str, base: BaseArrays) -> None:
     arrays = {"original": base.leaves[path], "residual": weight.base}
     matrices = {name: np.asarray(weight.role.matrix(array), np.float64) for name, array in arrays.items()}
     a, b = (host_array(v, path).astype(np.float64) for v in (weight.start_a, weight.start_b))
-    start = weight.scale * (a @ b)
+    start = float(weight.scale) * (a @ b)
     largest = max(float(np.abs(v).max(initial=0.0)) for v in (matrices["original"], start))
     coarsest = max(float(jnp.finfo(v.dtype).eps) for v in (*arrays.values(), weight.a))
     difference = float(np.abs(matrices["residual"] + start - matrices["original"]).max(initial=0.0))

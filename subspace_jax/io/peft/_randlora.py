@@ -13,11 +13,11 @@ from subspace_jax.io._base import BaseArrays
 from subspace_jax.io._errors import ManifestError
 from subspace_jax.io.peft._checks import (
     ONE_SETTING,
+    alpha_of,
     check_dense,
     check_packable,
     check_shapes,
     same_of_all,
-    whole_alpha,
 )
 from subspace_jax.io.peft._layout import host_array, sizes, stack, unstack
 from subspace_jax.io.peft._names import TensorPlace
@@ -40,7 +40,7 @@ def pack_randlora(
         _check_form(path, weight, place)
     ranks = {path: weight.bases_shape[1] for path, weight in weights.items()}
     rank = same_of_all(ranks, "rank", ONE_SETTING)
-    scale = same_of_all({path: weight.scale for path, weight in weights.items()}, "scale", ONE_SETTING)
+    scale = same_of_all({path: float(weight.scale) for path, weight in weights.items()}, "scale", ONE_SETTING)
     tensors: dict[str, np.ndarray] = {}
     bases = _common_bases(weights, [sizes(places[path]) for path in weights])
     tensors |= {name: bases[name.rpartition(".")[2]] for name in SHARED["RANDLORA"]}
@@ -54,7 +54,7 @@ def pack_randlora(
     return tensors, {
         "peft_type": "RANDLORA",
         "r": rank,
-        "randlora_alpha": whole_alpha(scale * rank),
+        "randlora_alpha": alpha_of(scale, rank),
         "randlora_dropout": same_of_all({p: weight.dropout for p, weight in weights.items()}, "dropout", ONE_SETTING),
         "save_projection": True,
         "projection_prng_key": 0,

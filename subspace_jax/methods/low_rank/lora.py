@@ -59,7 +59,7 @@ def lora(
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
       >>> adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(rank=2, alpha=4)}, key=jax.random.key(0))
-      >>> adapted["w"].a.shape, adapted["w"].b.shape, adapted["w"].scale
+      >>> adapted["w"].a.shape, adapted["w"].b.shape, float(adapted["w"].scale)
       ((6, 2), (2, 4), 2.0)
 
     References:

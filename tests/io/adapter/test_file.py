@@ -303,7 +303,7 @@ def test_a_flipped_bit_anywhere_in_the_data_is_refused(path, params, adapted, wi
 def test_a_changed_number_in_the_manifest_is_refused(path, params, adapted):
     save_adapter(path, adapted, base=params)
     whole = path.read_bytes()
-    scale = b'\\"scale\\":1.0'
+    scale = b'\\"number\\":1.0'
     assert scale in whole
     path.write_bytes(whole.replace(scale, scale[:-3] + b"3.0", 1))
     with pytest.raises(AdapterFileError, match="damaged"):

@@ -576,7 +576,7 @@ class TestWriting:
                 one, other = (dataclasses.replace(w, role=sj.Role("other")) for w in (one, other))
                 assert other.method == one.method
                 if hasattr(one, "scale"):
-                    assert other.scale == pytest.approx(one.scale, rel=1e-12)
+                    assert other.scale == pytest.approx(one.scale, rel=2**-22)
                     one = dataclasses.replace(one, scale=other.scale)
             for a, b in zip(*(jax.tree.leaves(v) for v in (one, other)), strict=True):
                 np.testing.assert_array_equal(a, b)

@@ -180,4 +180,4 @@ def test_a_weight_is_known_by_its_parts_and_not_by_a_name():
 
 def test_alpha_and_numpy_integers():
     adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.o_lora(np.int64(2), tasks=3)}, key=jax.random.key(0))
-    assert (adapted["w"].scale, type(adapted["w"].scale)) == (16.0, float)
+    assert (float(adapted["w"].scale), adapted["w"].scale.dtype) == (16.0, jnp.float32)

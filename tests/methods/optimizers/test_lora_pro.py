@@ -145,9 +145,9 @@ def tree(stack=(), layers=2, **options):
 @pytest.mark.parametrize("stack", [(), (4,)])
 @pytest.mark.parametrize("make", [sj.methods.lora_pro.scale_by_lora_pro, sj.methods.lora_pro.scale_by_lora_pro_adam])
 def test_layers_together_are_layers_alone(stack, make):
-    trainable, _ = tree(stack)
+    trainable, frozen = tree(stack)
     given = jax.tree.map(lambda v: jnp.cos(v), trainable)
-    optimizer = make()
+    optimizer = make(adapted=frozen)
     both, _ = jax.jit(optimizer.update)(given, optimizer.init(trainable), trainable)
     for name in trainable:
         for i in np.ndindex(stack):
@@ -167,7 +167,9 @@ def test_adam_of_full_rank_follows_adam_on_the_weight():
         learned["w"], **{n: jnp.asarray(rng.normal(size=(4, 4)), jnp.float32) for n in ("a", "b")}
     )
     rate = 1e-4
-    optimizer = optax.chain(sj.methods.lora_pro.scale_by_lora_pro_adam(), optax.scale_by_learning_rate(rate))
+    optimizer = optax.chain(
+        sj.methods.lora_pro.scale_by_lora_pro_adam(adapted=adapted), optax.scale_by_learning_rate(rate)
+    )
     full, plain = sj.merge(sj.combine(learned, frozen))["w"], optax.adam(rate)
     state, full_state, start = optimizer.init(learned), plain.init(full), full
 
@@ -186,18 +188,18 @@ def test_adam_of_full_rank_follows_adam_on_the_weight():
 
 
 def test_state_is_as_large_as_the_weights():
-    trainable, _ = tree()
-    assert not jax.tree.leaves(sj.methods.lora_pro.scale_by_lora_pro().init(trainable))
-    state = sj.methods.lora_pro.scale_by_lora_pro_adam().init(trainable)
+    trainable, frozen = tree()
+    assert not jax.tree.leaves(sj.methods.lora_pro.scale_by_lora_pro(adapted=frozen).init(trainable))
+    state = sj.methods.lora_pro.scale_by_lora_pro_adam(adapted=frozen).init(trainable)
     assert sum(v.size for v in (*state.mu, *state.nu)) == 2 * 2 * 7 * 5
 
 
 def test_other_leaves_pass_and_dora_inside_is_found():
     params = {"w": jnp.ones((7, 5)), "head": jnp.ones((5, 2))}
     rules = {"head": sj.full(), "w": sj.dora(sj.lora(2))}
-    trainable, _ = sj.partition(sj.adapt(params, rules, key=jax.random.key(0)))
+    trainable, frozen = sj.partition(sj.adapt(params, rules, key=jax.random.key(0)))
     given = jax.tree.map(jnp.ones_like, trainable)
-    optimizer = sj.methods.lora_pro.scale_by_lora_pro()
+    optimizer = sj.methods.lora_pro.scale_by_lora_pro(adapted=frozen)
     updates, _ = optimizer.update(given, optimizer.init(trainable), trainable)
     np.testing.assert_array_equal(updates["head"].value, given["head"].value)
     np.testing.assert_array_equal(updates["w"].magnitude, given["w"].magnitude)
@@ -205,10 +207,10 @@ def test_other_leaves_pass_and_dora_inside_is_found():
 
 
 def test_half_precision_factors_keep_their_dtype():
-    trainable, _ = tree(dtype=jnp.bfloat16)
+    trainable, frozen = tree(dtype=jnp.bfloat16)
     given = jax.tree.map(jnp.cos, trainable)
-    updates, _ = sj.methods.lora_pro.scale_by_lora_pro().update(given, optax.EmptyState(), trainable)
-    exact, _ = sj.methods.lora_pro.scale_by_lora_pro().update(
+    updates, _ = sj.methods.lora_pro.scale_by_lora_pro(adapted=frozen).update(given, optax.EmptyState(), trainable)
+    exact, _ = sj.methods.lora_pro.scale_by_lora_pro(adapted=frozen).update(
         *(
             jax.tree.map(lambda v: v.astype(jnp.float32), t) if t is not None else optax.EmptyState()
             for t in (given, None)
@@ -229,6 +231,8 @@ def test_bad_input_is_refused():
     half = {"w": dataclasses.replace(trainable["layer_0"], b=None)}
     with pytest.raises(StructureError, match="both factors together"):
         sj.methods.lora_pro.scale_by_lora_pro().init(half)
+    with pytest.raises(StructureError, match=r"layer_0: the scale of this addition is not known.*adapted="):
+        sj.methods.lora_pro.scale_by_lora_pro().init(trainable)
 
 
 def spec_loop(a, b, w, x, y, scale, rate, steps):
@@ -263,7 +267,7 @@ def test_fewer_examples_than_the_rank_train_as_in_float64(examples):
         sj.adapt({"w": jnp.asarray(w, jnp.float32)}, {"w": sj.lora(16, alpha=32.0)}, key=jax.random.key(0))
     )
     start = trainable["w"]
-    optimizer = sj.lora_pro(3e-3)
+    optimizer = sj.lora_pro(3e-3, adapted=frozen)
 
     @jax.jit
     def train(trainable):
@@ -296,9 +300,9 @@ def test_two_equal_columns_give_the_projection():
 
 
 def test_a_pair_without_gradient_rests_and_half_of_one_is_refused():
-    trainable, _ = tree()
+    trainable, frozen = tree()
     given = jax.tree.map(jnp.cos, trainable)
-    optimizer = sj.methods.lora_pro.scale_by_lora_pro_adam()
+    optimizer = sj.methods.lora_pro.scale_by_lora_pro_adam(adapted=frozen)
     both, _ = optimizer.update(given, optimizer.init(trainable), trainable)
     one, state = optimizer.update(given | {"layer_1": None}, optimizer.init(trainable), trainable)
     assert one["layer_1"] is None

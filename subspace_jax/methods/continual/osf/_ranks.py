@@ -24,6 +24,7 @@ from subspace_jax.core import (
     leaves_with_paths,
     map_with_paths,
     matches,
+    register_weight,
     select_paths,
     with_adapters,
 )
@@ -46,7 +47,7 @@ def _tap_backward(found: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ja
 _tap.defvjp(lambda rows, found, zeros: (rows, found), _tap_backward)
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compared(Weight):
     """An array whose outputs are compared with its inputs.

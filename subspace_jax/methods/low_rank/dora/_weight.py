@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from subspace_jax.core import Operation, RoleError, Weight, static
+from subspace_jax.core import Operation, RoleError, Weight, register_weight, static
 from subspace_jax.weights import LowRank
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Magnitude(Weight):
     r"""The directions of another weight's columns, with lengths of their own: \(V\,\mathrm{diag}(m / \|V\|)\).

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Operation, static
+from subspace_jax.core import Operation, register_weight, static
 from subspace_jax.weights import LowRank
 
 RankScale = Literal["none", "rank", "sqrt"]
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NestedLowRank(LowRank):
     r"""A low-rank addition usable at several ranks: \(W + s\,a\,\mathrm{diag}(p)\,b\), with fixed falling gains \(p\).
@@ -40,11 +40,10 @@ class NestedLowRank(LowRank):
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on `base` plus that on the factors; the gains scale the rank-sized intermediate."""
-        scale = None if self.scale == 1.0 else self.scale
         # One array for all layers, but a stacked chain has a diagonal per layer.
         gains = jnp.broadcast_to(jax.lax.stop_gradient(self.gains), (*self.a.shape[:-2], self.rank))
         return self.contract_base(x, operation) + operation.product(
-            self.drop(x, operation), (self.a, gains, self.b), scale
+            self.drop(x, operation), (self.a, gains, self.b), self.scale
         )
 
     def squared_norms(self) -> jax.Array:

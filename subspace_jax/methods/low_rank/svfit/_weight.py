@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from subspace_jax.core import Dot, Operation, Weight
+from subspace_jax.core import Dot, Operation, Weight, register_weight
 from subspace_jax.weights import LowRankCore
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitSVD(LowRankCore):
     r"""An array split by its singular values: \(K_h + L\,\mathrm{diag}(s)\,R\), with the large part \(K_h\) frozen.

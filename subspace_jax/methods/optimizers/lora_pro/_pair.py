@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +13,12 @@ from subspace_jax.weights import LowRank
 
 
 class Pair(NamedTuple):
-    """Positions of the two factors of one low-rank addition.
+    r"""Positions of the two factors of one low-rank addition.
 
     Attributes:
       a: index of \\(A\\), `[*stack, in, rank]`, among `jax.tree.leaves` of the trainable tree.
       b: index of \\(B\\), `[*stack, rank, out]`.
-      scale: \\(s\\).
+      scale: \(s\).
     """
 
     a: int
@@ -29,19 +29,21 @@ class Pair(NamedTuple):
 PairFn = Callable[[Any], Sequence[Pair]]
 
 
-def low_rank_pairs(tree: PyTree) -> list[Pair]:
-    """Returns the factor pairs of every `LowRank` stand-in of a trainable tree, inside other weights too.
+def low_rank_pairs(tree: PyTree, scales: Mapping[str, float] | None = None) -> list[Pair]:
+    r"""Returns the factor pairs of every `LowRank` stand-in of a trainable tree, inside other weights too.
 
     Args:
       tree: the trainable tree of `partition`, or gradients of it.
+      scales: \(s\) of each by path, as `scales_of` gives them; those that stand in the tree if None.
 
     Raises:
-      StructureError: there is none, or one has only one factor to learn.
+      StructureError: there is none, one has only one factor to learn, or its scale is not known.
     """
+    scales = scales_of(tree) if scales is None else scales
     pairs, place = [], 0
     for path, leaf in leaves_with_paths(tree):
         if is_weight(leaf):
-            place = _pairs_of(path, leaf, place, pairs)
+            place = _pairs_of(path, leaf, place, pairs, scales)
         else:
             place += 1
     if not pairs:
@@ -49,12 +51,34 @@ def low_rank_pairs(tree: PyTree) -> list[Pair]:
     return pairs
 
 
-def _pairs_of(path: str, weight: Any, place: int, pairs: list[Pair]) -> int:
+def scales_of(adapted: PyTree) -> dict[str, float]:
+    """Returns the scale of every `LowRank` stand-in of a tree by path, inside other weights too.
+
+    Args:
+      adapted: what `adapt` returned, or the frozen tree of its `partition`.
+
+    Raises:
+      StructureError: the scales are being traced.
+    """
+
+    def walk(path: str, weight: Any) -> Iterator[tuple[str, float]]:
+        if type(weight) is LowRank and weight.scale is not None:
+            if isinstance(weight.scale, jax.core.Tracer):
+                raise StructureError(f"{path}: LoRA-Pro reads scales when it is made; make it outside of jax.jit.")
+            yield path, float(weight.scale)
+        for name, value in weight.data_items():
+            if is_weight(value):
+                yield from walk(f"{path}.{name}", value)
+
+    return {p: s for path, leaf in leaves_with_paths(adapted) if is_weight(leaf) for p, s in walk(path, leaf)}
+
+
+def _pairs_of(path: str, weight: Any, place: int, pairs: list[Pair], scales: Mapping[str, float]) -> int:
     """Enters the pairs of a weight whose first array is at `place`; returns the place after its last."""
     places: dict[str, int] = {}
     for name, value in weight.data_items():
         if is_weight(value):
-            place = _pairs_of(path, value, place, pairs)
+            place = _pairs_of(f"{path}.{name}", value, place, pairs, scales)
             continue
         if arrays := len(jax.tree.leaves(value)):  # a mask leaves nothing
             places[name] = place
@@ -63,8 +87,21 @@ def _pairs_of(path: str, weight: Any, place: int, pairs: list[Pair]) -> int:
     if type(weight) is LowRank:
         if not {"a", "b"} <= set(places):
             raise StructureError(f"{path}: LoRA-Pro adjusts both factors together; here only {sorted(places)} learn.")
-        pairs.append(Pair(places["a"], places["b"], weight.scale))
+        if path not in scales:
+            raise StructureError(
+                f"{path}: the scale of this addition is not known: the trainable tree holds what learns alone. Make "
+                "the transformation with adapted=, the tree that adapt() returned."
+            )
+        pairs.append(Pair(places["a"], places["b"], scales[path]))
     return place
+
+
+def pair_finder(adapted: PyTree | None, pairs: PairFn | None) -> PairFn:
+    """Returns `pairs`, or else the function that finds `LowRank` stand-ins with the scales of `adapted`."""
+    if pairs is not None:
+        return pairs
+    scales = None if adapted is None else scales_of(adapted)
+    return lambda tree: low_rank_pairs(tree, scales)
 
 
 def groups_of(pairs: Sequence[Pair], values: Sequence[jax.Array]) -> list[list[Pair]]:

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import OptState, Params, StructureError, Updates
+from subspace_jax.core import OptState, Params, PyTree, StructureError, Updates
 from subspace_jax.linalg import wide_matmul
 from subspace_jax.methods.optimizers.lora_pro._adjust import Adjusted, adjust_pair, equivalent_gradient, plain_pair
-from subspace_jax.methods.optimizers.lora_pro._pair import Pair, PairFn, groups_of, low_rank_pairs, stacked
+from subspace_jax.methods.optimizers.lora_pro._pair import Pair, PairFn, groups_of, pair_finder, stacked
 from subspace_jax.optim import with_rate
 
 
-def scale_by_lora_pro(delta: float = 1e-8, *, pairs: PairFn | None = None) -> optax.GradientTransformation:
+def scale_by_lora_pro(
+    delta: float = 1e-8, *, adapted: PyTree | None = None, pairs: PairFn | None = None
+) -> optax.GradientTransformation:
     """Replaces the gradients of LoRA's factors by LoRA-Pro's steps; see `adjust_pair`.
 
     Chain a learning rate after it. Before it only scalars may act on the gradients (no Adam, no clipping by leaf):
@@ -24,26 +26,27 @@ def scale_by_lora_pro(delta: float = 1e-8, *, pairs: PairFn | None = None) -> op
 
     Args:
       delta: damping of inverses.
-      pairs: finds the factors in a tree; `low_rank_pairs`, those of `LowRank` stand-ins, if None. With
+      adapted: the tree that `adapt` returned, or its frozen part, for the scales of the additions.
+      pairs: finds the factors and their scales in a tree, in place of `adapted`. With
         `optax.inject_hyperparams` name it in `static_args`, or it is taken for a schedule.
 
     Returns:
       A transformation without state whose `update` needs `params`. A pair without gradients rests.
 
     Raises:
-      StructureError: at `init`, the tree has no pair of factors.
+      StructureError: at `init`, the tree has no pair of factors, or the scale of one is not known.
       ValueError: `update` without `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
       >>> adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(rank=2)}, key=jax.random.key(0))
       >>> trainable, _ = sj.partition(adapted)
-      >>> optimizer = optax.chain(sj.methods.lora_pro.scale_by_lora_pro(), optax.scale_by_learning_rate(1e-2))
+      >>> optimizer = optax.chain(sj.methods.lora_pro.scale_by_lora_pro(adapted=adapted), optax.scale(-1e-2))
       >>> updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
       >>> updates["w"].b.shape
       (2, 4)
     """
-    find = pairs or low_rank_pairs
+    find = pair_finder(adapted, pairs)
 
     def init(params: Params) -> optax.EmptyState:
         if jax.tree.leaves(params):  # optax initializes with a tree without leaves to tell states from parameters
@@ -83,6 +86,7 @@ def scale_by_lora_pro_adam(
     eps: float = 1e-8,
     delta: float = 1e-8,
     *,
+    adapted: PyTree | None = None,
     pairs: PairFn | None = None,
 ) -> optax.GradientTransformation:
     r"""Preconditions the equivalent gradient by Adam in weight space, then turns it into LoRA-Pro's factor steps.
@@ -95,23 +99,25 @@ def scale_by_lora_pro_adam(
       b2: decay of the second.
       eps: added to the root of the second.
       delta: damping of inverses.
-      pairs: finds the factors in a tree; `low_rank_pairs` if None. With `optax.inject_hyperparams` name it in
-        `static_args`.
+      adapted: the tree that `adapt` returned, or its frozen part, for the scales of the additions.
+      pairs: finds the factors and their scales in a tree, in place of `adapted`. With `optax.inject_hyperparams` name
+        both in `static_args`.
 
     Returns:
       A transformation whose `update` needs `params`; other leaves pass as they are. A pair without gradients rests.
 
     Raises:
-      StructureError: at `init`, the tree has no pair of factors.
+      StructureError: at `init`, the tree has no pair of factors, or the scale of one is not known.
       ValueError: `update` without `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj
-      >>> trainable, _ = sj.partition(sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(2)}, key=jax.random.key(0)))
-      >>> sj.methods.lora_pro.scale_by_lora_pro_adam().init(trainable).mu[0].shape
+      >>> adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(2)}, key=jax.random.key(0))
+      >>> trainable, _ = sj.partition(adapted)
+      >>> sj.methods.lora_pro.scale_by_lora_pro_adam(adapted=adapted).init(trainable).mu[0].shape
       (1, 6, 4)
     """
-    find = pairs or low_rank_pairs
+    find = pair_finder(adapted, pairs)
 
     def init(params: Params) -> LoraProAdamState:
         count, leaves = jnp.zeros((), jnp.int32), jax.tree.leaves(params)
@@ -162,6 +168,7 @@ def lora_pro(
     *,
     delta: float = 1e-8,
     weight_decay: float = 0.0,
+    adapted: PyTree | None = None,
     pairs: PairFn | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns SGD with LoRA-Pro's steps: \(A \mapsto A - \eta\,a\), \(B \mapsto B - \eta\,b\).
@@ -172,24 +179,26 @@ def lora_pro(
       learning_rate: \(\eta\), a number or a schedule.
       delta: damping of inverses.
       weight_decay: decoupled decay of the factors.
-      pairs: finds the factors in a tree; `low_rank_pairs` if None. With `optax.inject_hyperparams` name it in
-        `static_args`.
+      adapted: the tree that `adapt` returned, or its frozen part, for the scales of the additions.
+      pairs: finds the factors and their scales in a tree, in place of `adapted`. With `optax.inject_hyperparams` name
+        both in `static_args`.
 
     Returns:
       A transformation whose `update` needs `params`.
 
     Raises:
-      StructureError: at `init`, the tree has no pair of factors.
+      StructureError: at `init`, the tree has no pair of factors, or the scale of one is not known.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
-      >>> trainable, _ = sj.partition(sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(2)}, key=jax.random.key(0)))
-      >>> optimizer = sj.lora_pro(1e-2)
+      >>> adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(2)}, key=jax.random.key(0))
+      >>> trainable, _ = sj.partition(adapted)
+      >>> optimizer = sj.lora_pro(1e-2, adapted=adapted)
       >>> updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
       >>> updates["w"].a.shape
       (6, 2)
     """
-    return with_rate(scale_by_lora_pro(delta, pairs=pairs), learning_rate, weight_decay)
+    return with_rate(scale_by_lora_pro(delta, adapted=adapted, pairs=pairs), learning_rate, weight_decay)
 
 
 def lora_pro_adam(
@@ -200,6 +209,7 @@ def lora_pro_adam(
     *,
     delta: float = 1e-8,
     weight_decay: float = 0.0,
+    adapted: PyTree | None = None,
     pairs: PairFn | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns LoRA-Pro with AdamW, the form of all published experiments with language models.
@@ -214,24 +224,28 @@ def lora_pro_adam(
       eps: added to the root of the second.
       delta: damping of inverses.
       weight_decay: decoupled decay of the factors; the authors' code applies none.
-      pairs: finds the factors in a tree; `low_rank_pairs` if None. With `optax.inject_hyperparams` name it in
-        `static_args`.
+      adapted: the tree that `adapt` returned, or its frozen part, for the scales of the additions.
+      pairs: finds the factors and their scales in a tree, in place of `adapted`. With `optax.inject_hyperparams` name
+        both in `static_args`.
 
     Returns:
       A transformation whose `update` needs `params`.
 
     Raises:
-      StructureError: at `init`, the tree has no pair of factors.
+      StructureError: at `init`, the tree has no pair of factors, or the scale of one is not known.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
-      >>> trainable, _ = sj.partition(sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(2)}, key=jax.random.key(0)))
-      >>> optimizer = sj.methods.lora_pro.lora_pro_adam(2e-5)
+      >>> adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(2)}, key=jax.random.key(0))
+      >>> trainable, _ = sj.partition(adapted)
+      >>> optimizer = sj.methods.lora_pro.lora_pro_adam(2e-5, adapted=adapted)
       >>> updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
       >>> updates["w"].a.shape
       (6, 2)
     """
-    return with_rate(scale_by_lora_pro_adam(b1, b2, eps, delta, pairs=pairs), learning_rate, weight_decay)
+    return with_rate(
+        scale_by_lora_pro_adam(b1, b2, eps, delta, adapted=adapted, pairs=pairs), learning_rate, weight_decay
+    )
 
 
 class _Factors:

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from subspace_jax.core import Dot, Operation, Weight, static
+from subspace_jax.core import Dot, Operation, Weight, register_weight, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights import placed_as
 
 Parameterization = Literal["delta", "in_place"]
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseSlice(Weight):
     r"""A frozen array of which a few rows (input features) or columns (output features) are trained densely.

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Convolution, Operation, RoleError, Weight, static
+from subspace_jax.core import Convolution, Operation, RoleError, Weight, register_weight, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights import drop_inputs, step_keys
 
 IN_FACTORS = ("in_0", "in_1", "in_2", "in_3")
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tucker(Weight):
     r"""A frozen array plus a core with one factor for every axis: \(W + s\,G \times_1 U_1 \cdots \times_N U_N\).
@@ -47,7 +47,7 @@ class Tucker(Weight):
     in_3: jax.Array | None = None
     out: jax.Array
     dropout_key: jax.Array | None = None
-    scale: float = static(default=1.0)
+    scale: jax.Array = 1.0  # pyright: ignore[reportAssignmentType]
     dropout: float = static(default=0.0)
 
     axes: ClassVar[Mapping[str, str]] = {
@@ -56,6 +56,7 @@ class Tucker(Weight):
         **dict.fromkeys(IN_FACTORS, "stack size rank"),
         "out": "stack rank out",
         "dropout_key": "stack",
+        "scale": "",
     }
 
     @property
@@ -76,7 +77,8 @@ class Tucker(Weight):
         inputs = [f"...{big}{small}" for big, small in zip(full, few, strict=True)]
         formula = f"...{few}z,{''.join(f'{term},' for term in inputs)}...zZ->...{full}Z"
         wide = wide_dtype(self.dtype)
-        arrays = [v.astype(wide) for v in (self.core * self.scale, *factors, self.out)]
+        arrays = [v.astype(wide) for v in (self.core, *factors, self.out)]
+        arrays[0] = arrays[0] * self.scale.astype(wide)
         delta = jnp.einsum(formula, *arrays, precision=jax.lax.Precision.HIGHEST, optimize="optimal")
         return self.role.unmatrix(delta, self.shape)
 
@@ -89,12 +91,11 @@ class Tucker(Weight):
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on `base` plus that on the small tensors, in the cheap order."""
         base, inner = operation.apply(x, self.base), drop_inputs(x, operation, self.dropout_key, self.dropout)
-        scale = None if self.scale == 1.0 else self.scale
         if len(self.in_factors) == 1:
-            return base + operation.product(inner, (self.in_factors[0], self.core, self.out), scale)
+            return base + operation.product(inner, (self.in_factors[0], self.core, self.out), self.scale)
         y = None
         if isinstance(operation, Convolution) and not self.role.stack_axes:
-            y = operation.through_features(inner, *self._small_kernel(operation), scale)
+            y = operation.through_features(inner, *self._small_kernel(operation), self.scale)
         return base + (operation.apply(inner, self.change().astype(operation.dtype)) if y is None else y)
 
     def _small_kernel(self, operation: Convolution) -> tuple[jax.Array, jax.Array, jax.Array]:

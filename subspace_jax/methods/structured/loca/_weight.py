@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Convolution, Dot, Operation, Weight, static
+from subspace_jax.core import Convolution, Dot, Operation, Weight, register_weight, static
 from subspace_jax.linalg import cosine_transform, cosine_vectors, inverse_cosine_transform, wide_dtype
 from subspace_jax.weights import drop_inputs, step_keys
 
@@ -22,7 +22,7 @@ Evaluation = Literal["auto", "default", "sparse", "fast", "factored"]
 FFT_COST = 150
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CosineSpectrum(Weight):
     r"""A frozen array plus a cosine spectrum of few coefficients: \(W + \alpha\,C^T S\,C\), with cosine bases \(C\).
@@ -54,7 +54,7 @@ class CosineSpectrum(Weight):
     locations: jax.Array | None = None
     positions: jax.Array | None = None
     dropout_key: jax.Array | None = None
-    scale: float = static(default=1.0)
+    scale: jax.Array = 1.0  # pyright: ignore[reportAssignmentType]
     highest: float = static(default=0.999)
     evaluation: Evaluation = static(default="auto")
     dropout: float = static(default=0.0)
@@ -65,6 +65,7 @@ class CosineSpectrum(Weight):
         "locations": "stack coordinate coefficient",
         "positions": "stack coordinate coefficient",
         "dropout_key": "stack",
+        "scale": "",
     }
 
     @property
@@ -96,15 +97,16 @@ class CosineSpectrum(Weight):
             formed = jnp.matmul(left * self.coefficients[..., None, :], right, precision=jax.lax.Precision.HIGHEST)
         else:
             formed = self._transformed(fft=way == "fast")
-        return self.role.unmatrix(self.scale * formed, self.shape).astype(wide_dtype(self.dtype))
+        return self.role.unmatrix(self.scale.astype(formed.dtype) * formed, self.shape).astype(wide_dtype(self.dtype))
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on the sum, or on its parts where that is cheaper or an input is dropped."""
         dropped = drop_inputs(x, operation, self.dropout_key, self.dropout)
         if self._is_factored(x, operation):
             left, right = self._columns()
-            scale = None if self.scale == 1.0 else self.scale
-            return operation.apply(x, self.base) + operation.product(dropped, (left, self.coefficients, right), scale)
+            return operation.apply(x, self.base) + operation.product(
+                dropped, (left, self.coefficients, right), self.scale
+            )
         if dropped is x:
             return operation.apply(x, self.materialize(operation.dtype))
         return operation.apply(x, self.base) + operation.apply(dropped, self.change().astype(operation.dtype))

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from subspace_jax.core import Operation, Weight, static
+from subspace_jax.core import Operation, Weight, register_weight, static
 from subspace_jax.linalg import cayley, cayley_neumann, skew, whole_matrices, wide_dtype
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotated(Weight):
     r"""A frozen array whose input axis is rotated block by block: \(R K\), with a block-diagonal rotation \(R\).

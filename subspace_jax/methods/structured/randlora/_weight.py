@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.core import Dot, Lookup, Operation, StructureError, Weight, product, static
+from subspace_jax.core import Dot, Lookup, Operation, StructureError, Weight, product, register_weight, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights import Route, draw_basis, drop_inputs, step_keys
 
 Pairing = Literal["paper", "peft"]
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomBases(Weight):
     r"""A frozen array plus frozen random bases under trained diagonals: \(W + s \sum_n \Gamma_n A^T \Lambda_n B_n^T\).
@@ -55,7 +55,7 @@ class RandomBases(Weight):
     basis_dtype: np.dtype = static()
     sparsity: float | None = static(default=None)
     seed: int = static(default=0)
-    scale: float = static(default=1.0)
+    scale: jax.Array = 1.0  # pyright: ignore[reportAssignmentType]
     pairing: Pairing = static(default="paper")
     route: Route = static(default="auto")
     dropout: float = static(default=0.0)
@@ -76,6 +76,7 @@ class RandomBases(Weight):
             "basis_a": f"rank {small if smallest == min(inputs, outputs) else 'feature'}",
             "basis_b": f"basis rank {large if largest == max(inputs, outputs) else 'feature'}",
             "dropout_key": "stack",
+            "scale": "",
         }
 
     @property
@@ -126,7 +127,7 @@ class RandomBases(Weight):
         *stack, bases, rank = self.rank_scales.shape
         smaller, larger = sorted((inputs, outputs))
         a = self.basis_a[:, :smaller].astype(wide_dtype(self.dtype))
-        scaled = _scaled_copies(a, self.rank_scales * self.scale, self.feature_scales)
+        scaled = _scaled_copies(a, self.rank_scales * self.scale.astype(self.rank_scales.dtype), self.feature_scales)
         if self.pairing == "peft":
             scaled = jnp.swapaxes(scaled, -2, -3)
         scaled = scaled.reshape(*stack, bases * rank, smaller).astype(dtype)

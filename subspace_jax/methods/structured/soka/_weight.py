@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Dot, Operation, Weight
+from subspace_jax.core import Dot, Operation, Weight, register_weight
 from subspace_jax.linalg import KroneckerSplit, kronecker_rows, kronecker_sum, wide_dtype
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KroneckerSum(Weight):
     r"""A frozen array plus a sum of trainable Kronecker products: \(W + \sum_c \mu_c\,\sigma_c\,U_c \otimes V_c\).

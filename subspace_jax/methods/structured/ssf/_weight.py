@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Operation, Weight, static
+from subspace_jax.core import Operation, Weight, register_weight, static
 from subspace_jax.linalg import wide_dtype
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaled(Weight):
     r"""A frozen kernel, or the scale of a norm, times a factor for every output feature: \(W\,\mathrm{diag}(g)\).
@@ -59,7 +59,7 @@ class Scaled(Weight):
         return operation.scale_outputs(x, self.scale, lambda x: operation.apply(x, self.base))
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaledShifted(Scaled):
     r"""A kernel without a bias whose output features are scaled and shifted: \(x \mapsto g\,(x W) + t\).
@@ -80,7 +80,7 @@ class ScaledShifted(Scaled):
         return operation.add_outputs(super().contract(x, operation), self.shift)
 
 
-@jax.tree_util.register_dataclass
+@register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShiftedBias(Weight):
     r"""A frozen bias that follows the scale of its layer's kernel, and is shifted: \(g\,b + t\).
