@@ -73,11 +73,11 @@ def bank(
     if not paths:
         raise StructureError("bank: no adapter has a stand-in weight; give trees that adapt() made.")
     largest = max(part.a.shape[-1] for parts in found for part in parts.values())
-    rank = largest if rank is None else check_int("bank: rank", rank, least=1)
+    common: int = largest if rank is None else check_int("bank: rank", rank, least=1)
     weights = {}
     for path in paths:
         of_slot = {
-            i + 1: padded(path, parts[path], rank, f"adapter {i}") for i, parts in enumerate(found) if path in parts
+            i + 1: padded(path, parts[path], common, f"adapter {i}") for i, parts in enumerate(found) if path in parts
         }
         sample = next(one for tree in adapters for p, one in leaves_with_paths(tree) if p == path and is_weight(one))
         weights[path] = _stacked(path, sample, _leaf(params, path), of_slot, slots, trainable)

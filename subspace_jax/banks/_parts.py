@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.core import RankError, StructureError, Weight
+from subspace_jax.core import RankError, StructureError, Weight, is_tracer
 from subspace_jax.methods.low_rank.dora import Magnitude
 from subspace_jax.methods.low_rank.matryoshka import NestedLowRank
 from subspace_jax.weights import LowRank, LowRankCore
@@ -99,7 +99,7 @@ def _equal(found: Any, base: Any) -> bool:
         return True
     if (found.shape, found.dtype) != (base.shape, base.dtype):
         return False
-    if any(isinstance(v, (jax.core.Tracer, jax.ShapeDtypeStruct)) for v in (found, base)):
+    if any(is_tracer(v) or isinstance(v, jax.ShapeDtypeStruct) for v in (found, base)):
         return True  # not known while tracing
     return bool(jnp.array_equal(found, base))
 
@@ -109,7 +109,7 @@ def _check_residual(path: str, start: LowRank, base: Any, what: str) -> None:
     if isinstance(start.base, Weight) or isinstance(base, Weight) or start.shape != base.shape:
         raise StructureError(f"{path}: {what} has shape {start.shape}, the bank {base.shape}. {_MEND}")
     original, wide = start.materialize(jnp.float32), jnp.asarray(base, jnp.float32)
-    if isinstance(original, jax.core.Tracer) or isinstance(wide, jax.core.Tracer):
+    if is_tracer(original) or is_tracer(wide):
         return
     largest = float(jnp.abs(wide).max(initial=0.0)) + float(jnp.abs(jnp.asarray(start.base)).max(initial=0.0))
     coarsest = max(float(jnp.finfo(v.dtype).eps) for v in (base, start.base, start.a))
@@ -141,7 +141,7 @@ def pad(array: Any, axis: int, count: int) -> Any:
     widths = [(0, count if i == axis % array.ndim else 0) for i in range(array.ndim)]
     if not count:
         return array
-    if isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
+    if is_tracer(array) or not getattr(array, "is_fully_addressable", True):
         return jnp.pad(array, widths)
     host = np.pad(np.asarray(array), widths)
     return jnp.asarray(host)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.core import OnMaterialize, PyTree, StructureError, is_weight, map_with_paths, with_adapters
+from subspace_jax.core import OnMaterialize, PyTree, StructureError, is_tracer, is_weight, map_with_paths, with_adapters
 from subspace_jax.weights import AdapterBank
 
 
@@ -128,7 +128,7 @@ def _check_rows(bank: PyTree, rows: jax.Array) -> None:
             f"per_row: rows is {rows.dtype}{list(rows.shape)}; expected one integer for each row of the batch."
         )
     slots = banks[0].slots
-    if isinstance(rows, jax.core.Tracer) or not rows.size:
+    if is_tracer(rows) or not rows.size:
         return
     first, last = np.min(np.asarray(rows)), np.max(np.asarray(rows))  # concrete also inside a trace
     if not 0 <= first <= last < slots:

@@ -148,8 +148,8 @@ def _fitting(path: str, part: Part | None, held: AdapterBank) -> Part:
     """The part at the bank's rank, with gains and magnitudes as far as the bank has them."""
     depth = len(held.role.stack_axes)
     if part is None:
-        zeros = [jnp.zeros_like(jnp.take(v, 0, axis=depth)) for v in (held.a, held.b)]
-        part = Part(*zeros, jnp.zeros((), jnp.float32))
+        a, b = (jnp.zeros_like(jnp.take(v, 0, axis=depth)) for v in (held.a, held.b))
+        part = Part(a, b, jnp.zeros((), jnp.float32))
     if part.gain is not None and held.gain is None and held.magnitude is None:
         raise StructureError(
             f"{path}: the adapter is of DoRA, and the bank has no room for gains here. Make the bank with one of DoRA "

@@ -21,6 +21,7 @@ from subspace_jax.core._checks import check_int as check_int
 from subspace_jax.core._checks import check_number as check_number
 from subspace_jax.core._checks import check_probability as check_probability
 from subspace_jax.core._checks import check_rank as check_rank
+from subspace_jax.core._compat import is_tracer as is_tracer
 from subspace_jax.core._errors import MaterializeError as MaterializeError
 from subspace_jax.core._errors import NonFiniteError as NonFiniteError
 from subspace_jax.core._errors import NotMergeableError as NotMergeableError
@@ -65,6 +66,7 @@ from subspace_jax.core._types import Batch as Batch
 from subspace_jax.core._types import OptState as OptState
 from subspace_jax.core._types import Params as Params
 from subspace_jax.core._types import PyTree as PyTree
+from subspace_jax.core._types import Scalar as Scalar
 from subspace_jax.core._types import ScalarOrSchedule as ScalarOrSchedule
 from subspace_jax.core._types import Schedule as Schedule
 from subspace_jax.core._types import Updates as Updates
@@ -96,6 +98,7 @@ __all__ = [
     "Role",
     "RoleError",
     "Rounding",
+    "Scalar",
     "ScalarOrSchedule",
     "Schedule",
     "Source",
@@ -120,6 +123,7 @@ __all__ = [
     "combine",
     "dense",
     "full",
+    "is_tracer",
     "is_weight",
     "key_for",
     "leaves_with_paths",

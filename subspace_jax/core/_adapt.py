@@ -311,16 +311,17 @@ def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None
 
 
 def _role(path: str, leaf: Any, roles: Mapping[str, Role] | None) -> Role:
-    """The given role; else (in, out) for two axes and none for others, which methods refuse that need a matrix."""
-    if roles:
-        for name in (path, f"params/{path}"):
-            if name in roles:
-                return roles[name]
-        for pattern, role in roles.items():
-            if matches(pattern, path):
-                return role
-    ndim = getattr(leaf, "ndim", 0)
-    return Role.dense() if ndim == 2 else Role("other")
+    """The given role; else (in, out) for two axes and none for others, which methods refuse that need a matrix.
+
+    What is written by hand, for the path itself or by a glob, counts more than what `roles` found.
+    """
+    given = [roles[name] for name in (path, f"params/{path}") if name in roles] if roles else []
+    given += [role for pattern, role in roles.items() if matches(pattern, path)] if roles else []
+    role = next((r for r in given if not r.found), given[0] if given else None)
+    if role is not None and not (role.found and role.kind == "other" and getattr(leaf, "ndim", 0) == 2):
+        return dataclasses.replace(role, found=False)
+    # A use that cannot be followed says nothing about a kernel of two axes.
+    return Role.dense() if getattr(leaf, "ndim", 0) == 2 else role or Role("other")
 
 
 def require_matrix(array: jax.Array, role: Role) -> None:
@@ -330,7 +331,7 @@ def require_matrix(array: jax.Array, role: Role) -> None:
       array: the array to adapt.
       role: its role.
     """
-    if not role.is_matrix and array.ndim > 2:
+    if not role.is_matrix and array.ndim > 2 and not role.primitive:
         raise RoleError(
             f"shape {array.shape} has {array.ndim} axes, so which of them are inputs is not known (kernel of a "
             "DenseGeneral, a convolution, a stack of layers?). Pass roles=sj.roles(fn, params, *example_inputs), or "

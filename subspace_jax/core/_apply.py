@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from subspace_jax.core import _compat, _control_flow, _rules  # noqa: F401  (the latter two register rules)
-from subspace_jax.core._interpret import Interpreter, OnMaterialize
+from subspace_jax.core._interpret import CustomRules, Interpreter, OnMaterialize
 from subspace_jax.core._links import resolved
 from subspace_jax.core._paths import path_string
 from subspace_jax.core._weight import Weight, is_weight
@@ -19,20 +19,22 @@ from subspace_jax.core._weight_view import WeightView
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
+def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error", custom_rules: CustomRules = "keep") -> F:
     r"""Makes a function of parameters accept stand-in weights in any of its arguments.
 
     `fn` is traced once with every weight replaced by an abstract array of its shape and dtype. The program is then
     evaluated with the weights as values: products, convolutions and lookups become `weight.contract`, casts and
     transposes are carried along, loops, branches and calls are written out again. For `LowRank` that is
-    \(y = x W + s\,(x a)\,b\) in this bracketing, and the gradient of \(W\) is never formed. A `custom_jvp` or
-    `custom_vjp` function that a weight enters is differentiated through its body.
+    \(y = x W + s\,(x a)\,b\) in this bracketing, and the gradient of \(W\) is never formed.
 
     Args:
       fn: any function; `model.apply` of Flax Linen, a function that merges an NNX graph, a plain one. Everything
         that is not a weight (arrays, flags, keys, strings) is passed on unchanged.
       on_materialize: what to do where the model needs the full array: "error" refuses and names the primitive, the
         weight and what helps; "warn" forms it with a warning; "allow" forms it.
+      custom_rules: what to do where a weight enters a function with a derivative rule of its own (`jax.custom_vjp`,
+        `jax.custom_jvp`). "keep" needs the full array, so that the rule holds; "inline" differentiates the function's
+        body in place of the rule, and forms nothing.
 
     Returns:
       The function. Its result is what `fn` returns; a weight that `fn` hands through comes out as it went in.
@@ -50,6 +52,8 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
     """
     if on_materialize not in ("error", "warn", "allow"):
         raise ValueError(f'on_materialize is "error", "warn" or "allow", not {on_materialize!r}.')
+    if custom_rules not in ("keep", "inline"):
+        raise ValueError(f'custom_rules is "keep" or "inline", not {custom_rules!r}.')
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -82,7 +86,7 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error") -> F:
             WeightView.of(w.with_frozen_stopped(), path_string(paths[i][2:]))
             for i, w in zip(places, weights, strict=True)
         ]
-        results = Interpreter(on_materialize).run(_compat.program(closed), standins)
+        results = Interpreter(on_materialize, custom_rules).run(_compat.program(closed), standins)
         return _assemble(outputs, results, on_materialize)
 
     return wrapped  # pyright: ignore[reportReturnType]

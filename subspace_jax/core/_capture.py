@@ -205,7 +205,7 @@ def _step(
                 **fields,
             )
 
-        out = with_adapters(fn)(map_with_paths(place, params), batch)
+        out = with_adapters(fn, custom_rules="inline")(map_with_paths(place, params), batch)
         if not gradients:
             floating = [v for v in jax.tree.leaves(out) if jnp.issubdtype(v.dtype, jnp.floating)]
             return sum((jnp.sum(v.astype(jnp.float32)) for v in floating), jnp.zeros(()))

@@ -12,13 +12,15 @@ from subspace_jax.core import _compat
 from subspace_jax.core._interpret import Interpreter, rule
 from subspace_jax.core._weight_view import WeightView
 
-# Calls whose body means the same inline. A custom rule is for arrays; where a stand-in enters, the body itself is
-# differentiated, which is the rule's own specification.
+# Calls whose body means the same inline.
 _INLINED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
+}
+# Calls with derivative rules of their own, which are written for arrays.
+_CUSTOM = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
@@ -28,12 +30,18 @@ _INLINED = {
 
 def _body(eqn: Any) -> _compat.Program:
     name = eqn.primitive.name
-    return _compat.program(eqn.params[_INLINED.get(name, "jaxpr")])
+    return _compat.program(eqn.params[(_INLINED | _CUSTOM).get(name, "jaxpr")])
 
 
 @rule(*_INLINED)
 def _call(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     return interpreter.run(_body(eqn), operands)
+
+
+@rule(*_CUSTOM)
+def _custom_call(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """Keeps the rule by running the call whole, on formed weights: its body may have other derivatives."""
+    return interpreter.run(_body(eqn), operands) if interpreter.custom_rules == "inline" else None
 
 
 @rule("checkpoint", "remat", "remat2")

@@ -14,6 +14,7 @@ from subspace_jax.core._errors import MaterializeError
 from subspace_jax.core._weight_view import WeightView
 
 OnMaterialize = Literal["error", "warn", "allow"]
+CustomRules = Literal["keep", "inline"]
 Rule = Callable[["Interpreter", Any, list[Any]], "list[Any] | None"]
 
 # Primitive name -> rule. A rule returns the equation's results, or None where it cannot do without the array.
@@ -36,10 +37,12 @@ class Interpreter:
 
     Attributes:
       on_materialize: what to do where the full array would have to be formed.
+      custom_rules: whether a function with derivative rules of its own keeps them, or its body is differentiated.
       path: identity of the place in the program, outermost equation first.
     """
 
     on_materialize: OnMaterialize = "error"
+    custom_rules: CustomRules = "keep"
     path: tuple[int, ...] = ()
 
     def at(self, *index: int) -> Interpreter:
@@ -79,7 +82,10 @@ class Interpreter:
         with eqn.ctx.manager:
             results = found(self, eqn, operands) if found is not None else None
         if results is None:
-            results = _compat.bind(eqn, [self.form(v, eqn.primitive.name) for v in operands])
+            name = eqn.primitive.name
+            results = _compat.bind(eqn, [self.form(v, name) for v in operands])
+            weight = next(v.weight for v in operands if isinstance(v, WeightView))
+            results = weight.follow(name, self.path, operands, results)
         return results
 
     def form(self, value: Any, primitive: str) -> Any:
@@ -89,15 +95,28 @@ class Interpreter:
         observed = value.weight.observe(primitive, self.path)
         if observed is not None:
             return jnp.transpose(observed.astype(value.dtype), value.permutation)
-        message = (
-            f"{value.path}: the model uses this {type(value.weight).__name__} of shape {value.weight.shape} in "
-            f"{primitive!r}, for which the full array must be formed (role {value.weight.role.kind!r}: "
-            f"stack={value.weight.role.stack_axes} in={value.weight.role.in_axes} "
-            f"out={value.weight.role.out_axes}). Leave this leaf out of the pattern, or pass "
-            'on_materialize="allow" to with_adapters if forming it at every step is acceptable.'
-        )
+        message = _refusal(value, primitive)
         if self.on_materialize == "error":
             raise MaterializeError(message)
         if self.on_materialize == "warn":
             warnings.warn(message, stacklevel=2)
         return value.array()
+
+
+def _refusal(value: WeightView, primitive: str) -> str:
+    """Says which weight would have to be formed, for what, and what helps."""
+    weight, role = value.weight, value.weight.role
+    message = (
+        f"{value.path}: the model uses this {type(weight).__name__} of shape {weight.shape} in {primitive!r}, for "
+        f"which the full array must be formed (role {role.kind!r}: stack={role.stack_axes} in={role.in_axes} "
+        f"out={role.out_axes}). "
+    )
+    if "custom" in primitive:
+        message += (
+            'It has a derivative rule of its own, which holds for the array alone. Pass custom_rules="inline" to '
+            "with_adapters to differentiate its body instead, if that is meant to be the same. "
+        )
+    return message + (
+        'Leave this leaf out of the pattern, or pass on_materialize="allow" to with_adapters if forming it at every '
+        "step is acceptable."
+    )

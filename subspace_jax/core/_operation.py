@@ -67,6 +67,11 @@ class Operation(abc.ABC):
         """Labels of the axes of the result."""
 
     @property
+    def batch_labels(self) -> Labels:
+        """Labels of the weight's axes that are batch axes of the operation."""
+        return ()
+
+    @property
     def weight_labels(self) -> Labels:
         """Labels of the weight's axes."""
         return tuple(f"w{i}" for i in range(len(self.shape)))

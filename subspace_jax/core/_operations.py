@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -233,3 +233,66 @@ class Lookup(Operation):
         rest = [n for n in labels if n != looked_up]
         positions = range(self.x_ndim, self.x_ndim + len(rest))
         return self._gather(x, factor, labels.index(looked_up), positions), (*self.x_labels, *rest)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RaggedDot(Operation):
+    """A `ragged_dot` of rows sorted by group and a stack of matrices `[group, in, out]`, as experts are.
+
+    Attributes:
+      group_sizes: number of rows of each group; rows beyond their sum are in none and give zeros.
+      parameters: `lax.ragged_dot`'s keyword arguments.
+    """
+
+    group_sizes: jax.Array
+    parameters: dict[str, Any]
+
+    def apply(self, x: jax.Array, array: jax.Array) -> jax.Array:
+        """Returns the model's own product."""
+        return lax.ragged_dot(x, self.present(array), self.group_sizes, **self.parameters).astype(self.out_dtype)
+
+    def product(self, x: jax.Array, factors: Sequence[jax.Array], scale: Any = None) -> jax.Array:
+        """Returns the rows times a product of factors, one ragged product after the other."""
+        current = x
+        for i, factor in enumerate(factors):
+            if factor.ndim == 3:
+                current = lax.ragged_dot(current, factor.astype(self.dtype), self.group_sizes, **self.parameters)
+            else:
+                current = current * self._of_rows(factor, current)
+            if i == 0 and scale is not None:
+                current = current * jnp.asarray(scale, current.dtype)
+        return current.astype(self.out_dtype)
+
+    def scale_outputs(self, x: jax.Array, vector: jax.Array, contract: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Returns `contract(x)` with every row's features scaled by its group's vector."""
+        y = contract(x)
+        return y * self._of_rows(vector, y)
+
+    def _of_rows(self, vectors: jax.Array, rows: jax.Array) -> jax.Array:
+        """The vector of every row's group, `[rows, features]`."""
+        ends = jnp.cumsum(self.group_sizes)
+        group = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")
+        return jnp.take(vectors, group, axis=0, mode="clip").astype(rows.dtype)
+
+    @property
+    def batch_labels(self) -> Labels:
+        """Label of the weight's axis over groups."""
+        return self.weight_labels[:1]
+
+    @property
+    def in_labels(self) -> Labels:
+        """Label of the contracted axis."""
+        return self.weight_labels[1:2]
+
+    @property
+    def x_labels(self) -> Labels:
+        """Labels of the rows and of their features."""
+        return ("x0", *self.in_labels)
+
+    @property
+    def out_labels(self) -> Labels:
+        """Labels of the rows and of the result's features."""
+        return ("x0", self.weight_labels[2])
+
+    def _start(self, x: jax.Array, factor: jax.Array, labels: Labels, needed: set[str]) -> None:
+        del x, factor, labels, needed

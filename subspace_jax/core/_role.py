@@ -29,6 +29,8 @@ class Role:
       out_axes: axes that remain in the model's output.
       groups: feature groups of a convolution; 1 otherwise.
       uses: number of places where the model reads the array; above 1 the weight is shared.
+      primitive: the operation that makes an array of kind "other" one; for messages.
+      found: `sj.roles` found it, so that a role written by hand counts more.
 
     Example:
       >>> import jax.numpy as jnp
@@ -42,6 +44,8 @@ class Role:
     out_axes: tuple[int, ...] = ()
     groups: int = 1
     uses: int = 1
+    primitive: str = dataclasses.field(default="", compare=False)
+    found: bool = dataclasses.field(default=False, compare=False)
 
     @classmethod
     def dense(cls, in_axes=(0,), out_axes=(1,), stack_axes=()) -> Role:
@@ -117,9 +121,12 @@ class Role:
     def check(self, shape: tuple[int, ...], path: str = "the array") -> None:
         """Raises RoleError unless the role's axes are exactly those of an array of `shape`."""
         if not self.is_matrix:
+            used = f" (the model uses it in {self.primitive!r})" if self.primitive else ""
             raise RoleError(
-                f"{path}: shape {shape} has the role {self.kind!r}, which is no matrix from inputs to outputs; "
-                "leave it out of the pattern, or train it as it is with full()."
+                f"{path}: shape {shape} has the role {self.kind!r}{used}, which is no matrix from inputs to outputs; "
+                "leave it out of the pattern, train it as it is with full(), or, where the model makes a kernel of it, "
+                "say of which axes by roles={path: sj.Role.dense(in_axes=..., out_axes=...)} and run the model by "
+                'with_adapters(fn, on_materialize="allow").'
             )
         if sorted(self.order) != list(range(len(shape))):
             raise RoleError(

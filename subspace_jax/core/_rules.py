@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from subspace_jax.core import _compat
 from subspace_jax.core._interpret import Interpreter, rule
-from subspace_jax.core._operations import Convolution, Dot, Lookup
+from subspace_jax.core._observed import Observed
+from subspace_jax.core._operations import Convolution, Dot, Lookup, RaggedDot
 from subspace_jax.core._weight_view import WeightView
 
 
@@ -57,31 +58,63 @@ def _conv_general_dilated(interpreter: Interpreter, eqn: Any, operands: list[Any
     return [value.weight.contract(x, operation)]
 
 
+@rule("ragged_dot_general")
+def _ragged_dot(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    x, value, group_sizes = operands[:3]
+    p = dict(eqn.params)
+    numbers = p.pop("ragged_dot_dimension_numbers")
+    usual = (numbers.dot_dimension_numbers, tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions))
+    plain = [_tuples(part) for part in usual]
+    sorted_rows = plain == [(((1,), (1,)), ((), ())), (0,), (0,)]
+    if isinstance(x, WeightView) or not isinstance(value, WeightView) or not sorted_rows or p.pop("group_offset", None):
+        return None
+    weight = value.weight.permuted(value.permutation)
+    if weight is None:
+        return None
+    value = dataclasses.replace(value, weight=weight, permutation=tuple(range(weight.ndim)))
+    role = weight.role
+    if role.is_matrix and (role.stack_axes, role.in_axes, role.out_axes) != ((0,), (1,), (2,)):
+        return None
+    kept = {k: v for k, v in p.items() if k in ("precision", "preferred_element_type")}
+    operation = RaggedDot(**_use_fields(interpreter, eqn, value), group_sizes=group_sizes, parameters=kept)
+    return [weight.contract(x, operation)]
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (tuple, list)) else int(value)
+
+
 @rule("gather")
 def _gather(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     value, indices = operands
     numbers = eqn.params["dimension_numbers"]
-    collapsed, sizes = numbers.collapsed_slice_dims, eqn.params["slice_sizes"]
-    whole_slices = len(collapsed) == 1 and all(
-        n == (1 if i == collapsed[0] else value.shape[i]) for i, n in enumerate(sizes)
-    )
-    if (
-        isinstance(indices, WeightView)
-        or not whole_slices
-        or numbers.start_index_map != collapsed
-        or numbers.operand_batching_dims
-        or _is_number(eqn.params["fill_value"])  # a sum of parts would add it up
-    ):
+    sizes = eqn.params["slice_sizes"]
+    cut = [i for i, n in enumerate(sizes) if n != value.shape[i] or i in numbers.collapsed_slice_dims]
+    if isinstance(indices, WeightView) or len(cut) != 1 or sizes[cut[0]] != 1 or numbers.operand_batching_dims:
         return None
+    axis, collapsed = cut[0], tuple(numbers.collapsed_slice_dims)
+    if collapsed not in ((), (axis,)) or axis not in numbers.start_index_map:
+        return None
+    # Other components of an index can only say where a whole axis starts, which is 0 where it is clipped.
+    alone = tuple(numbers.start_index_map) == (axis,)
+    clipped = eqn.params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    if not (alone or clipped) or _is_number(eqn.params["fill_value"]):  # a sum of parts would add a number up
+        return None
+    offsets, kept_axis = list(numbers.offset_dims), None
+    if not collapsed:  # the looked-up axis stays, of size one
+        kept_axis = offsets.pop(axis)
+        offsets = [i - (i > kept_axis) for i in offsets]
+    component = numbers.start_index_map.index(axis)
     kept = ("indices_are_sorted", "unique_indices", "mode", "fill_value")
     operation = Lookup(
         **_use_fields(interpreter, eqn, value),
-        axis=collapsed[0],
+        axis=axis,
         x_ndim=indices.ndim - 1,
-        offset_dims=tuple(numbers.offset_dims),
+        offset_dims=tuple(offsets),
         parameters={k: eqn.params[k] for k in kept},
     )
-    return [value.weight.contract(indices, operation)]
+    found = value.weight.contract(indices if alone else indices[..., component : component + 1], operation)
+    return [found if kept_axis is None else jnp.expand_dims(found, kept_axis)]
 
 
 def _is_number(fill: Any) -> bool:
@@ -136,8 +169,8 @@ def _reshape(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[An
     new_sizes = tuple(eqn.outvars[0].aval.shape)
     if new_sizes == value.shape:
         return [value]
-    in_order = value.permutation == tuple(range(value.weight.ndim))
-    reshaped = value.weight.reshape(new_sizes) if in_order else None
+    ordered = value.weight.permuted(value.permutation)
+    reshaped = None if ordered is None else ordered.reshape(new_sizes)
     if reshaped is None:
         return _derive(value, lambda array: array.reshape(new_sizes))
     return [dataclasses.replace(value, weight=reshaped, permutation=tuple(range(len(new_sizes))))]
@@ -161,18 +194,47 @@ def _derive(value: WeightView, function: Callable[[jax.Array], jax.Array]) -> li
 def _slice(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     value = operands[0]
     starts, limits, strides = (eqn.params[k] for k in ("start_indices", "limit_indices", "strides"))
-    if strides is not None and any(n != 1 for n in strides):
-        return None
     sizes = tuple(b - a for a, b in zip(starts, limits, strict=True))
-    return _slice_stack(value, starts, sizes)
+    if strides is None or all(n == 1 for n in strides):
+        return _slice_stack(value, starts, sizes)
+    for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
+
+        def take(array: jax.Array, place: int, cut: Any = (start, limit, stride)) -> jax.Array:
+            return lax.slice_in_dim(array, *cut, axis=place)
+
+        whole = (start, limit, stride) == (0, value.shape[axis], 1)
+        weight = value.weight if whole else value.weight.map_axis(value.permutation[axis], take)
+        if weight is None:
+            return None
+        value = dataclasses.replace(value, weight=weight)
+    return [value]
+
+
+@rule("split")
+def _split(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    value, axis = operands[0], eqn.params["axis"]
+    found, start = [], 0
+    for size in map(int, eqn.params["sizes"]):
+        starts = tuple(start if i == axis else 0 for i in range(len(value.shape)))
+        sizes = tuple(size if i == axis else n for i, n in enumerate(value.shape))
+        part = _slice_stack(value, starts, sizes)
+        if part is None:
+            return None
+        found += part
+        start += size
+    return found
 
 
 @rule("dynamic_slice")
 def _dynamic_slice(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     value, *starts = operands
     sizes = tuple(eqn.params["slice_sizes"])
-    sliced = _slice_stack(value, starts, sizes)
-    return _lookup_of_one(interpreter, eqn, value, starts, sizes) if sliced is None else sliced
+    looked_up = _lookup_of_one(interpreter, eqn, value, starts, sizes)
+    if looked_up is not None:
+        return looked_up
+    if isinstance(value.weight, Observed) and len(sizes) == 2 and sizes[0] == 1 and _compat.is_tracer(starts[0]):
+        value.weight.notes.reads_rows = True
+    return _slice_stack(value, starts, sizes)
 
 
 def _lookup_of_one(
@@ -194,17 +256,19 @@ def _lookup_of_one(
 
 
 def _slice_stack(value: WeightView, starts: Any, sizes: tuple[int, ...]) -> list[Any] | None:
-    """Some whole layers of a stacked weight; slicing any other axis would cut through its matrices."""
+    """Some whole layers of a stacked weight, or a part of the inputs or outputs of one that can be divided so."""
     cut = [i for i, (n, m) in enumerate(zip(sizes, value.shape, strict=True)) if n != m]
-    if any(not value.is_stacked(i, loop=False) for i in cut):
-        return None
     weight = value.weight
     for i in cut:
 
         def take(array: jax.Array, axis: int, i: int = i) -> jax.Array:
             return lax.dynamic_slice_in_dim(array, starts[i], sizes[i], axis)
 
-        weight = weight.map_stacked(value.permutation[i], take)
+        axis = value.permutation[i]
+        stacked = value.is_stacked(i, loop=False)
+        weight = weight.map_stacked(axis, take) if stacked else weight.map_axis(axis, take)
+        if weight is None:
+            return None
     return [dataclasses.replace(value, weight=weight)]
 
 

@@ -31,3 +31,6 @@ OptState: TypeAlias = PyTree
 
 Batch: TypeAlias = PyTree
 """What one step of training looks at: a tree of arrays, examples along the first axis of each."""
+
+Scalar: TypeAlias = Any
+"""A number where a weight is made, and an array without axes in the weight: a scale, say."""

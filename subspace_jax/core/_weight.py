@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import jax
@@ -43,7 +43,8 @@ class Weight(abc.ABC):
     the array stood for, else words such as "stack in rank": `stack` are the stacked axes (absent where one array
     serves all layers), `in` and `out` the products of the role's input and output axes. The class attribute
     `spread` names, by field, an axis that is as long as the weight's own and is split over mesh axes that are left
-    over; `regenerated` names the data fields that follow from the static ones, which files then leave out.
+    over; `regenerated` names the data fields that follow from the static ones, which files then leave out; `divisible`
+    names the sides, "in" and "out", along which a part of the array is that of parts of the fields.
 
     Attributes:
       role: which axes are stacked, contracted and produced.
@@ -63,6 +64,7 @@ class Weight(abc.ABC):
     axes: ClassVar[Mapping[str, str]] = {}
     spread: ClassVar[Mapping[str, int]] = {}
     mergeable: ClassVar[bool] = True
+    divisible: ClassVar[tuple[str, ...]] = ()
     regenerated: ClassVar[tuple[str, ...]] = ()
     classes: ClassVar[dict[str, type[Weight]]] = {}
 
@@ -255,6 +257,61 @@ class Weight(abc.ABC):
             return dataclasses.replace(self, role=role, **fields)
 
         return mapped, rebuild
+
+    def map_axis(self: W, axis: int, function: Callable[[jax.Array, int], jax.Array]) -> W | None:
+        """Returns the weight of a part of the array along an input or output axis, or None where it must be formed.
+
+        Args:
+          axis: an axis of the array stood for, one of the role's input or output axes.
+          function: takes an array and the position of that axis in it, and returns a part of it.
+        """
+        side = "in" if axis in self.role.in_axes else "out"
+        group = self.role.in_axes if side == "in" else self.role.out_axes
+        if side not in self.divisible or axis not in group:
+            return None
+        sizes, place = tuple(self.shape[i] for i in group), group.index(axis)
+
+        def one(name: str, value: Any) -> Any:
+            if isinstance(value, Weight):
+                return value.map_axis(axis, function)
+            words = self.axes[name].split()
+            if words == ["array"]:
+                return function(value, axis)
+            if side not in words:
+                return value
+            at = words.index(side) + value.ndim - len(words)  # `stack` stands for any number of axes
+            unfolded = function(value.reshape(*value.shape[:at], *sizes, *value.shape[at + 1 :]), at + place)
+            return unfolded.reshape(*value.shape[:at], -1, *value.shape[at + 1 :])
+
+        fields = {name: one(name, value) for name, value in self.data_items()}
+        if any(value is None for value in fields.values()):
+            return None
+        return dataclasses.replace(self, **fields)
+
+    def permuted(self: W, permutation: tuple[int, ...]) -> W | None:
+        """Returns the weight of the array with its axes in another order.
+
+        Args:
+          permutation: axis `i` of the new array is axis `permutation[i]` of this one.
+        """
+        if permutation == tuple(range(self.ndim)):
+            return self
+        place = {old: new for new, old in enumerate(permutation)}
+        names = ("stack_axes", "in_axes", "out_axes")
+        moved = {name: tuple(place[i] for i in getattr(self.role, name)) for name in names}
+        role = dataclasses.replace(self.role, **moved)
+
+        def one(name: str, value: Any) -> Any:
+            if isinstance(value, Weight):
+                return value.permuted(permutation)
+            return jnp.transpose(value, permutation) if self.axes[name] == "array" else value
+
+        return dataclasses.replace(self.map_fields(one), role=role)
+
+    def follow(self, primitive: str, path: tuple[int, ...], operands: Sequence[Any], results: list[Any]) -> list[Any]:
+        """Returns an operation's results, observed further by a weight that observes."""
+        del primitive, path, operands
+        return results
 
     def reshape(self: W, shape: tuple[int, ...]) -> W | None:
         """Returns the weight of the reshaped array, or None where the new axes cut across its matrices.

@@ -37,7 +37,9 @@ def encode(value: Any, where: str) -> Any:
     if type(value) is tuple:
         return {"tuple": [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: encode(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+        fields = {
+            f.name: encode(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value) if f.compare
+        }
         return {"dataclass": type(value).__name__, "fields": fields}
     raise ManifestError(
         f"{where}: a static value of type {type(value).__name__} cannot be saved. Static fields hold None, bool, int, "

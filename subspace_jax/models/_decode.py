@@ -65,7 +65,11 @@ def greedy_decode(
         prompt,
         real,
         None if rows is None else jnp.asarray(rows),
-        apply=_by_row(module) if rows is not None else module.apply if apply is None else apply,
+        apply=_by_row(module)  # pyright: ignore[reportArgumentType]
+        if rows is not None
+        else module.apply
+        if apply is None
+        else apply,
         config=module.config,
         max_new_tokens=max_new_tokens,
         stop_token=stop_token,

@@ -41,6 +41,7 @@ class AdapterBank(Weight):
     row: jax.Array | None = None
     detach_norm: bool = static(default=True)
 
+    divisible: ClassVar[tuple[str, ...]] = ("in", "out")
     axes: ClassVar[Mapping[str, str]] = {
         "base": "array",
         "a": "stack adapter in rank",

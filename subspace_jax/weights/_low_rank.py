@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Operation, Weight, dense, placed_like, product, register_weight, static
+from subspace_jax.core import Operation, Scalar, Weight, dense, placed_like, product, register_weight, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights._dropout import drop_inputs, step_keys
 
@@ -45,10 +45,11 @@ class LowRank(Weight):
     start_a: jax.Array | None = None
     start_b: jax.Array | None = None
     base_squares: jax.Array | None = None
-    scale: jax.Array = 1.0  # pyright: ignore[reportAssignmentType]
+    scale: Scalar = 1.0
     rank_stabilized: bool = static(default=False, remark=True)
     dropout: float = static(default=0.0)
 
+    divisible: ClassVar[tuple[str, ...]] = ("in", "out")
     axes: ClassVar[Mapping[str, str]] = {
         "base": "array",
         "a": "stack in rank",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Dot, Operation, Weight, dense, register_weight, static
+from subspace_jax.core import Dot, Operation, Scalar, Weight, dense, register_weight, static
 from subspace_jax.linalg import wide_dtype
 
 Route = Literal["factored", "materialized", "auto"]
@@ -40,12 +40,13 @@ class LowRankCore(Weight):
     left: jax.Array
     core: jax.Array
     right: jax.Array
-    scale: jax.Array = 1.0  # pyright: ignore[reportAssignmentType]
+    scale: Scalar = 1.0
     route: Route = static(default="factored")
     wide_only: bool = static(default=False)
     in_sizes: tuple[int, ...] = static(default=())
     out_sizes: tuple[int, ...] = static(default=())
 
+    divisible: ClassVar[tuple[str, ...]] = ("in", "out")
     axes: ClassVar[Mapping[str, str]] = {
         "base": "array",
         "left": "stack in rank",

@@ -89,9 +89,9 @@ def weighted_sum(results):
     return total
 
 
-def same_as_dense(fn, adapted, *args, tolerance=2e-4, gradients=True, **kwargs):
+def same_as_dense(fn, adapted, *args, tolerance=2e-4, gradients=True, custom_rules="keep", **kwargs):
     """Checks results and gradients of `fn` on the adapted tree against `fn` itself on numpy's merged arrays."""
-    apply, plain = sj.with_adapters(fn), merged(adapted)
+    apply, plain = sj.with_adapters(fn, custom_rules=custom_rules), merged(adapted)
     trainable, frozen = sj.partition(adapted)
 
     def adapted_loss(trainable, frozen):

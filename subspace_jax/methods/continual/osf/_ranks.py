@@ -147,7 +147,7 @@ def importance(
                     value=leaf, sums=sums[path], role=chosen[path], dtype=leaf.dtype, trainable=("value", "sums")
                 )
 
-            out = with_adapters(fn)(map_with_paths(place, params), batch)
+            out = with_adapters(fn, custom_rules="inline")(map_with_paths(place, params), batch)
             floating = [v for v in jax.tree.leaves(out) if jnp.issubdtype(v.dtype, jnp.floating)]
             return sum((jnp.sum(v.astype(jnp.float32)) for v in floating), jnp.zeros(()))
 

@@ -32,6 +32,7 @@ class Magnitude(Weight):
     magnitude: jax.Array
     detach_norm: bool = static(default=True)
 
+    divisible: ClassVar[tuple[str, ...]] = ("out",)
     axes: ClassVar[Mapping[str, str]] = {"magnitude": "stack out"}
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import PyTree, StructureError, is_weight, leaves_with_paths
+from subspace_jax.core import PyTree, StructureError, is_tracer, is_weight, leaves_with_paths
 from subspace_jax.weights import LowRank
 
 
@@ -63,7 +63,7 @@ def scales_of(adapted: PyTree) -> dict[str, float]:
 
     def walk(path: str, weight: Any) -> Iterator[tuple[str, float]]:
         if type(weight) is LowRank and weight.scale is not None:
-            if isinstance(weight.scale, jax.core.Tracer):
+            if is_tracer(weight.scale):
                 raise StructureError(f"{path}: LoRA-Pro reads scales when it is made; make it outside of jax.jit.")
             yield path, float(weight.scale)
         for name, value in weight.data_items():

@@ -137,7 +137,7 @@ def serve_slices(fn: Callable[..., Any], adapted: Sequence[Params], tasks: jax.A
         def one(path: str, leaf: Any) -> Any:
             return dataclasses.replace(leaf, **chosen[path], parameterization="delta") if path in chosen else leaf
 
-        return with_adapters(fn)(map_with_paths(one, adapted[0]), *inputs)
+        return with_adapters(fn, custom_rules="inline")(map_with_paths(one, adapted[0]), *inputs)
 
     return jax.vmap(of_one)(tasks, *inputs)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Convolution, Operation, RoleError, Weight, register_weight, static
+from subspace_jax.core import Convolution, Operation, RoleError, Scalar, Weight, register_weight, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights import drop_inputs, step_keys
 
@@ -47,7 +47,7 @@ class Tucker(Weight):
     in_3: jax.Array | None = None
     out: jax.Array
     dropout_key: jax.Array | None = None
-    scale: jax.Array = 1.0  # pyright: ignore[reportAssignmentType]
+    scale: Scalar = 1.0
     dropout: float = static(default=0.0)
 
     axes: ClassVar[Mapping[str, str]] = {

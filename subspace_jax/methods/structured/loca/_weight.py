@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Convolution, Dot, Operation, Weight, register_weight, static
+from subspace_jax.core import Convolution, Dot, Operation, Scalar, Weight, register_weight, static
 from subspace_jax.linalg import cosine_transform, cosine_vectors, inverse_cosine_transform, wide_dtype
 from subspace_jax.weights import drop_inputs, step_keys
 
@@ -54,7 +54,7 @@ class CosineSpectrum(Weight):
     locations: jax.Array | None = None
     positions: jax.Array | None = None
     dropout_key: jax.Array | None = None
-    scale: jax.Array = 1.0  # pyright: ignore[reportAssignmentType]
+    scale: Scalar = 1.0
     highest: float = static(default=0.999)
     evaluation: Evaluation = static(default="auto")
     dropout: float = static(default=0.0)

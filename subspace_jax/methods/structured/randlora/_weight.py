@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.core import Dot, Lookup, Operation, StructureError, Weight, product, register_weight, static
+from subspace_jax.core import Dot, Lookup, Operation, Scalar, StructureError, Weight, product, register_weight, static
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights import Route, draw_basis, drop_inputs, step_keys
 
@@ -55,7 +55,7 @@ class RandomBases(Weight):
     basis_dtype: np.dtype = static()
     sparsity: float | None = static(default=None)
     seed: int = static(default=0)
-    scale: jax.Array = 1.0  # pyright: ignore[reportAssignmentType]
+    scale: Scalar = 1.0
     pairing: Pairing = static(default="paper")
     route: Route = static(default="auto")
     dropout: float = static(default=0.0)
