@@ -16,6 +16,7 @@ from subspace_jax import linalg as linalg
 from subspace_jax import manifolds as manifolds
 from subspace_jax import methods as methods
 from subspace_jax import metrics as metrics
+from subspace_jax import modules as modules
 from subspace_jax import optim as optim
 from subspace_jax import sharding as sharding
 from subspace_jax import weights as weights
@@ -69,6 +70,7 @@ from subspace_jax.methods.structured.oft import oft as oft
 from subspace_jax.methods.structured.randlora import randlora as randlora
 from subspace_jax.methods.structured.soka import soka as soka
 from subspace_jax.methods.structured.ssf import ssf as ssf
+from subspace_jax.modules import bottleneck as bottleneck
 from subspace_jax.optim import project_orthogonal as project_orthogonal
 from subspace_jax.optim import riemannian as riemannian
 from subspace_jax.optim import sandwich as sandwich
@@ -104,6 +106,7 @@ __all__ = [
     "adapt",
     "bank",
     "banks",
+    "bottleneck",
     "capture",
     "catalogue",
     "combine",
@@ -135,6 +138,7 @@ __all__ = [
     "methods",
     "metrics",
     "models",
+    "modules",
     "o_lora",
     "oft",
     "optim",

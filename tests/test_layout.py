@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "optim": {"core", "linalg", "manifolds", "weights"},
     "methods": {"continual", "core", "linalg", "manifolds", "metrics", "optim", "weights"},
     "banks": {"core", "methods", "weights"},
+    "modules": {"core", "weights"},
     "io": {"core", "methods", "weights"},
     "training": {"core", "io", "sharding"},
     "errors": {"assets", "continual", "core", "io"},

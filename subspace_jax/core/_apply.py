@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from subspace_jax.core import _compat, _control_flow, _rules  # noqa: F401  (the latter two register rules)
+from subspace_jax.core._context import Context
 from subspace_jax.core._interpret import CustomRules, Interpreter, OnMaterialize
 from subspace_jax.core._links import resolved
 from subspace_jax.core._paths import path_string
@@ -19,7 +20,13 @@ from subspace_jax.core._weight_view import WeightView
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error", custom_rules: CustomRules = "keep") -> F:
+def with_adapters(
+    fn: F,
+    *,
+    on_materialize: OnMaterialize = "error",
+    custom_rules: CustomRules = "keep",
+    collect: bool = False,
+) -> F:
     r"""Makes a function of parameters accept stand-in weights in any of its arguments.
 
     `fn` is traced once with every weight replaced by an abstract array of its shape and dtype. The program is then
@@ -35,6 +42,9 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error", custom_rule
       custom_rules: what to do where a weight enters a function with a derivative rule of its own (`jax.custom_vjp`,
         `jax.custom_jvp`). "keep" needs the full array, so that the rule holds; "inline" differentiates the function's
         body in place of the rule, and forms nothing.
+      collect: return beside the result what stand-ins report, such as the probabilities of routers: a dict from the
+        weight's path to what it reported. A scan over layers stacks reports along a leading axis, a branch that is
+        not run reports zeros, and a weight that is used in several places reports a list.
 
     Returns:
       The function. Its result is what `fn` returns; a weight that `fn` hands through comes out as it went in.
@@ -67,7 +77,7 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error", custom_rule
         places = [i for i, v in enumerate(values) if isinstance(v, Weight)]
         if not places:
             args, kwargs = jax.tree.unflatten(treedef, values)
-            return fn(*args, **kwargs)
+            return (fn(*args, **kwargs), {}) if collect else fn(*args, **kwargs)
         outputs: dict[str, Any] = {}
 
         def traced(*arrays: jax.Array) -> list[jax.Array]:
@@ -86,8 +96,11 @@ def with_adapters(fn: F, *, on_materialize: OnMaterialize = "error", custom_rule
             WeightView.of(w.with_frozen_stopped(), path_string(paths[i][2:]))
             for i, w in zip(places, weights, strict=True)
         ]
-        results = Interpreter(on_materialize, custom_rules).run(_compat.program(closed), standins)
-        return _assemble(outputs, results, on_materialize)
+        context = Context(collect=collect)
+        interpreter = Interpreter(on_materialize, custom_rules, context=context)
+        results = _assemble(outputs, interpreter.run(_compat.program(closed), standins), on_materialize)
+        reports = {path: found[0] if len(found) == 1 else found for path, found in context.reports.items()}
+        return (results, reports) if collect else results
 
     return wrapped  # pyright: ignore[reportReturnType]
 

@@ -9,6 +9,8 @@ import jax
 from jax import lax
 
 from subspace_jax.core import _compat
+from subspace_jax.core._context import Context, zeros_of
+from subspace_jax.core._errors import MaterializeError
 from subspace_jax.core._interpret import Interpreter, rule
 from subspace_jax.core._weight_view import WeightView
 
@@ -46,29 +48,45 @@ def _custom_call(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> lis
 
 @rule("checkpoint", "remat", "remat2")
 def _checkpoint(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    body = _body(eqn)
+    body, outside = _body(eqn), interpreter.context
 
-    def run(*values: Any) -> list[Any]:
-        return interpreter.run(body, values)
+    def run(state: Any, *values: Any) -> Any:
+        context = Context(dict(state), {}, outside.collect)
+        out = interpreter.within(context).run(body, values)
+        return out, context.state, context.reports
 
     kept = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
-    return jax.checkpoint(run, **kept)(*operands)
+    out, state, reports = jax.checkpoint(run, **kept)(outside.state, *operands)
+    outside.state = state
+    outside.add_reports(reports)
+    return out
 
 
 @rule("cond")
 def _cond(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     index, *values = operands
     programs = [_compat.program(branch) for branch in eqn.params["branches"]]
+    outside = interpreter.context
+    absent: dict[str, list[Any]] = {}
 
     def branch(number: int, program: _compat.Program):
-        def run(*values: Any) -> list[Any]:
+        def run(*values: Any) -> Any:
             # Branches must agree in type, so a weight that one of them returns is formed there.
-            inner = interpreter.at(number)
-            return [inner.form(v, "cond") for v in inner.run(program, values)]
+            context = outside.inner()
+            inner = interpreter.at(number).within(context)
+            out = [inner.form(v, "cond") for v in inner.run(program, values)]
+            return out, outside.lasting(context), zeros_of(absent) | context.reports
 
         return run
 
-    return lax.switch(index, [branch(i, p) for i, p in enumerate(programs)], *values)
+    branches = [branch(i, p) for i, p in enumerate(programs)]
+    if outside.collect:
+        # What is not run reports zeros, so each branch has to know what the others report.
+        absent.update({p: v for run in branches for p, v in jax.eval_shape(run, *values)[2].items()})
+    out, state, reports = lax.switch(index, branches, *values)
+    outside.state = state
+    outside.add_reports(reports)
+    return out
 
 
 def passed_through(program: _compat.Program) -> dict[int, int]:
@@ -107,18 +125,30 @@ def _scan(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] 
         if forwards.get(i, -1) >= first_scanned and isinstance(scanned[forwards[i] - first_scanned], WeightView)
     }
 
-    def step(state: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+    outside = interpreter.context
+    # Over layers the state goes on from one to the next; over time or parts of a batch each step starts from outside.
+    over_layers = any(isinstance(v, WeightView) and v.weight.uses_context for v in scanned)
+    shared = outside.state if over_layers else {}
+
+    def step(carried: tuple[list[Any], Any], slices: list[Any]) -> Any:
+        state, shared = carried
+        context = Context({**outside.state, **shared}, {}, outside.collect)
+        inner = interpreter.within(context)
         inside = _merge_carry(constant, kept_carry, state, len(carry))
         layer = [rebuild(one) for rebuild, one in zip(rebuilds, slices, strict=True)]
-        out = interpreter.run(body, [*consts, *inside, *layer])
+        out = inner.run(body, [*consts, *inside, *layer])
         new_state = [interpreter.form(out[i], "scan carry") for i in kept_carry]
         stacked = [
             interpreter.form(v, "scan output") for i, v in enumerate(out) if i >= len(carry) and i not in restacked
         ]
-        return new_state, stacked
+        lasting = outside.lasting(context) if over_layers else {}
+        return (new_state, lasting), (stacked, context.reports)
 
     options = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
-    final, stacked = lax.scan(step, [carry[i] for i in kept_carry], mapped, **options)
+    first = ([carry[i] for i in kept_carry], shared)
+    (final, shared), (stacked, reports) = lax.scan(step, first, mapped, **options)
+    outside.state = {**outside.state, **shared}
+    outside.add_reports(reports)
     rest = iter(stacked)
     outputs = [restacked[i] if i in restacked else next(rest) for i in range(len(carry), len(body.outvars))]
     return [*_merge_carry(constant, kept_carry, final, len(carry)), *outputs]
@@ -155,12 +185,19 @@ def _while(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any]
 
     def keep_going(state: list[Any]) -> Any:
         inside = _merge_carry(constant, kept, state, len(carry))
-        return interpreter.at(0).run(test, [*test_consts, *inside])[0]
+        inner = interpreter.at(0).within(Context(dict(interpreter.context.state)))
+        return inner.run(test, [*test_consts, *inside])[0]
 
     def step(state: list[Any]) -> list[Any]:
         inside = _merge_carry(constant, kept, state, len(carry))
-        inner = interpreter.at(1)
+        context = interpreter.context.inner()
+        inner = interpreter.at(1).within(context)
         out = inner.run(body, [*body_consts, *inside])
+        if context.reports:
+            raise MaterializeError(
+                f"{next(iter(context.reports))}: reports values inside a while_loop, whose number of steps is not "
+                "known, so they cannot be collected. Use scan or fori_loop with a fixed number, or collect=False."
+            )
         return [inner.form(out[i], "while carry") for i in kept]
 
     final = lax.while_loop(keep_going, step, [carry[i] for i in kept])
@@ -182,7 +219,15 @@ def _shard_map(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[
         ]
 
     def run(*values: Any) -> list[Any]:
-        return [interpreter.form(v, "shard_map output") for v in interpreter.run(body, values)]
+        context = Context({}, {}, interpreter.context.collect)
+        inner = interpreter.within(context)
+        out = [inner.form(v, "shard_map output") for v in inner.run(body, values)]
+        if context.reports:
+            raise MaterializeError(
+                f"{next(iter(context.reports))}: reports values inside a shard_map, where each device has its own, so "
+                "they cannot be collected. Use collect=False, or leave the placement to the compiler."
+            )
+        return out
 
     mapped = jax.shard_map(
         run,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from subspace_jax.core import _compat
+from subspace_jax.core._context import Context
 from subspace_jax.core._errors import MaterializeError
 from subspace_jax.core._weight_view import WeightView
 
@@ -39,11 +40,17 @@ class Interpreter:
       on_materialize: what to do where the full array would have to be formed.
       custom_rules: whether a function with derivative rules of its own keeps them, or its body is differentiated.
       path: identity of the place in the program, outermost equation first.
+      context: the state that stand-ins share, and what they report.
     """
 
     on_materialize: OnMaterialize = "error"
     custom_rules: CustomRules = "keep"
     path: tuple[int, ...] = ()
+    context: Context = dataclasses.field(default_factory=Context)
+
+    def within(self, context: Context) -> Interpreter:
+        """Returns the interpreter of a body with a context of its own."""
+        return dataclasses.replace(self, context=context)
 
     def at(self, *index: int) -> Interpreter:
         """Returns the interpreter one place further in."""

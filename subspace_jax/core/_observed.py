@@ -53,6 +53,8 @@ class Notes:
             return Role("unused", tuple(self.stack_axes), uses=0, found=True)
         # What is looked up and then multiplied with is no table but a stack of kernels.
         main = next((r for r in found if main.kind == "embedding" and r.kind == "dense" and r.stack_axes), main)
+        if main.kind == "scale" and any(r.primitive == "add" for r in found):
+            main = dataclasses.replace(main, primitive="add")
         outer = tuple(self.stack_axes)
         inner = tuple(a for a in main.stack_axes if a not in outer)
         return dataclasses.replace(main, stack_axes=outer + inner, uses=len(found), found=True)
@@ -105,7 +107,8 @@ class Observed(Weight):
         """Goes on observing what is computed of leaves and numbers alone: a kernel scaled, masked or normalized."""
         rest = [v for v in operands if not isinstance(v, WeightView)]
         if primitive != "select_n" and any(jnp.size(v) > 1 and v.dtype != bool for v in rest):
-            if self.ndim > 1 and primitive in ("mul", "div") and any(jnp.shape(v) == self.shape for v in rest):
+            matrix = sum(n > 1 for n in self.shape) > 1
+            if matrix and primitive in ("mul", "div") and any(jnp.shape(v) == self.shape for v in rest):
                 # Entry by entry with an array of the leaf's shape: a mask, as likely as anything.
                 self.notes.uses[path] = Role("other", primitive=primitive)
             return results

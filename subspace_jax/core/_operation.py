@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from subspace_jax.core._context import Context
 from subspace_jax.core._errors import MaterializeError
 from subspace_jax.core._labels import Labels, aligned, map_rows, placed_by_label, product
 from subspace_jax.core._role import Role
@@ -27,6 +28,8 @@ class Operation(abc.ABC):
       dtype: the model had cast the weight to this dtype.
       out_dtype: dtype of the operation's result.
       path: identity of this place in the model's program; equal calls have equal paths.
+      context: the state that stand-ins share along the program, and what they report.
+      name: path of the weight in the arguments, for reports.
     """
 
     role: Role
@@ -35,6 +38,8 @@ class Operation(abc.ABC):
     dtype: Any
     out_dtype: Any
     path: tuple[int, ...]
+    context: Context = dataclasses.field(default_factory=Context, compare=False)
+    name: str = ""
 
     @abc.abstractmethod
     def apply(self, x: jax.Array, array: jax.Array) -> jax.Array:

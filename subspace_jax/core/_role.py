@@ -29,7 +29,8 @@ class Role:
       out_axes: axes that remain in the model's output.
       groups: feature groups of a convolution; 1 otherwise.
       uses: number of places where the model reads the array; above 1 the weight is shared.
-      primitive: the operation that makes an array of kind "other" one; for messages.
+      primitive: the operation that makes an array of kind "other" one, for messages; "add" for a scale to which a
+        number is added before it multiplies.
       found: `sj.roles` found it, so that a role written by hand counts more.
 
     Example:

@@ -28,6 +28,8 @@ def _use_fields(interpreter: Interpreter, eqn: Any, value: WeightView) -> dict[s
         "dtype": value.dtype,
         "out_dtype": eqn.outvars[0].aval.dtype,
         "path": interpreter.path,
+        "context": interpreter.context,
+        "name": value.path,
     }
 
 

@@ -44,7 +44,8 @@ class Weight(abc.ABC):
     serves all layers), `in` and `out` the products of the role's input and output axes. The class attribute
     `spread` names, by field, an axis that is as long as the weight's own and is split over mesh axes that are left
     over; `regenerated` names the data fields that follow from the static ones, which files then leave out; `divisible`
-    names the sides, "in" and "out", along which a part of the array is that of parts of the fields.
+    names the sides, "in" and "out", along which a part of the array is that of parts of the fields; `uses_context`
+    says that the weight reads or writes the operation's context, so that a scan over it is one over layers.
 
     Attributes:
       role: which axes are stacked, contracted and produced.
@@ -65,6 +66,7 @@ class Weight(abc.ABC):
     spread: ClassVar[Mapping[str, int]] = {}
     mergeable: ClassVar[bool] = True
     divisible: ClassVar[tuple[str, ...]] = ()
+    uses_context: ClassVar[bool] = False
     regenerated: ClassVar[tuple[str, ...]] = ()
     classes: ClassVar[dict[str, type[Weight]]] = {}
 

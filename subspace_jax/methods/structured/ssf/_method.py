@@ -181,7 +181,13 @@ def _check_offset(path: str, role: Role, unit_offset: bool | None) -> None:
             f"{path}: whether the model multiplies by it or by 1 + it is not known (role {role.kind!r}), and they fold "
             "in different ways. Pass roles=sj.roles(fn, params, *inputs) to adapt, or ssf(unit_offset=False) or True."
         )
-    if unit_offset and role.kind == "scale":
+    adds = role.kind == "scale" and role.primitive == "add"
+    if adds and not unit_offset:
+        raise RoleError(
+            f"{path}: the model adds to it before it multiplies, as a norm does that multiplies by 1 + scale, which "
+            "folds in another way than a scale: use ssf(unit_offset=True) in a rule of its own."
+        )
+    if unit_offset and role.kind == "scale" and not adds:
         raise RoleError(
             f"{path}: the model multiplies by it as it is, so there is no offset: leave it out of the rule with "
             "ssf(unit_offset=True)."

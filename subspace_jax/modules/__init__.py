@@ -1,0 +1,11 @@
+"""Modules on activations, on any function: they stand where a block's kernels stand and add to what these give."""
+
+from subspace_jax.modules._bottleneck import bottleneck as bottleneck
+from subspace_jax.modules._weights import Bottleneck as Bottleneck
+from subspace_jax.modules._weights import KeptInput as KeptInput
+
+__all__ = [
+    "Bottleneck",
+    "KeptInput",
+    "bottleneck",
+]
