@@ -84,6 +84,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0.dev0"
 
+io.register_library_for_export()  # once all stand-in weights are defined
+
 # Imported when first used: they need packages of the extras, or time to load.
 _LAZY = ("data", "models", "training")
 

@@ -56,6 +56,8 @@ from subspace_jax.core._paths import matches as matches
 from subspace_jax.core._paths import path_string as path_string
 from subspace_jax.core._put import put as put
 from subspace_jax.core._register_weight import register_weight as register_weight
+from subspace_jax.core._register_weight import structure_names as structure_names
+from subspace_jax.core._register_weight import structure_of as structure_of
 from subspace_jax.core._role import Role as Role
 from subspace_jax.core._roles import roles as roles
 from subspace_jax.core._summary import Summary as Summary
@@ -144,6 +146,8 @@ __all__ = [
     "roles",
     "select_paths",
     "static",
+    "structure_names",
+    "structure_of",
     "summary",
     "trainable_size",
     "with_adapters",

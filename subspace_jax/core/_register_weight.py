@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 
 C = TypeVar("C", bound=type)
+Structure = tuple[tuple[Any, ...], "_Remarks"]
 
 
 class _Remarks(tuple[Any, ...]):
@@ -45,10 +46,8 @@ def register_weight(cls: C) -> C:
       >>> one["w"].method, two["w"].method, jax.tree.structure(one) == jax.tree.structure(two)
       ('lora', 'rslora', True)
     """
-    fields = dataclasses.fields(cls)
-    data = tuple(f.name for f in fields if not f.metadata.get("static"))
-    remarks = tuple(f.name for f in fields if f.metadata.get("remark"))
-    statics = tuple(f.name for f in fields if f.metadata.get("static") and f.name not in remarks)
+    data = tuple(f.name for f in dataclasses.fields(cls) if not f.metadata.get("static"))
+    statics, remarks = structure_names(cls)
     keys = tuple(map(jax.tree_util.GetAttrKey, data))
 
     def structure(weight: Any) -> tuple[Any, ...]:
@@ -71,3 +70,16 @@ def register_weight(cls: C) -> C:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def structure_names(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names of a weight's static fields: those that make programs differ, and remarks."""
+    fields = [f for f in dataclasses.fields(cls) if f.metadata.get("static")]
+    remarks = tuple(f.name for f in fields if f.metadata.get("remark"))
+    return tuple(f.name for f in fields if f.name not in remarks), remarks
+
+
+def structure_of(cls: type, fields: dict[str, Any]) -> Structure:
+    """Returns what JAX keeps of a weight beside its arrays, from the static fields by name."""
+    statics, remarks = structure_names(cls)
+    return tuple(fields[n] for n in statics), _Remarks(fields[n] for n in remarks)

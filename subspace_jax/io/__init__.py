@@ -5,6 +5,8 @@ from subspace_jax.io._describe import describe as describe
 from subspace_jax.io._errors import AdapterFileError as AdapterFileError
 from subspace_jax.io._errors import CheckpointError as CheckpointError
 from subspace_jax.io._errors import ManifestError as ManifestError
+from subspace_jax.io._export import register_for_export as register_for_export
+from subspace_jax.io._export import register_library_for_export as register_library_for_export
 from subspace_jax.io._rebuild import rebuild as rebuild
 from subspace_jax.io._safetensors import read_safetensors as read_safetensors
 from subspace_jax.io._safetensors import write_safetensors as write_safetensors
@@ -42,6 +44,8 @@ __all__ = [
     "load_peft",
     "read_safetensors",
     "rebuild",
+    "register_for_export",
+    "register_library_for_export",
     "replacing",
     "restore_checkpoint",
     "save_adapter",
