@@ -44,7 +44,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, mean_and_spread, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_runs, mean_and_spread, with_spread
 from experiments.tasks import digits_task
 
 NAMES = ("hidden_0", "hidden_1")
@@ -58,14 +58,16 @@ class CordaConfig:
       rank: of every adapter.
       images: training images of which covariances are made.
       kept: components that truncation leaves of each hidden kernel.
-      budgets: learning rate and number of steps of each budget; the first is that of the comparisons.
+      steps: numbers of optimizer steps; the first is that of the comparisons.
+      rates: learning rates tried for every method and number of steps.
       seeds: one network and one run of every arm per seed.
     """
 
     rank: int = 8
     images: int = 256
     kept: tuple[int, int] = (8, 16)
-    budgets: tuple[tuple[float, int], ...] = ((1e-3, 150), (3e-3, 400))
+    steps: tuple[int, ...] = (150, 400)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -73,11 +75,13 @@ def run(config: CordaConfig, context: Context) -> dict[str, Any]:
     """Runs all three comparisons."""
     truncation = [one for seed in context.track(config.seeds, "truncate") for one in _truncate(config, seed)]
     runs = []
-    jobs = [(budget, seed) for budget in config.budgets for seed in config.seeds]
-    optimizers = {rate: optax.adam(rate) for rate, _ in config.budgets}
-    for (rate, steps), seed in context.track(jobs, "turned digits"):
+    jobs = [(steps, rate) for steps in config.steps for rate in config.rates]
+    for steps, rate in context.track(jobs, "turned digits"):
+        optimizer = optax.adam(rate)
         for name, (method, turns) in _arms(config.rank).items():
-            runs.append(_adapt(config, name, method, turns, optimizers[rate], steps, seed) | {"learning_rate": rate})
+            for seed in config.seeds:
+                found = _adapt(config, name, method, turns, optimizer, steps, seed)
+                runs.append({"arm": f"{name}, {steps} steps", "learning_rate": rate, **found})
     return {"truncation": truncation, "runs": runs, "checks": _checks(config, truncation, runs)}
 
 
@@ -182,11 +186,11 @@ def _adapt(
 
 
 def _checks(config: CordaConfig, truncation: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The requirements at the first budget."""
+    """The requirements at the first number of steps, every method at its best rate."""
+    best = best_runs(runs, "accuracy", arm="arm")
 
     def mean(name: str, key: str) -> float:
-        rate = config.budgets[0][0]
-        return mean_and_spread([r[key] for r in runs if r["method"] == name and r["learning_rate"] == rate])[0]
+        return mean_and_spread([r[key] for r in best[f"{name}, {config.steps[0]} steps"]])[0]
 
     def entropy(label: str) -> float:
         return mean_and_spread([t["cross_entropy"] for t in truncation if t["components"] == label])[0]
@@ -202,14 +206,12 @@ def _checks(config: CordaConfig, truncation: list[dict[str, Any]], runs: list[di
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """Returns a line per budget and method, then one per kind of truncation."""
+    """Returns every method at its best rate, by number of steps, then one per kind of truncation."""
     table = [["method", "learning rate", "steps", "new task %", "retained %", "loss of steps 20-30"]]
-    runs = results["runs"]
-    for rate, steps in dict.fromkeys((r["learning_rate"], r["steps"]) for r in runs):
-        for name in dict.fromkeys(r["method"] for r in runs):
-            same = [r for r in runs if (r["method"], r["learning_rate"], r["steps"]) == (name, rate, steps)]
-            shown = [with_spread([r[k] for r in same]) for k in ("accuracy", "retained")]
-            table.append([name, f"{rate:g}", str(steps), *shown, with_spread([r["early_loss"] for r in same], 2, 1.0)])
+    for same in best_runs(results["runs"], "accuracy", arm="arm").values():
+        name, rate, steps = (same[0][k] for k in ("method", "learning_rate", "steps"))
+        shown = [with_spread([r[k] for r in same]) for k in ("accuracy", "retained")]
+        table.append([name, f"{rate:g}", str(steps), *shown, with_spread([r["early_loss"] for r in same], 2, 1.0)])
     for label in dict.fromkeys(t["components"] for t in results["truncation"]):
         same = [t for t in results["truncation"] if t["components"] == label]
         entropy = with_spread([t["cross_entropy"] for t in same], 2, 1.0)
@@ -223,4 +225,5 @@ EXPERIMENT = Experiment(
     config=CordaConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(arm="arm"),
 )

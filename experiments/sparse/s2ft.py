@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, human_bytes, with_spread
+from experiments.runner import Context, Experiment, Tuning, human_bytes, with_spread
 from experiments.tasks.digits_task import load_digits
 
 DOWN = "block_*/down"
@@ -57,7 +57,7 @@ class S2ftConfig:
     shift_ratio: float = 0.25
     channels: int = 20
     lora_rank: int = 4
-    rates: tuple[float, ...] = (1e-3, 3e-3)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     steps: int = 500
     pretraining: int = 1500
     seeds: tuple[int, ...] = (0, 1, 2, 3)
@@ -245,4 +245,5 @@ EXPERIMENT = Experiment(
     config=S2ftConfig,
     run=run,
     rows=rows,
+    tuning=Tuning("target", runs="digits"),
 )

@@ -25,7 +25,7 @@ import optax
 from jax import lax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_runs, mean_and_spread
+from experiments.runner import Context, Experiment, Tuning, best_runs, mean_and_spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class FloraConfig:
     images: int = 512
     steps: int = 1500
     batch_size: int = 64
-    rates: tuple[float, ...] = (3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -171,4 +171,5 @@ EXPERIMENT = Experiment(
     config=FloraConfig,
     run=run,
     rows=rows,
+    tuning=Tuning("error", smallest=True),
 )

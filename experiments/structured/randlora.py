@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_rates, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_rates, with_spread
 from experiments.tasks import digits_task
 
 
@@ -51,7 +51,7 @@ class RandloraConfig:
     fit_steps: int = 3000
     fit_rate: float = 1e-2
     steps: int = 300
-    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
@@ -111,11 +111,8 @@ def run(config: RandloraConfig, context: Context) -> dict[str, Any]:
     for name, rate in context.track(jobs, "turned digits"):
         optimizer = optax.adam(rate)
         for seed in config.seeds:
-            losses, accuracy, count = digits_task.adapt_and_fit(
-                {digits_task.HIDDEN: arms[name]}, optimizer, seed, config.steps
-            )
-            found = {"method": name, "learning_rate": rate, "seed": seed, "accuracy": accuracy}
-            runs.append(found | {"early_loss": digits_task.early(losses), "adapter_values": count})
+            rules = {digits_task.HIDDEN: arms[name]}
+            runs.append(digits_task.run_record(name, rules, rate, optimizer, seed, config.steps))
     return {"fits": fits, "runs": runs}
 
 
@@ -143,4 +140,5 @@ EXPERIMENT = Experiment(
     config=RandloraConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.runner import Context, Experiment, best_runs, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_runs, with_spread
 from experiments.systems import gcr
 
 # How many images of each set: to train on, and to test on.
@@ -54,7 +54,7 @@ class GcrFashionConfig:
     inputs: tuple[str, ...] = ("scratch", "ViT")
     steps: int = 1500
     batch_size: int = 64
-    rates: tuple[float, ...] = (0.01, 0.03)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
     momentum: float = 0.9
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -147,4 +147,5 @@ EXPERIMENT = Experiment(
     config=GcrFashionConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )
