@@ -103,5 +103,5 @@ EXPERIMENT = streams.experiment(
     "On five text tasks in a row, projected updates forget less than one adapter that goes on learning.",
     ContinualTextConfig,
     load,
-    asset="text",
+    assets=("text",),
 )

@@ -103,5 +103,5 @@ EXPERIMENT = streams.experiment(
     "Two classes of clothes at a time, told apart from all before: what projected updates keep.",
     ContinualVisionConfig,
     load,
-    asset="vision",
+    assets=("vision",),
 )

@@ -24,7 +24,7 @@ SVD. Of the AR(1) rows the cosine columns hold 62 / 82 / 91 %, the best subspace
 
 Not reproduced: a gain from cosines over a random basis, which trains as well; most of what error feedback and moving
 the moments gave at one small rate, which a larger one gives too; and with error feedback the state is two thirds of
-Adam's, a sixth without. An SVD at every step was best at one rate of 1e-3 and is last here: it cannot bear a larger one.
+Adam's, a sixth without. An SVD at every step is ahead at a rate of 1e-3 and last here: it cannot bear a larger one.
 """
 
 from __future__ import annotations

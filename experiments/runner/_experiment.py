@@ -80,7 +80,7 @@ class Tuning:
 
     def grids(self, results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Returns every arm's learning rates in a result, the best, and whether it lies at the edge of its grid."""
-        return grids(results[self.runs], self.key, smallest=self.smallest, arm=self.arm)
+        return grids(results.get(self.runs, []), self.key, smallest=self.smallest, arm=self.arm)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+# Rates at which the search gives up.
+MOST = 10
 
-def widened(rates: Sequence[float], score: Callable[[float], float], most: int = 10) -> dict[float, float]:
-    """Tries learning rates, and more beyond an edge of the grid for as long as the best lies there.
+
+def widened(rates: Sequence[float], score: Callable[[float], float]) -> dict[float, float]:
+    """Tries learning rates, and more beyond an edge of the grid for as long as the best lies there,
+    up to ten in all.
 
     Args:
       rates: the first ones, of the grid 1, 3, 10, 30, ... that the others are of too.
       score: tells how good a rate is, higher is better; not a number is worst.
-      most: number of rates at which the search gives up.
 
     Returns:
       Score by rate, in the order in which they were tried.
@@ -29,7 +32,7 @@ def widened(rates: Sequence[float], score: Callable[[float], float], most: int =
 
     for rate in rates:
         attempt(rate)
-    while len(found) < most:
+    while len(found) < MOST:
         best = max(found, key=lambda rate: found[rate])
         if best == max(found):
             attempt(_beside(best, up=True))

@@ -27,6 +27,7 @@ def test_every_best_rate_lies_inside_its_grid(name):
     result = runner.read_json(FOLDER / f"{name}.json")
     found = runner.find(name).tuning.grids(result)
     assert found == result["grids"], "the result's grids are not those of its runs"
+    assert found, "the recorded run chose no rates"
     edges = [f"{arm}: {grid['best']:g} of {grid['rates']}" for arm, grid in found.items() if grid["at_edge"]]
     assert not edges, edges
 

@@ -11,7 +11,9 @@ from experiments.tasks.streams._run import Streams
 from experiments.tasks.streams._show import plot, rows
 
 
-def experiment(name: str, claim: str, config: type, load: Callable[[Any], StreamData], asset: str) -> Experiment:
+def experiment(
+    name: str, claim: str, config: type, load: Callable[[Any], StreamData], assets: tuple[str, ...]
+) -> Experiment:
     """Returns the experiment that runs every method on the tasks that `load` gives.
 
     Args:
@@ -19,10 +21,10 @@ def experiment(name: str, claim: str, config: type, load: Callable[[Any], Stream
       claim: what it shows.
       config: of the settings, a subclass of `StreamConfig`.
       load: makes the tasks of a configuration.
-      asset: packages of real data and weights that it needs.
+      assets: packages of real data and weights that it needs.
     """
 
     def run(config: Any, context: Context) -> dict[str, Any]:
         return Streams(load(config), config, context).run()
 
-    return Experiment(name, claim, config, run, rows, plot=plot, assets=(asset,), tuning=Tuning(runs="tuning"))
+    return Experiment(name, claim, config, run, rows, plot=plot, assets=assets, tuning=Tuning(runs="tuning"))
