@@ -20,8 +20,9 @@ accuracy that after 150 steps:
 | all weights (7 times as many values) | 1e-2 | 0.27 ± 0.03 | 98.3 ± 0.3 | 93 |
 
 So at one small rate PiSSA is far ahead of the other adapters, and at its own best rate each ends within a point of the
-others: what PiSSA needs is a third of LoRA's rate. With singular values i^-0.5 QPiSSA takes away 32.4 % of the error with one
-step and 44.1 % with five, LoftQ 14.2 % and 24.0 %; with Gaussian matrices 11.3 % and 26.9 %, LoftQ 13.6 % and 24.8 %.
+others: what PiSSA needs is a third of LoRA's rate. With singular values i^-0.5 QPiSSA takes away 32.4 % of the error
+with one step and 44.1 % with five, LoftQ 14.2 % and 24.0 %; with Gaussian matrices 11.3 % and 26.9 %, LoftQ 13.6 % and
+24.8 %.
 
 Not reproduced: faster convergence than LoRA once the rates are tuned, where a random projection begins fastest; an
 order of principal, random and minor components; and that PiSSA reaches fine-tuning of all weights, as the authors
