@@ -2,7 +2,7 @@
 
 The network of `digits_task` is adapted to digits turned by 90 degrees; biases and its last layer are frozen.
 Covariances are those of 256 training images. Three comparisons, each with the same data, rank, learning rates and steps
-for all methods:
+for all methods, of which the best rate counts:
 
 - truncation: the smallest components of both hidden kernels are dropped and nothing is trained, with the components of
   the covariance times the kernel, of the kernel itself, and of the kernel with its inputs scaled by their mean size;
@@ -11,22 +11,28 @@ for all methods:
 
     python -m experiments run corda
 
-Measured over three seeds; loss is the mean of steps 20 to 30, retained the accuracy on upright digits, 98.5 % before:
+Measured over three seeds, each method at the best of six rates for the new task; loss is the mean of steps 20 to 30,
+retained the accuracy on upright digits, 98.5 % before:
 
-| method | new task %, 150 steps at 1e-3 | retained % | loss | new task %, 400 steps at 3e-3 | retained % |
+| method | 150 steps: new task % | retained % | loss | 400 steps: new task % | retained % |
 | --- | --- | --- | --- | --- | --- |
-| CorDA, knowledge preserved | 83.3 ± 1.9 | 98.4 ± 0.3 | 3.69 | 95.6 ± 1.6 | 90.3 ± 7.8 |
-| CorDA, instruction previewed | 90.5 ± 1.9 | 53.9 ± 5.4 | 2.97 | 97.0 ± 0.3 | 24.0 ± 1.8 |
-| LoRA | 46.0 ± 4.4 | 90.8 ± 2.7 | 8.97 | 95.4 ± 0.4 | 77.3 ± 6.1 |
-| PiSSA | 78.1 ± 0.7 | 78.4 ± 6.0 | 4.90 | 96.3 ± 1.1 | 35.7 ± 1.8 |
-| minor components | 46.5 ± 5.6 | 91.7 ± 3.5 | 9.17 | 95.5 ± 0.4 | 70.8 ± 10.6 |
+| CorDA, knowledge preserved | 94.6 ± 1.7 | 60 ± 9 | 0.62 | 95.6 ± 1.5 | 90 ± 8 |
+| CorDA, instruction previewed | 96.8 ± 1.1 | 16 ± 4 | 0.28 | 97.2 ± 0.3 | 19 ± 0 |
+| LoRA | 96.3 ± 0.2 | 15 ± 7 | 0.69 | 96.9 ± 0.6 | 45 ± 9 |
+| PiSSA | 96.8 ± 0.2 | 27 ± 5 | 0.50 | 97.7 ± 0.4 | 24 ± 1 |
+| minor components | 97.3 ± 0.2 | 11 ± 3 | 0.53 | 97.9 ± 0.6 | 21 ± 7 |
+
+The best rate for the new task is no rate to retain the old one at. At a third of it, in 150 steps, knowledge-preserving
+CorDA reads 93.3 % of the new and retains 96.7 %; PiSSA 93.9 and 53; LoRA 95.0 and 49, and at a tenth 81 and 92. So
+at the same accuracy CorDA keeps far more, which is its claim.
 
 With 8 of 64 and 16 of 128 components left, the cross-entropy on upright digits is 0.22 ± 0.04 for those of CorDA,
 0.87 ± 0.59 for plain ones and 1.05 ± 0.60 for scaled ones. The factors of the first kernel have norms 36.8 and 0.27
 where knowledge is preserved, 4.4 and 10.2 where instructions are previewed.
 
-Not reproduced: an advantage of scaling inputs by their mean size over plain components. And what is learned faster
-is forgotten faster, so the instruction-previewed mode retains less than PiSSA.
+Not reproduced: that previewed instructions are learned better than by PiSSA: early losses are 0.28 and 0.30 at 3e-2,
+ends are equal, and every adapter lies within a point once tuned. Nor is there an advantage of scaling inputs by their
+mean size over plain components.
 
 Source: Yang et al., CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware
 Parameter-Efficient Fine-tuning, 2024.
@@ -221,7 +227,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="corda",
-    claim="Factors chosen by the inputs' covariance learn faster than PiSSA's, or forget less than LoRA's.",
+    claim="Factors chosen by the inputs' covariance forget far less at equal accuracy; tuned, none learns better than PiSSA's.",
     config=CordaConfig,
     run=run,
     rows=rows,
