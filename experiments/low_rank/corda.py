@@ -227,7 +227,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="corda",
-    claim="Factors chosen by the inputs' covariance forget far less at equal accuracy; tuned, they learn as PiSSA's do.",
+    claim="Factors chosen by the inputs' covariance forget less at equal accuracy; tuned, they learn as PiSSA's do.",
     config=CordaConfig,
     run=run,
     rows=rows,

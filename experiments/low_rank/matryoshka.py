@@ -213,7 +213,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 EXPERIMENT = Experiment(
     name="matryoshka",
-    claim="With gains kept, one adapter beats cut LoRA at every rank and DyLoRA at the full one; DyLoRA's area is larger.",
+    claim="With gains kept, it beats cut LoRA at every rank and DyLoRA at the full one; DyLoRA's area is larger.",
     config=MatryoshkaConfig,
     run=run,
     rows=rows,
