@@ -10,13 +10,25 @@ Then one task alone: Adam against GaLore with an eighth of the dimensions in bot
 
     python -m experiments run projected_gradients
 
-Measured over three seeds, average accuracy and backward transfer in percent: SGD 72.3 ± 2.8 and -37.1 ± 4.0, with the
-memory 95.7 ± 0.1 and -2.1 ± 0.3. Adam 70.8 ± 3.3 and -41.0 ± 4.6; with the memory before it 93.2 ± 1.8 and -7.3 ± 2.2,
-after it 96.2 ± 0.2 and -2.0 ± 0.6, both 96.7 ± 0.1 and -2.2 ± 0.2. So projected gradients alone leave Adam with three
-times the forgetting. One adapter 56.5 ± 2.7 and -61.3 ± 4.1, O-LoRA 69.7 ± 2.7 and -40.8 ± 4.1. GaLore ends at a
-training loss of 0.0026 ± 0.0002 and 98.1 ± 0.8 % with 25 KiB of state, Adam at 0.0011 ± 0.0010 and 98.8 ± 0.4 % with
-136 KiB. Not reproduced: less forgetting from projecting both than from projecting Adam's update alone; the
-gain is half a point of accuracy.
+Measured over three seeds, each arm at the best of five to seven rates:
+
+| arm | rate | average accuracy % | backward transfer % |
+| --- | --- | --- | --- |
+| SGD | 1e-2 | 75.8 ± 1.9 | -29.9 ± 3.2 |
+| SGD with the memory | 1 | 97.2 ± 0.0 | -1.0 ± 0.1 |
+| Adam | 1e-4 | 76.3 ± 3.8 | -28.6 ± 5.6 |
+| before Adam | 3e-3 | 93.1 ± 2.7 | -7.8 ± 4.1 |
+| after Adam | 1e-2 | 97.3 ± 0.4 | -0.6 ± 0.2 |
+| sandwich | 1e-2 | 96.7 ± 0.3 | -1.1 ± 0.4 |
+| one LoRA | 1e-4 | 65.3 ± 3.0 | -34.4 ± 5.2 |
+| O-LoRA | 1e-4 | 76.4 ± 2.3 | -15.2 ± 0.7 |
+
+What does not protect earlier tasks is best at a small rate, where it learns less of later ones; what does bears a rate
+ten to a hundred times as large. Projected gradients alone leave Adam with many times the forgetting of projected
+updates, and O-LoRA halves that of one adapter. GaLore ends at a training loss of 0.0005 ± 0.0005 and 98.2 ± 0.6 % with
+25 KiB of state, Adam at 0.0011 ± 0.0010 and 98.8 ± 0.4 % with 136 KiB.
+
+Not reproduced: any gain of projecting both gradient and update over projecting Adam's update alone.
 """
 
 from __future__ import annotations
@@ -26,6 +38,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -60,8 +73,8 @@ class ProjectedGradientsConfig:
     batch_size: int = 32
     thresholds: tuple[float, ...] = (0.95, 0.99, 0.99)
     samples: int = 300
-    sgd_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-    adam_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    sgd_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+    adam_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     lora_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     lora_rank: int = 8
     galore_rank: int = 8
@@ -91,6 +104,8 @@ def in_sequence(config: ProjectedGradientsConfig, optimizer: Any, seed: int, rem
         adapted, state, _ = fit(
             adapted, state, jax.random.key(100 * seed + task), data, optimizer, steps(config), config.batch_size
         )
+        if not all(bool(jnp.isfinite(w.value).all()) for w in adapted.values()):
+            return {"average": 0.0, "backward": 0.0, "memory": 0}  # a rate at which the network diverged
         if remember:
             found = sj.capture(network, sj.merge(adapted), [digits.x[: config.samples]])
             memory = {n: remembered(m, found[n].gram, thresholds[n]) for n, m in memory.items()}
