@@ -2,9 +2,9 @@
 
 Pretrained MiniLM on film reviews. Every method sees the same examples in the same order, starts from the same head,
 takes the same number of steps under the same schedule, and trains about as many values as LoRA of rank 4 on all kernels
-of the encoder (166 thousand) where its mathematics allows. Each method's learning rate is the best on the validation
-split, with a seed that the experiment does not use, of a grid that grows until its best lies inside; this chooses them
-anew before it runs:
+of the encoder (166 thousand) where its mathematics allows. Each method's learning rate was the best of three on the
+validation split, with a seed that the experiment does not use. This searches them anew before it runs, on a grid that
+grows until its best lies inside; the results here do not come from such a search yet:
 
     python -m experiments run adapters --set tune=True
 
@@ -35,7 +35,6 @@ import subspace_jax as sj
 from experiments.runner import (
     Context,
     Experiment,
-    Tuning,
     best_runs,
     human_bytes,
     mean_and_spread,
@@ -255,5 +254,4 @@ EXPERIMENT = Experiment(
     rows=rows,
     plot=plot,
     assets=("quickstart",),
-    tuning=Tuning(runs="tuning"),
 )

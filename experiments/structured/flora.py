@@ -8,7 +8,7 @@ A 3x3 convolution of 32 to 32 channels has to become another that differs by a T
 
 Measured over three seeds at the best of seven rates, test error relative to the unchanged kernel's: FLoRA with 332
 values below 1e-4; factored LoRA with 320 values 0.32 ± 0.10, with 640 values 0.13 ± 0.05; reshaped LoRA with 576 values
-0.05 ± 0.01; from 1e-3 to 3e-2 the rate hardly matters to any of these. Factored LoRA with 1,280 values reaches the
+0.05 ± 0.01; from 1e-3 to 3e-2 the rate hardly matters to any LoRA. Factored LoRA with 1,280 values reaches the
 change as well: the claim is about the budget, not about what can be reached. Not built: the comparison on real images,
 where a gain of a point or less is to be expected at this scale.
 """
