@@ -1,8 +1,8 @@
 """The main job: fine-tune a pretrained MiniLM on real text, five ways, at equal budgets.
 
 Head only, full fine-tuning, LoRA, DoRA and PiSSA see the same examples in the same order, start from the same head,
-and take the same number of AdamW steps under the same schedule. Each method's learning rate was the best of three on the
-validation split of the first task, with a seed that the experiment does not use. This searches them anew before it
+and take the same number of AdamW steps under the same schedule. Each method's learning rate was the best of three on
+the validation split of the first task, with a seed that the experiment does not use. This searches them anew before it
 runs, by both tasks, on a grid that grows until its best lies inside; the results here do not come from such a search:
 
     python -m experiments run quickstart --set tune=True
