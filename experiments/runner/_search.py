@@ -10,8 +10,7 @@ MOST = 10
 
 
 def widened(rates: Sequence[float], score: Callable[[float], float]) -> dict[float, float]:
-    """Tries learning rates, and more beyond an edge of the grid for as long as the best lies there,
-    up to ten in all.
+    """Tries learning rates, and more beyond an edge of the grid while the best lies there, up to ten in all.
 
     Args:
       rates: the first ones, of the grid 1, 3, 10, 30, ... that the others are of too.
@@ -21,8 +20,8 @@ def widened(rates: Sequence[float], score: Callable[[float], float]) -> dict[flo
       Score by rate, in the order in which they were tried.
 
     Example:
-      >>> widened((1e-3, 3e-3, 1e-2), lambda rate: -abs(rate - 0.05))
-      {0.001: -0.049, 0.003: -0.047, 0.01: -0.04, 0.03: -0.02, 0.1: -0.05}
+      >>> list(widened((1e-3, 3e-3, 1e-2), lambda rate: -abs(rate - 0.05)))
+      [0.001, 0.003, 0.01, 0.03, 0.1]
     """
     found: dict[float, float] = {}
 
