@@ -6,10 +6,31 @@ CoSO; beside that, the accuracy among the two classes of the task. Logits are 10
 vectors, so that heads which never met can be compared. The methods are those of `continual_text`; joint training
 compares all classes.
 
-So that it runs in an hour on one core, the lower seven of nine blocks are frozen and run once for all images, a step
-has 8 images and a test split 200 of each pair.
+So that it runs in an hour on one core, the lower seven of nine blocks are frozen and run once for all images; a task has
+150 steps of 8 images, and a pair 200 test images. There are three seeds, and rates come from one stream of three tasks
+with a seed of its own.
 
     python -m experiments run continual_vision
+
+Measured over three seeds, final accuracy and backward transfer in percent, among all classes and within the task:
+
+| method | class-incremental | backward | task-incremental | backward |
+| --- | --- | --- | --- | --- |
+| full fine-tuning | 39.6 ± 6.1 | -69 ± 9 | 91.7 ± 3.8 | -8.2 ± 4.9 |
+| LoRA | 24.2 ± 2.8 | -68 ± 6 | 81.3 ± 5.0 | -20.0 ± 6.6 |
+| LoRA, attention outputs | 26.7 ± 5.8 | -88 ± 9 | 79.8 ± 8.9 | -23.4 ± 10.9 |
+| O-LoRA | 29.8 ± 7.8 | -4 ± 3 | 94.5 ± 1.4 | -2.8 ± 1.0 |
+| GPM | 75.7 ± 1.2 | -14 ± 5 | 98.6 ± 0.0 | -0.2 ± 0.2 |
+| OSF, schedule | 46.8 ± 6.0 | -36 ± 14 | 94.7 ± 4.5 | -4.1 ± 5.4 |
+| CoSO, attention outputs | 38.5 ± 2.2 | -44 ± 13 | 97.5 ± 0.6 | 0.2 ± 0.2 |
+| CoSO without its history | 37.0 ± 8.9 | -75 ± 11 | 94.4 ± 3.4 | -5.5 ± 4.2 |
+| joint training | 83.0 ± 0.1 | | 99.4 ± 0.1 | |
+
+So CoSO forgets half as much as LoRA on the same kernels and ends 12 points above it, 18 within the task. Its history
+takes away all forgetting within the task and two fifths of that among all classes; the final accuracy among all
+classes is the same without it, since what it protects it also learns less well. OSF is ahead of full fine-tuning, by
+about a spread, and GPM is far ahead of every other method. O-LoRA hardly forgets because it hardly learns to tell
+classes of different tasks apart.
 """
 
 from __future__ import annotations
@@ -31,6 +52,7 @@ class ContinualVisionConfig(streams.StreamConfig):
     """Settings: those of `StreamConfig`, and these.
 
     Attributes:
+      seeds: as there.
       blocks: of the transformer.
       layers: that learn, counted from the last.
       size: height and width of the images, a multiple of 14.
@@ -38,6 +60,7 @@ class ContinualVisionConfig(streams.StreamConfig):
       test_size: images of the validation and of the test split, of all classes.
     """
 
+    seeds: tuple[int, ...] = (0, 1, 2)
     blocks: int = 9
     layers: int = 2
     size: int = 56
