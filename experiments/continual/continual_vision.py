@@ -6,9 +6,9 @@ CoSO; beside that, the accuracy among the two classes of the task. Logits are 10
 vectors, so that heads which never met can be compared. The methods are those of `continual_text`; joint training
 compares all classes.
 
-So that it runs in an hour on one core, the lower seven of nine blocks are frozen and run once for all images; a task has
-150 steps of 8 images, and a pair 200 test images. There are three seeds, and rates come from one stream of three tasks
-with a seed of its own.
+So that it runs in an hour on one core, the lower seven of nine blocks are frozen and run once for all images; a task
+has 150 steps of 8 images, and a pair 200 test images. There are three seeds, and rates come from one stream of three
+tasks with a seed of its own.
 
     python -m experiments run continual_vision
 
