@@ -12,10 +12,38 @@ for every seed. Each task has a head; its examples are shown for a number of ste
   its history, and one LoRA on the same kernels.
 - joint: everything, with examples of all tasks mixed, for as many steps in all: the ceiling.
 
-So that it runs in an hour on one core, texts are cut at 16 tokens, the lower four of the six layers are frozen and run
-once for all texts, a step has 8 examples and a test split 150.
+At test the logits of all heads so far stand side by side and the largest one decides ("class-incremental"); beside
+that, the accuracy among the classes of the text's own task ("task-incremental"). So that it runs in an hour on one
+core, texts are cut at 16 tokens, the lower four of the six layers are frozen and run once for all texts; a task has 150
+steps of 8 examples, and 150 test texts. Rates come from one stream of three tasks with a seed of its own.
 
     python -m experiments run continual_text
+
+Measured over five seeds, final accuracy and backward transfer in percent:
+
+| method | class-incremental | backward | task-incremental | backward |
+| --- | --- | --- | --- | --- |
+| full fine-tuning | 40.9 ± 3.6 | -31 ± 6 | 81.2 ± 2.0 | -4.3 ± 2.6 |
+| LoRA | 24.7 ± 7.3 | -41 ± 10 | 65.4 ± 4.0 | -13.9 ± 6.1 |
+| LoRA, attention outputs | 21.4 ± 4.9 | -39 ± 11 | 65.1 ± 4.7 | -16.0 ± 6.9 |
+| O-LoRA | 32.3 ± 4.7 | -25 ± 9 | 73.9 ± 1.0 | -3.5 ± 1.6 |
+| GPM | 62.5 ± 0.8 | -6 ± 3 | 86.3 ± 1.4 | -0.8 ± 0.7 |
+| OSF, schedule | 37.7 ± 7.1 | -20 ± 10 | 77.8 ± 4.5 | -2.2 ± 1.0 |
+| OSF, importance | 36.1 ± 6.6 | -11 ± 9 | 70.7 ± 4.6 | -1.4 ± 2.5 |
+| CoSO, attention outputs | 30.5 ± 6.1 | -41 ± 10 | 78.5 ± 1.1 | -2.7 ± 1.2 |
+| CoSO without its history | 37.2 ± 7.1 | -35 ± 8 | 77.0 ± 2.5 | -4.2 ± 2.8 |
+| joint training | 80.7 ± 0.5 | | 83.8 ± 0.3 | |
+
+So among the classes of its own task a text is forgotten least with GPM, OSF and CoSO, by 1 to 3 points, and most with
+one LoRA that goes on learning, by 14 to 16. Among all classes GPM is far ahead and the only one to come within 20
+points of joint training. OSF forgets less than full fine-tuning and learns less, so that both end alike; for
+importance the cosines of inputs and outputs often have a mean below zero, and then every layer keeps four fifths of its
+directions.
+
+Not reproduced: that CoSO's history helps. With and without it the ends lie within a spread, and among all classes it
+forgets as much as LoRA. Its rate of 0.1, best of seven on the stream of three tasks, is too large for five: at 1e-2 the
+first two seeds end at 41.7 and 41.6 % with a backward transfer of -16 and -23, and without history at 39.1 and 44.5 %
+with -20 and -23. So a better rate would bring CoSO up to full fine-tuning, and still show no gain of the history.
 """
 
 from __future__ import annotations

@@ -22,15 +22,18 @@ Measured over three seeds, final accuracy and backward transfer in percent, amon
 | O-LoRA | 29.8 ± 7.8 | -4 ± 3 | 94.5 ± 1.4 | -2.8 ± 1.0 |
 | GPM | 75.7 ± 1.2 | -14 ± 5 | 98.6 ± 0.0 | -0.2 ± 0.2 |
 | OSF, schedule | 46.8 ± 6.0 | -36 ± 14 | 94.7 ± 4.5 | -4.1 ± 5.4 |
+| OSF, importance | 31.4 ± 10.4 | -8 ± 14 | 94.9 ± 0.6 | -1.8 ± 3.1 |
 | CoSO, attention outputs | 38.5 ± 2.2 | -44 ± 13 | 97.5 ± 0.6 | 0.2 ± 0.2 |
 | CoSO without its history | 37.0 ± 8.9 | -75 ± 11 | 94.4 ± 3.4 | -5.5 ± 4.2 |
 | joint training | 83.0 ± 0.1 | | 99.4 ± 0.1 | |
 
 So CoSO forgets half as much as LoRA on the same kernels and ends 12 points above it, 18 within the task. Its history
-takes away all forgetting within the task and two fifths of that among all classes; the final accuracy among all
-classes is the same without it, since what it protects it also learns less well. OSF is ahead of full fine-tuning, by
-about a spread, and GPM is far ahead of every other method. O-LoRA hardly forgets because it hardly learns to tell
-classes of different tasks apart.
+takes away all forgetting within the task and two fifths of that among all classes. The final accuracy among all classes
+is the same without it, since with it new classes are told from old ones less well: 74 % against 97 % when learned. OSF
+is ahead of full fine-tuning by about a spread with its schedule and not with importance, where the cosines of inputs
+and outputs have a mean below zero, so that every layer keeps four fifths of its directions from the second task on. GPM
+is far ahead of every other method. O-LoRA hardly forgets among all classes because it hardly tells them apart: 33 %
+when learned.
 """
 
 from __future__ import annotations
