@@ -128,7 +128,7 @@ def make_data(module: Any, params: Any, tasks: Any, layers: int) -> streams.Stre
 
 EXPERIMENT = streams.experiment(
     "continual_text",
-    "On five text tasks in a row, projected updates forget less than one adapter that goes on learning.",
+    "On five text tasks in a row, told which, projected updates forget less than one adapter that goes on learning.",
     ContinualTextConfig,
     load,
     assets=("text",),
