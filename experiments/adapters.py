@@ -2,8 +2,9 @@
 
 Pretrained MiniLM on film reviews. Every method sees the same examples in the same order, starts from the same head,
 takes the same number of steps under the same schedule, and trains about as many values as LoRA of rank 4 on all kernels
-of the encoder (166 thousand) where its mathematics allows. Each method's learning rate is the best of three on the
-validation split, with a seed that the experiment does not use:
+of the encoder (166 thousand) where its mathematics allows. Each method's learning rate was the best of three on the
+validation split, with a seed that the experiment does not use. This searches them anew before it runs, on a grid that
+grows until its best lies inside; the results here do not come from such a search yet:
 
     python -m experiments run adapters --set tune=True
 
@@ -23,88 +24,28 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, human_bytes, mean_and_spread, read_json, with_spread, write_json
+from experiments.runner import (
+    Context,
+    Experiment,
+    best_runs,
+    human_bytes,
+    mean_and_spread,
+    read_json,
+    widened,
+    with_spread,
+    write_json,
+)
+from experiments.tasks.adapter_arms import ARMS
 from experiments.tasks.text_job import KERNELS, TextJob
 from experiments.tasks.training import evaluate
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One way of adapting.
-
-    Attributes:
-      rules: makes the rules, the head's left out.
-      rate: peak learning rate, chosen on the validation split.
-      rates: the three it was chosen from.
-      needs: statistics of the training data that the method starts from.
-      optimizer: makes the method's own optimizer of a schedule; AdamW without decay if None.
-    """
-
-    rules: Callable[[], Mapping[str, Any]]
-    rate: float
-    rates: tuple[float, float, float]
-    needs: str | None = None
-    optimizer: Callable[[optax.Schedule, int], optax.GradientTransformation] | None = None
-
-
-def _kernels(make: Callable[[], sj.Method]) -> Callable[[], Mapping[str, Any]]:
-    return lambda: {KERNELS: make()}
-
-
-def _loca(schedule: optax.Schedule, steps: int) -> optax.GradientTransformation:
-    # A location moves about a cell a step; it rests after a fifth of the steps, which a turn's length requires here.
-    return sj.methods.loca.alternating(
-        optax.adamw(schedule, weight_decay=0.0),
-        optax.adam(1e-3),
-        cutoff_step=max(1, steps // 5),
-        coefficient_steps=3,
-        location_steps=3,
-    )
-
-
-def _lift(schedule: optax.Schedule, steps: int) -> optax.GradientTransformation:
-    del steps
-    return sj.methods.lift.lift_adam(schedule)
-
-
-# s2ft's two shares: one of 12 heads, and 36 of 1536 channels, of every layer on average.
-ARMS: dict[str, Arm] = {
-    "head only": Arm(dict, 3e-2, (3e-3, 1e-2, 3e-2)),
-    "full": Arm(lambda: {"**": sj.full()}, 1e-4, (1e-4, 3e-4, 1e-3)),
-    "lora": Arm(_kernels(lambda: sj.lora(4)), 3e-3, (1e-3, 3e-3, 1e-2)),
-    "dora": Arm(_kernels(lambda: sj.dora(sj.lora(4))), 3e-3, (1e-3, 3e-3, 1e-2)),
-    "pissa": Arm(_kernels(lambda: sj.pissa(4)), 1e-3, (3e-4, 1e-3, 3e-3)),
-    "corda": Arm(_kernels(lambda: sj.corda(4)), 1e-3, (3e-4, 1e-3, 3e-3), needs="gram"),
-    "lora_sb": Arm(_kernels(lambda: sj.lora_sb(64, learning_rate=1e-3)), 1e-3, (3e-4, 1e-3, 3e-3), needs="gradient"),
-    "lora_xs": Arm(_kernels(lambda: sj.methods.lora_sb.lora_xs(64)), 3e-3, (1e-3, 3e-3, 1e-2)),
-    "matryoshka": Arm(_kernels(lambda: sj.matryoshka(sj.lora(4))), 1e-3, (3e-4, 1e-3, 3e-3)),
-    "flora": Arm(_kernels(lambda: sj.flora(4)), 1e-2, (1e-3, 3e-3, 1e-2)),
-    "randlora": Arm(_kernels(lambda: sj.randlora(32)), 3e-3, (3e-3, 1e-2, 3e-2)),
-    "oft": Arm(_kernels(lambda: sj.oft(16)), 3e-3, (1e-3, 3e-3, 1e-2)),
-    "soka": Arm(_kernels(lambda: sj.soka(4)), 3e-3, (3e-4, 1e-3, 3e-3)),
-    "loca": Arm(_kernels(lambda: sj.loca(4608)), 3e-2, (1e-2, 3e-2, 1e-1), optimizer=_loca),
-    "svfit": Arm(_kernels(lambda: sj.svfit(384)), 1e-1, (1e-2, 3e-2, 1e-1)),
-    "loldu": Arm(_kernels(lambda: sj.loldu()), 1e-3, (1e-4, 1e-3, 1e-2)),
-    "lift": Arm(_kernels(lambda: sj.lift(4, filter_rank=32)), 3e-3, (3e-4, 1e-3, 3e-3), optimizer=_lift),
-    "s2ft": Arm(
-        lambda: {
-            "backbone/encoder/**/attention/output/kernel": sj.s2ft(1 / 12, heads=12),
-            "backbone/encoder/**/fc2/kernel": sj.s2ft(36 / 1536),
-        },
-        1e-2,
-        (1e-3, 3e-3, 1e-2),
-    ),
-    "ssf": Arm(lambda: {"backbone/encoder/**": sj.ssf()}, 3e-3, (3e-3, 1e-2, 3e-2)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +63,8 @@ class AdaptersConfig:
       test_size: examples of the test split.
       calibration_batches: training batches from which statistics are gathered, for methods that need them.
       rounds: steps by which costs are measured, of every method in turn.
-      tune: choose learning rates on the validation split instead of running.
+      tune: choose learning rates on the validation split first, in place of those of ARMS.
+      tuning_seed: of the runs by which they are chosen.
     """
 
     task: str = "rotten_tomatoes"
@@ -136,6 +78,7 @@ class AdaptersConfig:
     calibration_batches: int = 4
     rounds: int = 12
     tune: bool = False
+    tuning_seed: int = 100
 
 
 def run(config: AdaptersConfig, context: Context) -> dict[str, Any]:
@@ -147,16 +90,17 @@ def run(config: AdaptersConfig, context: Context) -> dict[str, Any]:
     sizes = ("steps", "batch_size", "max_length", "train_size", "test_size")
     job = TextJob(config.task, **{name: getattr(config, name) for name in sizes})
     (context.folder / "cells").mkdir(exist_ok=True)
-    if config.tune:
-        return {"tuning": _tune(config, job, chosen, context)}
+    tuning = _tune(config, job, chosen, context) if config.tune else []
+    best = {name: found[0]["learning_rate"] for name, found in best_runs(tuning, "accuracy").items()}
+    rates = {name: best.get(name, ARMS[name].rate) for name in chosen}
     cells = []
-    for name in chosen:
+    for name, rate in rates.items():
         for seed in config.seeds:
-            path = context.folder / "cells" / f"{config.task}-{name}-{seed}-{config.steps}.json"
+            path = context.folder / "cells" / f"{config.task}-{name}-{rate:g}-{seed}-{config.steps}.json"
             if not (context.resume and path.exists()):
-                write_json(path, _cell(config, job, name, seed, context))
+                write_json(path, _cell(config, job, name, rate, seed, context))
             cells.append(read_json(path))
-    return {"cells": cells, "costs": _costs(config, job, chosen, context)}
+    return {"cells": cells, "costs": _costs(config, job, rates, context), "tuning": tuning}
 
 
 def _adapt(config: AdaptersConfig, job: TextJob, name: str, seed: int) -> tuple[Any, Any, float]:
@@ -192,10 +136,10 @@ def _as_lora(adapted: Any, params: Any) -> Any:
         return adapted
 
 
-def _cell(config: AdaptersConfig, job: TextJob, name: str, seed: int, context: Context) -> dict[str, Any]:
+def _cell(config: AdaptersConfig, job: TextJob, name: str, rate: float, seed: int, context: Context) -> dict[str, Any]:
     """Trains one arm with one seed, and proves what was saved."""
     params, adapted, start_seconds = _adapt(config, job, name, seed)
-    _, (trained, accuracy, logits) = _train(config, job, name, ARMS[name].rate, adapted, seed, context)
+    _, (trained, accuracy, logits) = _train(config, job, name, rate, adapted, seed, context)
     saved = context.folder / "cells" / f"{name}.safetensors"
     sj.save_adapter(saved, _as_lora(trained.adapted, params), base=params)
     merged_accuracy, merged_logits = evaluate(
@@ -206,6 +150,7 @@ def _cell(config: AdaptersConfig, job: TextJob, name: str, seed: int, context: C
         raise RuntimeError(f"{name}: saved, loaded and merged, logits differ by {difference:.2e} ({merged_accuracy}).")
     return {
         "method": name,
+        "learning_rate": rate,
         "seed": seed,
         "accuracy": accuracy,
         "trainable": sj.summary(trained.adapted).trainable,
@@ -217,43 +162,44 @@ def _cell(config: AdaptersConfig, job: TextJob, name: str, seed: int, context: C
     }
 
 
-def _costs(config: AdaptersConfig, job: TextJob, chosen: Sequence[str], context: Context) -> dict[str, Any]:
+def _costs(config: AdaptersConfig, job: TextJob, rates: Mapping[str, float], context: Context) -> dict[str, Any]:
     """Operations and time of a step. Methods take turns, so that what else the machine does meets all of them."""
     batch = next(iter(job.batches(0)))
     steps, found = {}, {}
-    for name in context.track(chosen, "compiling steps"):
+    for name, rate in context.track(rates.items(), "compiling steps"):
         _, adapted, _ = _adapt(config, job, name, 0)
         own = ARMS[name].optimizer
-        trainer = job.trainer(name, ARMS[name].rate, None if own is None else lambda s, own=own: own(s, config.steps))
+        trainer = job.trainer(name, rate, None if own is None else lambda s, own=own: own(s, config.steps))
         steps[name] = trainer.timed_step(adapted, batch)
         found[name] = {"step_flops": trainer.flops, "seconds": []}
     for _ in context.track(range(config.rounds), "timing steps in turn"):
-        for name in chosen:
+        for name in rates:
             found[name]["seconds"].append(steps[name]())
     return {name: {**one, "step_seconds": float(np.median(one["seconds"]))} for name, one in found.items()}
 
 
-def _tune(config: AdaptersConfig, job: TextJob, chosen: Sequence[str], context: Context) -> dict[str, Any]:
-    """Validation accuracy of every arm at each of its rates."""
-    found: dict[str, Any] = {}
+def _tune(config: AdaptersConfig, job: TextJob, chosen: Sequence[str], context: Context) -> list[dict[str, Any]]:
+    """Validation accuracy of every arm at rates among which the best lies inside."""
+    found: list[dict[str, Any]] = []
     for name in chosen:
-        _, adapted, _ = _adapt(config, job, name, 100)
-        for rate in ARMS[name].rates:
-            _, (trained, _, _) = _train(config, job, name, rate, adapted, 100, context)
-            accuracy, _ = evaluate(job.logits, trained.adapted, job.held_out("validation"))
-            found.setdefault(name, {})[str(rate)] = [accuracy, float(np.mean(trained.losses[-5:]))]
-            write_json(context.folder / "tuning.json", found)
+        _, adapted, _ = _adapt(config, job, name, config.tuning_seed)
+
+        def score(rate: float, name: str = name, adapted: Any = adapted) -> float:
+            path = context.folder / "cells" / f"{config.task}-{name}-{rate:g}-tuning-{config.steps}.json"
+            if not (context.resume and path.exists()):
+                _, (trained, _, _) = _train(config, job, name, rate, adapted, config.tuning_seed, context)
+                accuracy, _ = evaluate(job.logits, trained.adapted, job.held_out("validation"))
+                last = {"accuracy": accuracy, "last_loss": float(np.mean(trained.losses[-5:]))}
+                write_json(path, {"method": name, "learning_rate": rate, "seed": config.tuning_seed, **last})
+            found.append(read_json(path))
+            return found[-1]["accuracy"]
+
+        widened((ARMS[name].rate,), score)
     return found
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
     """Returns one line per method; costs are relative to LoRA's."""
-    if "tuning" in results:
-        return [["method", "learning rate", "validation accuracy %", "last loss"]] + [
-            [method, rate, f"{100 * accuracy:.1f}", f"{loss:.3f}"]
-            for method, rates in results["tuning"].items()
-            for rate, (accuracy, loss) in rates.items()
-        ]
     cells = results["cells"]
     header = [
         "method",

@@ -1,37 +1,52 @@
 """Split Fashion-MNIST, class-incremental: two classes at a time, and at test all classes seen so far.
 
-The first blocks of a pretrained ViT-S on images of 56 x 56, with a head for each pair of classes. Training compares the
-two classes of the task alone; at test the logits of all heads stand side by side and the largest one decides, as in the
-paper of CoSO. Logits are 10 times the cosine of features and class vectors, so that heads which never met can be
-compared. The methods are those of `continual_text`; joint training compares all classes.
+A pretrained ViT-S on images of 56 x 56, with a head for each pair of classes. Training compares the two classes of the
+task alone; at test the logits of all heads so far stand side by side and the largest one decides, as in the paper of
+CoSO; beside that, the accuracy among the two classes of the task. Logits are 10 times the cosine of features and class
+vectors, so that heads which never met can be compared. The methods are those of `continual_text`; joint training
+compares all classes.
+
+So that it runs in an hour on one core, the lower seven of nine blocks are frozen and run once for all images; a task
+has 150 steps of 8 images, and a pair 200 test images. There are three seeds, and rates come from one stream of three
+tasks with a seed of its own.
 
     python -m experiments run continual_vision
 
-Measured over three seeds, 32 steps of 16 images a task, final accuracy and backward transfer: GPM 45.5 ± 1.8 % and
--25 ± 10, O-LoRA 30.3 ± 1.9 and -30 ± 22, OSF 28.8 ± 5.1 and -35 ± 5, CoSO 25.6 ± 1.8 and -65 ± 11, full fine-tuning
-23.3 ± 5.3 and -57 ± 7, LoRA 17.9 ± 6.6 and -56 ± 23; joint training 66.9 ± 1.5. So OSF forgets less than LoRA (the
-spreads overlap) and CoSO does not: it learns each task best (78 %) and ends above LoRA all the same. Its subspaces are
-renewed every 20 steps, so that a task of 32 steps leaves it two of them to remember, where the paper's tasks have
-hundreds. The rates were chosen on streams of three tasks with one seed. Other programs ran beside, so step times are
-rough.
+Measured over three seeds, final accuracy and backward transfer in percent, among all classes and within the task:
+
+| method | class-incremental | backward | task-incremental | backward |
+| --- | --- | --- | --- | --- |
+| full fine-tuning | 39.6 ± 6.1 | -69 ± 9 | 91.7 ± 3.8 | -8.2 ± 4.9 |
+| LoRA | 24.2 ± 2.8 | -68 ± 6 | 81.3 ± 5.0 | -20.0 ± 6.6 |
+| LoRA, attention outputs | 26.7 ± 5.8 | -88 ± 9 | 79.8 ± 8.9 | -23.4 ± 10.9 |
+| O-LoRA | 29.8 ± 7.8 | -4 ± 3 | 94.5 ± 1.4 | -2.8 ± 1.0 |
+| GPM | 75.7 ± 1.2 | -14 ± 5 | 98.6 ± 0.0 | -0.2 ± 0.2 |
+| OSF, schedule | 46.8 ± 6.0 | -36 ± 14 | 94.7 ± 4.5 | -4.1 ± 5.4 |
+| OSF, importance | 31.4 ± 10.4 | -8 ± 14 | 94.9 ± 0.6 | -1.8 ± 3.1 |
+| CoSO, attention outputs | 38.5 ± 2.2 | -44 ± 13 | 97.5 ± 0.6 | 0.2 ± 0.2 |
+| CoSO without its history | 37.0 ± 8.9 | -75 ± 11 | 94.4 ± 3.4 | -5.5 ± 4.2 |
+| joint training | 83.0 ± 0.1 | | 99.4 ± 0.1 | |
+
+So CoSO forgets half as much as LoRA on the same kernels and ends 12 points above it, 18 within the task. Its history
+takes away all forgetting within the task and two fifths of that among all classes. The final accuracy among all classes
+is the same without it, since with it new classes are told from old ones less well: 74 % against 97 % when learned. OSF
+is ahead of full fine-tuning by about a spread with its schedule and not with importance, where the cosines of inputs
+and outputs have a mean below zero, so that every layer keeps four fifths of its directions from the second task on. GPM
+is far ahead of every other method. O-LoRA hardly forgets among all classes because it hardly tells them apart: 33 %
+when learned.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import subspace_jax as sj
-from experiments.runner import Context, Experiment
-from experiments.tasks import streams
+from experiments.tasks import frozen_layers, streams
 
-KERNELS = "backbone/encoder/**/kernel"
-SCALE = 10.0
 CLASSES = 2  # of a task
 
 
@@ -40,14 +55,17 @@ class ContinualVisionConfig(streams.StreamConfig):
     """Settings: those of `StreamConfig`, and these.
 
     Attributes:
+      seeds: as there.
       blocks: of the transformer.
+      layers: that learn, counted from the last.
       size: height and width of the images, a multiple of 14.
       train_size: training images of all classes.
       test_size: images of the validation and of the test split, of all classes.
     """
 
-    steps: int = 32
-    blocks: int = 3
+    seeds: tuple[int, ...] = (0, 1, 2)
+    blocks: int = 9
+    layers: int = 2
     size: int = 56
     train_size: int = 6000
     test_size: int = 1000
@@ -59,75 +77,57 @@ def load(config: ContinualVisionConfig) -> streams.StreamData:
     from subspace_jax.models import load_vit_small
 
     vit = load_vit_small(config.blocks)
-    task = load_image_task(
-        "fashion_mnist", train_size=config.train_size, eval_size=config.test_size, size=(config.size, config.size)
-    )
-    return make_data(vit.module, vit.params, task)
+    size = (config.size, config.size)
+    task = load_image_task("fashion_mnist", train_size=config.train_size, eval_size=config.test_size, size=size)
+    return make_data(vit.module, vit.params, task, config.layers)
 
 
-def make_data(module: Any, backbone: Any, images: Any) -> streams.StreamData:
+def make_data(module: Any, params: Any, images: Any, layers: int) -> streams.StreamData:
     """Returns what runs need of a vision transformer and of images.
 
     Args:
       module: a `Vit`.
-      backbone: its parameters.
+      params: its parameters.
       images: an `ImageTask` with an even number of classes.
+      layers: that learn.
     """
     from subspace_jax.models import normalize_images, pool_tokens
 
+    lower, upper, backbone = frozen_layers.cut(module, params, layers)
     tasks = images.num_classes // CLASSES
+    classes = [CLASSES] * tasks
+    hidden = {
+        name: frozen_layers.run_lower(lower, params, np.asarray(normalize_images(part.images)))
+        for name, part in images.splits.items()
+    }
 
-    def logits_of(params: Any, batch: Any) -> jax.Array:
-        tokens = module.apply({"params": params["backbone"]}, normalize_images(batch["images"]))
-        features, heads = pool_tokens(tokens, "cls+mean"), params["heads"]
-        kernel = heads["kernel"] / jnp.linalg.norm(heads["kernel"], axis=1, keepdims=True)
-        features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
-        return SCALE * jnp.einsum("bd,tdc->btc", features, kernel)
+    def arrays(split: str, task: int) -> dict[str, np.ndarray]:
+        labels = images[split].labels
+        chosen = labels // CLASSES == task
+        return {"hidden": hidden[split][chosen], "labels": labels[chosen] % CLASSES}
 
-    def model(params: Any, batch: Any) -> jax.Array:
-        return jnp.take_along_axis(logits_of(params, batch), batch["task"][:, None, None], axis=1)[:, 0]
-
-    def test_model(params: Any, batch: Any) -> jax.Array:
-        return logits_of(params, batch).reshape(len(batch["images"]), -1)
+    def logits(params: Any, batch: Any) -> jax.Array:
+        blank = jnp.zeros((len(batch["hidden"]), *images["train"].images.shape[1:3], 3))
+        tokens = frozen_layers.run_upper(upper, params["backbone"], batch["hidden"], blank)
+        return streams.head_logits(pool_tokens(tokens, "cls+mean"), params["heads"], classes)
 
     def start(seed: int) -> Any:
-        shape = tasks, 2 * module.config.width, CLASSES
-        kernel = jax.random.normal(jax.random.key(seed), shape)
-        return {"backbone": backbone, "heads": {"kernel": kernel}}
+        return {"backbone": backbone, "heads": streams.start_heads(seed, 2 * module.config.width, classes)}
 
-    def batches(task: int, split: str, size: int, seed: int, epoch: int) -> Iterator[dict[str, np.ndarray]]:
-        part = images[split]
-        rows = np.flatnonzero(part.labels // CLASSES == task)
-        if split == "train":
-            rows = np.random.default_rng([seed, epoch, task]).permutation(rows)[: len(rows) // size * size]
-        for chosen in np.split(rows, range(size, len(rows), size)):
-            labels = part.labels[chosen]
-            yield {"images": part.images[chosen], "labels": labels % CLASSES if split == "train" else labels}
-
-    example = {**next(batches(0, "train", 2, 0, 0)), "task": np.zeros(2, np.int32)}
     return streams.StreamData(
         names=tuple(" and ".join(images.label_names[CLASSES * t : CLASSES * (t + 1)]) for t in range(tasks)),
-        batches=batches,
-        model=model,
+        splits=[{split: arrays(split, t) for split in ("train", "validation", "test")} for t in range(tasks)],
+        logits=logits,
         start=start,
-        kernels=KERNELS,
-        roles=sj.roles(model, start(0), example),
-        test_model=test_model,
-        joint_labels=lambda batch: CLASSES * batch["task"] + batch["labels"],
+        kernels="backbone/encoder/*/attention/*/kernel",
+        outputs="backbone/encoder/*/attention/output/kernel",
     )
 
 
-def run(config: ContinualVisionConfig, context: Context) -> dict[str, Any]:
-    """Runs every method; finished streams are kept on disk and, with `--resume`, not run again."""
-    return streams.Streams(load(config), config, context).run()
-
-
-EXPERIMENT = Experiment(
-    name="continual_vision",
-    claim="Two classes of clothes at a time, told apart from all before: what projected updates keep.",
-    config=ContinualVisionConfig,
-    run=run,
-    rows=streams.rows,
-    plot=streams.plot,
+EXPERIMENT = streams.experiment(
+    "continual_vision",
+    "Two classes of clothes at a time: projected updates forget about half of what LoRA forgets, or less.",
+    ContinualVisionConfig,
+    load,
     assets=("vision",),
 )

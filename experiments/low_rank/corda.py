@@ -2,7 +2,7 @@
 
 The network of `digits_task` is adapted to digits turned by 90 degrees; biases and its last layer are frozen.
 Covariances are those of 256 training images. Three comparisons, each with the same data, rank, learning rates and steps
-for all methods:
+for all methods, of which the best rate counts:
 
 - truncation: the smallest components of both hidden kernels are dropped and nothing is trained, with the components of
   the covariance times the kernel, of the kernel itself, and of the kernel with its inputs scaled by their mean size;
@@ -11,22 +11,28 @@ for all methods:
 
     python -m experiments run corda
 
-Measured over three seeds; loss is the mean of steps 20 to 30, retained the accuracy on upright digits, 98.5 % before:
+Measured over three seeds, each method at the best of six rates for the new task; loss is the mean of steps 20 to 30,
+retained the accuracy on upright digits, 98.5 % before:
 
-| method | new task %, 150 steps at 1e-3 | retained % | loss | new task %, 400 steps at 3e-3 | retained % |
+| method | 150 steps: new task % | retained % | loss | 400 steps: new task % | retained % |
 | --- | --- | --- | --- | --- | --- |
-| CorDA, knowledge preserved | 83.3 ± 1.9 | 98.4 ± 0.3 | 3.69 | 95.6 ± 1.6 | 90.3 ± 7.8 |
-| CorDA, instruction previewed | 90.5 ± 1.9 | 53.9 ± 5.4 | 2.97 | 97.0 ± 0.3 | 24.0 ± 1.8 |
-| LoRA | 46.0 ± 4.4 | 90.8 ± 2.7 | 8.97 | 95.4 ± 0.4 | 77.3 ± 6.1 |
-| PiSSA | 78.1 ± 0.7 | 78.4 ± 6.0 | 4.90 | 96.3 ± 1.1 | 35.7 ± 1.8 |
-| minor components | 46.5 ± 5.6 | 91.7 ± 3.5 | 9.17 | 95.5 ± 0.4 | 70.8 ± 10.6 |
+| CorDA, knowledge preserved | 94.6 ± 1.7 | 60 ± 9 | 0.62 | 95.6 ± 1.5 | 90 ± 8 |
+| CorDA, instruction previewed | 96.8 ± 1.1 | 16 ± 4 | 0.28 | 97.2 ± 0.3 | 19 ± 0 |
+| LoRA | 96.3 ± 0.2 | 15 ± 7 | 0.69 | 96.9 ± 0.6 | 45 ± 9 |
+| PiSSA | 96.8 ± 0.2 | 27 ± 5 | 0.50 | 97.7 ± 0.4 | 24 ± 1 |
+| minor components | 97.3 ± 0.2 | 11 ± 3 | 0.53 | 97.9 ± 0.6 | 21 ± 7 |
+
+The best rate for the new task is no rate to retain the old one at. At a third of it, in 150 steps, knowledge-preserving
+CorDA reads 93.3 % of the new and retains 96.7 %; PiSSA 93.9 and 53; LoRA 95.0 and 49, and at a tenth 81 and 92. So
+at the same accuracy CorDA keeps far more, which is its claim.
 
 With 8 of 64 and 16 of 128 components left, the cross-entropy on upright digits is 0.22 ± 0.04 for those of CorDA,
 0.87 ± 0.59 for plain ones and 1.05 ± 0.60 for scaled ones. The factors of the first kernel have norms 36.8 and 0.27
 where knowledge is preserved, 4.4 and 10.2 where instructions are previewed.
 
-Not reproduced: an advantage of scaling inputs by their mean size over plain components. And what is learned faster
-is forgotten faster, so the instruction-previewed mode retains less than PiSSA.
+Not reproduced: that previewed instructions are learned better than by PiSSA: early losses are 0.28 and 0.30 at 3e-2,
+ends are equal, and every adapter lies within a point once tuned. Nor is there an advantage of scaling inputs by their
+mean size over plain components.
 
 Source: Yang et al., CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware
 Parameter-Efficient Fine-tuning, 2024.
@@ -44,7 +50,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, mean_and_spread, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_runs, mean_and_spread, with_spread
 from experiments.tasks import digits_task
 
 NAMES = ("hidden_0", "hidden_1")
@@ -58,14 +64,16 @@ class CordaConfig:
       rank: of every adapter.
       images: training images of which covariances are made.
       kept: components that truncation leaves of each hidden kernel.
-      budgets: learning rate and number of steps of each budget; the first is that of the comparisons.
+      steps: numbers of optimizer steps; the first is that of the comparisons.
+      rates: learning rates tried for every method and number of steps.
       seeds: one network and one run of every arm per seed.
     """
 
     rank: int = 8
     images: int = 256
     kept: tuple[int, int] = (8, 16)
-    budgets: tuple[tuple[float, int], ...] = ((1e-3, 150), (3e-3, 400))
+    steps: tuple[int, ...] = (150, 400)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -73,11 +81,13 @@ def run(config: CordaConfig, context: Context) -> dict[str, Any]:
     """Runs all three comparisons."""
     truncation = [one for seed in context.track(config.seeds, "truncate") for one in _truncate(config, seed)]
     runs = []
-    jobs = [(budget, seed) for budget in config.budgets for seed in config.seeds]
-    optimizers = {rate: optax.adam(rate) for rate, _ in config.budgets}
-    for (rate, steps), seed in context.track(jobs, "turned digits"):
+    jobs = [(steps, rate) for steps in config.steps for rate in config.rates]
+    for steps, rate in context.track(jobs, "turned digits"):
+        optimizer = optax.adam(rate)
         for name, (method, turns) in _arms(config.rank).items():
-            runs.append(_adapt(config, name, method, turns, optimizers[rate], steps, seed) | {"learning_rate": rate})
+            for seed in config.seeds:
+                found = _adapt(config, name, method, turns, optimizer, steps, seed)
+                runs.append({"arm": f"{name}, {steps} steps", "learning_rate": rate, **found})
     return {"truncation": truncation, "runs": runs, "checks": _checks(config, truncation, runs)}
 
 
@@ -182,11 +192,11 @@ def _adapt(
 
 
 def _checks(config: CordaConfig, truncation: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The requirements at the first budget."""
+    """The requirements at the first number of steps, every method at its best rate."""
+    best = best_runs(runs, "accuracy", arm="arm")
 
     def mean(name: str, key: str) -> float:
-        rate = config.budgets[0][0]
-        return mean_and_spread([r[key] for r in runs if r["method"] == name and r["learning_rate"] == rate])[0]
+        return mean_and_spread([r[key] for r in best[f"{name}, {config.steps[0]} steps"]])[0]
 
     def entropy(label: str) -> float:
         return mean_and_spread([t["cross_entropy"] for t in truncation if t["components"] == label])[0]
@@ -202,14 +212,12 @@ def _checks(config: CordaConfig, truncation: list[dict[str, Any]], runs: list[di
 
 
 def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """Returns a line per budget and method, then one per kind of truncation."""
+    """Returns every method at its best rate, by number of steps, then one per kind of truncation."""
     table = [["method", "learning rate", "steps", "new task %", "retained %", "loss of steps 20-30"]]
-    runs = results["runs"]
-    for rate, steps in dict.fromkeys((r["learning_rate"], r["steps"]) for r in runs):
-        for name in dict.fromkeys(r["method"] for r in runs):
-            same = [r for r in runs if (r["method"], r["learning_rate"], r["steps"]) == (name, rate, steps)]
-            shown = [with_spread([r[k] for r in same]) for k in ("accuracy", "retained")]
-            table.append([name, f"{rate:g}", str(steps), *shown, with_spread([r["early_loss"] for r in same], 2, 1.0)])
+    for same in best_runs(results["runs"], "accuracy", arm="arm").values():
+        name, rate, steps = (same[0][k] for k in ("method", "learning_rate", "steps"))
+        shown = [with_spread([r[k] for r in same]) for k in ("accuracy", "retained")]
+        table.append([name, f"{rate:g}", str(steps), *shown, with_spread([r["early_loss"] for r in same], 2, 1.0)])
     for label in dict.fromkeys(t["components"] for t in results["truncation"]):
         same = [t for t in results["truncation"] if t["components"] == label]
         entropy = with_spread([t["cross_entropy"] for t in same], 2, 1.0)
@@ -219,8 +227,9 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="corda",
-    claim="Factors chosen by the inputs' covariance learn faster than PiSSA's, or forget less than LoRA's.",
+    claim="Factors chosen by the inputs' covariance forget less at equal accuracy; tuned, they learn as PiSSA's do.",
     config=CordaConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(arm="arm"),
 )

@@ -25,6 +25,7 @@ from experiments.runner._results import read_json as read_json
 from experiments.runner._results import terminal_table as terminal_table
 from experiments.runner._results import with_spread as with_spread
 from experiments.runner._results import write_json as write_json
+from experiments.runner._search import widened as widened
 
 __all__ = [
     "Context",
@@ -50,6 +51,7 @@ __all__ = [
     "read_json",
     "run_commands",
     "terminal_table",
+    "widened",
     "with_spread",
     "write_json",
 ]

@@ -14,7 +14,7 @@ import experiments
 from experiments.runner import _registry
 from experiments.runner._commands import Settings, configure, list_entries, run_commands
 from experiments.runner._experiment import Context, Experiment
-from experiments.runner._results import environment, grids, markdown_table, read_json, terminal_table, write_json
+from experiments.runner._results import environment, markdown_table, read_json, terminal_table, write_json
 
 OutFolder = Annotated[Path, tyro.conf.arg(help="Folder that receives the results, one folder per experiment.")]
 Resume = Annotated[bool, tyro.conf.arg(help="Keep finished parts of an earlier run with the same settings.")]
@@ -50,7 +50,7 @@ def run(
     results = experiment.run(config, Context(folder, resume, console))
     results = {"experiment": name, "config": dataclasses.asdict(config), "environment": environment(), **results}
     if experiment.tuning is not None:
-        results["grids"] = grids(results["runs"], **dataclasses.asdict(experiment.tuning))
+        results["grids"] = experiment.tuning.grids(results)
         for arm, grid in results["grids"].items():
             if grid["at_edge"]:
                 console.print(f"[yellow]{arm}: the best rate {grid['best']:g} is at the edge of its grid.[/yellow]")

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.runner._results import grids
+
 T = TypeVar("T")
 
 
@@ -68,11 +70,17 @@ class Tuning:
       key: name of the figure in a run.
       smallest: whether small is good.
       arm: name of the entry of a run that names the arm.
+      runs: name of the entry of the result that holds the runs.
     """
 
     key: str = "accuracy"
     smallest: bool = False
     arm: str = "method"
+    runs: str = "runs"
+
+    def grids(self, results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Returns every arm's learning rates in a result, the best, and whether it lies at the edge of its grid."""
+        return grids(results.get(self.runs, []), self.key, smallest=self.smallest, arm=self.arm)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,16 +142,11 @@ def _digit_runs(config: LocaConfig, context: Context) -> list[dict[str, Any]]:
     for share, rate in context.track(jobs, "turned digits"):
         optimizer = turns(rate, config.digits_location_rate, round(share * config.digits_steps))
         rules = {digits_task.HIDDEN: sj.loca(config.digits_count)}
+        name = f"places learn in {100 * share:g} % of steps" if share else "places fixed"
         for seed in config.seeds:
-            losses, accuracy, count = digits_task.adapt_and_fit(rules, optimizer, seed, config.digits_steps)
-            name = f"places learn in {100 * share:g} % of steps" if share else "places fixed"
-            runs.append(
-                {
-                    **{"method": name, "learning_rate": rate, "seed": seed, "accuracy": accuracy},
-                    # As published: coefficients only, a third of what learns before the cut-off.
-                    **{"early_loss": digits_task.early(losses), "adapter_values": count // 3},
-                }
-            )
+            record = digits_task.run_record(name, rules, rate, optimizer, seed, config.digits_steps)
+            # As published: coefficients only, a third of what learns before the cut-off.
+            runs.append(record | {"adapter_values": record["adapter_values"] // 3})
     return runs
 
 

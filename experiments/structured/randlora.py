@@ -10,8 +10,8 @@ best counts.
 Measured over five seeds. Left of the flat matrix's squared norm: RandLoRA r=8 with 576 values 80.6 ± 0.5 %, LoRA r=4
 with 512 values 93.8 % (which is what the best matrix of rank 4 leaves); RandLoRA r=4 with 1,088 values 67.9 ± 0.9 %,
 LoRA r=8 with 1,024 values 87.5 %. Of the matrix of rank 4, RandLoRA r=4 leaves 48.8 ± 7.3 % and LoRA r=4 nothing.
-Turned digits, test accuracy: RandLoRA r=32 with 832 values 96.6 ± 0.9 %, LoRA r=2 with 896 values 93.6 ± 1.7; RandLoRA
-r=8 with 2,752 values 97.9 ± 0.5, LoRA r=8 with 3,584 values 97.2 ± 0.8.
+Turned digits, test accuracy at the best of six rates: RandLoRA r=32 with 832 values 96.5 ± 0.9 %, LoRA r=2 with 896
+values 93.6 ± 1.7; RandLoRA r=8 with 2,752 values 97.9 ± 0.5, LoRA r=8 with 3,584 values 97.2 ± 0.8.
 
 Not reproduced: a clear lead over LoRA of twice the size. LoRA r=4 with 1,792 values reaches 95.9 ± 0.9 %, less than
 one point below RandLoRA r=32, once it has its own best rate; at a rate of 3e-3 for both the lead is six points.
@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 import subspace_jax as sj
-from experiments.runner import Context, Experiment, best_rates, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_rates, with_spread
 from experiments.tasks import digits_task
 
 
@@ -51,7 +51,7 @@ class RandloraConfig:
     fit_steps: int = 3000
     fit_rate: float = 1e-2
     steps: int = 300
-    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
@@ -111,11 +111,8 @@ def run(config: RandloraConfig, context: Context) -> dict[str, Any]:
     for name, rate in context.track(jobs, "turned digits"):
         optimizer = optax.adam(rate)
         for seed in config.seeds:
-            losses, accuracy, count = digits_task.adapt_and_fit(
-                {digits_task.HIDDEN: arms[name]}, optimizer, seed, config.steps
-            )
-            found = {"method": name, "learning_rate": rate, "seed": seed, "accuracy": accuracy}
-            runs.append(found | {"early_loss": digits_task.early(losses), "adapter_values": count})
+            rules = {digits_task.HIDDEN: arms[name]}
+            runs.append(digits_task.run_record(name, rules, rate, optimizer, seed, config.steps))
     return {"fits": fits, "runs": runs}
 
 
@@ -143,4 +140,5 @@ EXPERIMENT = Experiment(
     config=RandloraConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )

@@ -2,18 +2,28 @@
 
 A ReLU layer of 256 units and 64 features, trained with a softmax head or with classes as subspaces of dimension k, on
 the pixels ("scratch") or on the mean token of the first nine blocks of a pretrained ViT-S/14 ("ViT"). Momentum 0.9,
-one learning rate for layers and head, the same two rates tried for every head. Transfer is the test accuracy of a
+one learning rate for layers and head, the same rates tried for every head. Transfer is the test accuracy of a
 logistic regression on the 64 features of images that the network never saw: MNIST, and the 8x8 digits.
 
     python -m experiments run gcr_fashion
 
-Measured over three seeds at the better rate of each head, test accuracy, angle between two features of a class, and
-transfer to MNIST and to the digits. From scratch: softmax 81.7 ± 1.0 %, 43.5 ± 0.4°, 84.7 ± 0.5 %, 94.2 ± 1.1 %; k=1
-80.9 ± 0.8, 34.9 ± 0.9, 81.7 ± 1.0, 95.8 ± 0.5; k=8 81.2 ± 0.2, 44.0 ± 0.5, 82.7 ± 1.1, 94.8 ± 2.1. On ViT features:
-softmax 82.0 ± 0.6, 33.8 ± 0.7, 77.2 ± 0.7, 82.6 ± 1.1; k=1 82.7 ± 0.3, 28.0 ± 1.0, 79.5 ± 1.5, 86.1 ± 1.8; k=8
-82.3 ± 0.9, 33.5 ± 1.0, 80.1 ± 2.7, 86.9 ± 0.2. So classes spread with the dimension, by 9 and by 5 degrees from k=1 to
-k=8, at equal accuracy. Not reproduced: a gain in accuracy over softmax, and better transfer from scratch, where
-softmax leads to MNIST; on ViT features every subspace head transfers better than softmax, and dimension hardly matters.
+Measured over three seeds at the best of eight rates of each head, test accuracy, angle between two features of a class,
+and transfer to MNIST and to the digits:
+
+| head | rate | accuracy % | angle ° | to MNIST % | to digits % |
+| --- | --- | --- | --- | --- | --- |
+| scratch, softmax | 1e-2 | 81.3 ± 0.3 | 37.0 ± 0.9 | 83.8 ± 0.2 | 95.2 ± 0.8 |
+| scratch, k=1 | 1e-2 | 80.9 ± 1.1 | 34.2 ± 0.7 | 82.0 ± 1.2 | 95.0 ± 1.1 |
+| scratch, k=8 | 3e-3 | 81.8 ± 0.8 | 51.7 ± 0.8 | 81.1 ± 1.3 | 94.9 ± 1.1 |
+| ViT, softmax | 3e-2 | 81.9 ± 0.6 | 34.0 ± 0.4 | 77.2 ± 0.7 | 82.2 ± 0.8 |
+| ViT, k=1 | 3e-3 | 82.7 ± 2.1 | 29.9 ± 0.6 | 81.2 ± 0.7 | 86.8 ± 0.2 |
+| ViT, k=8 | 1e-2 | 82.2 ± 1.2 | 33.4 ± 0.9 | 79.2 ± 2.1 | 85.8 ± 0.4 |
+
+Larger rates narrow the subspace heads' classes, so angles compare at one rate: from k=1 to k=8 at 3e-3 they grow from
+44 to 52 from scratch and from 30 to 39 on ViT features, at equal accuracy. So classes spread with the dimension, by 8
+and by 9 degrees. Not reproduced: a gain in accuracy over softmax, and better transfer from scratch, where softmax leads
+to MNIST; on ViT features every subspace head transfers better than softmax at its best rate, and dimension hardly
+matters.
 """
 
 from __future__ import annotations
@@ -26,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.runner import Context, Experiment, best_runs, with_spread
+from experiments.runner import Context, Experiment, Tuning, best_runs, with_spread
 from experiments.systems import gcr
 
 # How many images of each set: to train on, and to test on.
@@ -54,7 +64,7 @@ class GcrFashionConfig:
     inputs: tuple[str, ...] = ("scratch", "ViT")
     steps: int = 1500
     batch_size: int = 64
-    rates: tuple[float, ...] = (0.01, 0.03)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
     momentum: float = 0.9
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -147,4 +157,5 @@ EXPERIMENT = Experiment(
     config=GcrFashionConfig,
     run=run,
     rows=rows,
+    tuning=Tuning(),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import jax
@@ -16,7 +15,9 @@ import subspace_jax as sj
 from experiments import runner
 from experiments.continual import continual_text, continual_vision
 from experiments.runner import Context
-from experiments.tasks import streams
+from experiments.tasks import frozen_layers, streams
+from experiments.tasks.streams._batches import mixed, own
+from experiments.tasks.streams._score import accuracies
 from subspace_jax.assets import is_available
 from subspace_jax.data import ImageSplit, ImageTask, TextSplit, TextTask
 from subspace_jax.models import Bert, Vit, small_bert, small_vit
@@ -41,9 +42,9 @@ def made_up(name, classes, seed):
 
 
 def small_data():
-    module = Bert(small_bert(num_layers=1, width=16, mlp_width=24))
+    module = Bert(small_bert(num_layers=2, width=16, mlp_width=24))
     params = module.init(jax.random.key(0), jnp.ones((1, 6), jnp.int32))["params"]
-    return continual_text.make_data(module, params, [made_up(f"made up {n}", n, n) for n in (2, 3, 4)])
+    return continual_text.make_data(module, params, [made_up(f"made up {n}", n, n) for n in (2, 3, 4)], 1)
 
 
 def make_streams(tmp_path, **options):
@@ -52,45 +53,82 @@ def make_streams(tmp_path, **options):
     return streams.Streams(small_data(), config, Context(tmp_path, False, Console(quiet=True)))
 
 
+def example(data, task, size=4):
+    return next(own(data, task, size, 0))
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_lower_and_upper_layers_together_are_the_whole(kind):
+    if kind == "bert":
+        module = Bert(small_bert(num_layers=3, width=16, mlp_width=24))
+        rng = np.random.default_rng(0)
+        inputs = (rng.integers(1, 50, size=(7, 6)), (np.arange(6) < rng.integers(3, 7, size=(7, 1))).astype(np.int32))
+    else:
+        module = Vit(small_vit(num_layers=3, width=16, mlp_width=24))
+        inputs = (np.random.default_rng(0).normal(size=(7, 12, 12, 3)).astype(np.float32),)
+    params = module.init(jax.random.key(0), *inputs)["params"]
+    lower, upper, above = frozen_layers.cut(module, params, 2)
+    assert set(above["encoder"]) == {"layer_0", "layer_1"}
+    hidden = frozen_layers.run_lower(lower, params, *inputs, size=3)
+    found = jax.jit(lambda p, h: frozen_layers.run_upper(upper, p, h, *inputs))(above, hidden)
+    np.testing.assert_allclose(found, module.apply({"params": params}, *inputs), atol=tolerance(size=64))
+
+
 def test_heads_are_those_of_the_examples_tasks_and_classes_beyond_them_are_impossible():
     data = small_data()
     params = data.start(3)
-    batch = next(data.batches(2, "train", 4, 0, 0))
-    together = data.model(params, {**batch, "task": np.array([0, 1, 2, 1], np.int32)})
+    batch = example(data, 2)
+    together = data.own(params, {**batch, "task": np.array([0, 1, 2, 1], np.int32)})
+    everything = data.logits(params, batch)
     assert together.shape == (4, 4)
+    assert everything.shape == (4, 3, 4)
     for i, (task, classes) in enumerate(((0, 2), (1, 3), (2, 4), (1, 3))):
-        alone = data.model(params, {**batch, "task": np.full(4, task, np.int32)})
-        np.testing.assert_allclose(together[i], alone[i], atol=tolerance(size=4))
-        assert np.isfinite(together[i, :classes]).all()
+        np.testing.assert_allclose(together[i], everything[i, task], atol=tolerance(size=4))
+        assert (np.abs(together[i, :classes]) <= 10 + 1e-4).all()
         assert (np.asarray(together[i, classes:]) < -1e8).all()
 
 
-def test_joint_training_sees_the_examples_of_the_others(tmp_path):
-    made = make_streams(tmp_path)
+def test_accuracies_compare_the_classes_of_the_task_or_of_all_tasks_so_far():
+    logits = np.zeros((3, 3, 2))
+    logits[0, 1] = 1, 2  # right either way
+    logits[1, 1] = 2, 1
+    logits[1, 0, 0] = 3  # right within the task, lost to an earlier one
+    logits[2, 1] = 1, 2
+    logits[2, 2, 0] = 9  # a task that has not come yet does not count
+    found = accuracies(logits, np.array([1, 0, 0]), 1, [0, 1])
+    assert found == {"task": pytest.approx(2 / 3), "class": pytest.approx(1 / 3)}
 
-    def seen(method):
-        found = [b for place in range(3) for b in made._task(method, place, [2, 0, 1], 5, "test").batches(0)]
-        assert len(found) == 9
-        pairs = [pair for b in found for pair in zip(b["task"].tolist(), b["tokens"].tolist(), strict=True)]
-        return found, sorted(pairs)
 
-    mixed, examples = seen("joint")
-    assert examples == seen("full")[1]
-    assert all(len(set(batch["task"].tolist())) > 1 for batch in mixed)
+def test_joint_training_sees_the_examples_of_the_others():
+    data = small_data()
+    order, steps = [2, 0, 1], 3
+
+    def pairs(batches):
+        return sorted(pair for b in batches for pair in zip(b["task"].tolist(), b["labels"].tolist(), strict=True))
+
+    def part(place):
+        return [b for _, b in zip(range(steps), mixed(data, order, 4, 5, place, steps), strict=False)]
+
+    together = [batch for place in range(3) for batch in part(place)]
+    alone = [b for task in order for _, b in zip(range(steps), own(data, task, 4, 5), strict=False)]
+    assert pairs(together) == pairs(alone)
+    assert all(len(set(batch["task"].tolist())) > 1 for batch in together)
 
 
 def test_batches_go_on_from_any_step(tmp_path):
     made = make_streams(tmp_path)
     for method in ("full", "joint"):
-        task = made._task(method, 1, [0, 1, 2], 0, "test")
+        task = made._task(method, 1, [0, 1, 2], 0, None)
         for whole, rest in zip(list(task.batches(0))[2:], task.batches(2), strict=True):
             for name in whole:
                 np.testing.assert_array_equal(whole[name], rest[name])
 
 
 def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(continual_text, "load", lambda config: small_data())
-    plain = dataclasses.replace(continual_text.EXPERIMENT, assets=())
+    monkeypatch.setattr("experiments.runner._search.MOST", 4)
+    plain = streams.experiment(
+        "continual_text", "a claim", continual_text.ContinualTextConfig, lambda config: small_data(), ()
+    )
     monkeypatch.setattr(continual_text, "EXPERIMENT", plain)
     arguments = ["run", "continual_text", "--out", str(tmp_path), "--set", *SETTINGS, "tuning_tasks=2"]
     runner.main(arguments)
@@ -98,19 +136,25 @@ def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(t
     results = json.loads((folder / "result.json").read_text())
     assert [c["method"] for c in results["costs"]] == list(streams.METHODS)
     for run in results["runs"]:
-        matrix = np.array(run["matrix"], float)
-        np.testing.assert_array_equal(np.isnan(matrix), np.triu(np.ones((3, 3)), 1) > 0)
-        assert run["average_accuracy"] == sj.continual.stream_scores(matrix).average_accuracy
-        tried = {c["learning_rate"]: c["last"] for c in results["tuning"] if c["method"] == run["method"]}
-        assert set(tried) == set(streams.METHODS[run["method"]][1])
-        assert tried[run["learning_rate"]] == max(tried.values())
-        assert len(run["losses"]) == 9
+        for scenario in ("task", "class"):
+            matrix = np.array(run[scenario]["matrix"], float)
+            np.testing.assert_array_equal(np.isnan(matrix), np.triu(np.ones((3, 3)), 1) > 0)
+            scores = sj.continual.stream_scores(matrix)
+            assert run[scenario]["average_accuracy"] == scores.average_accuracy
+        within, among = (np.array(run[s]["matrix"], float) for s in ("task", "class"))
+        assert (within[np.tril_indices(3)] >= among[np.tril_indices(3)]).all()
+        assert within[0, 0] == among[0, 0]
+        assert run["accuracy"] == pytest.approx(run["class"]["average_accuracy"])
+        assert len(run["loss_of_last_steps"]) == 3
+        assert results["grids"][run["method"]]["best"] == run["learning_rate"]
     kept = {run["method"]: run["kept"] for run in results["runs"]}
-    assert len(kept["gpm"]) == 6
+    assert len(kept["gpm"]) == 4
     assert all(kept["gpm"].values())
+    assert all(kept["coso"].values())
+    assert not any(kept["coso_without_history"].values())
     costs = {c["method"]: c for c in results["costs"]}
-    assert costs["lora"]["trainable"] < costs["gpm"]["trainable"] < costs["full"]["trainable"]
-    assert costs["lora"]["state_bytes"] < costs["full"]["state_bytes"]
+    assert costs["lora_outputs"]["trainable"] < costs["lora"]["trainable"] < costs["gpm"]["trainable"]
+    assert costs["coso"]["trainable"] < costs["gpm"]["trainable"] < costs["full"]["trainable"]
     rows = streams.rows(results)
     assert len({len(row) for row in rows}) == 1
     assert [row[0] for row in rows[1:]] == list(streams.TITLES.values())
@@ -120,14 +164,10 @@ def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(t
     assert times == {p.name: p.stat().st_mtime_ns for p in (folder / "cells").iterdir()}
 
 
-def test_streams_with_checkpoints_give_the_same(tmp_path):
-    found = []
-    for checkpoints in (False, True):
-        made = make_streams(tmp_path, checkpoints=checkpoints)
-        found.append(made._stream("coso", 1e-3, 0, "test", "name")["matrix"])
-    assert found[0] == found[1]
-    with sj.io.Checkpointer(tmp_path / "checkpoints" / "name", read_only=True) as checkpointer:
-        assert checkpointer.all_steps() == [9 + 3]
+def test_the_grid_grows_until_its_best_lies_inside():
+    assert list(runner.widened((1e-2,), lambda rate: -abs(np.log(rate / 1e-3)))) == [1e-2, 3e-2, 3e-3, 1e-3, 3e-4]
+    assert list(runner.widened((1e-4, 3e-4), lambda rate: np.nan if rate > 3e-4 else rate)) == [1e-4, 3e-4, 1e-3]
+    assert len(runner.widened((1.0,), lambda rate: rate)) == 10  # it gives up
 
 
 def images(count, seed):
@@ -139,42 +179,40 @@ def images(count, seed):
 
 
 def vision_data():
-    module = Vit(small_vit(num_layers=1, width=16, mlp_width=24))
+    module = Vit(small_vit(num_layers=2, width=16, mlp_width=24))
     params = module.init(jax.random.key(0), jnp.ones((1, 12, 12, 3)))["params"]
     splits = {"train": images(48, 0), "validation": images(18, 1), "test": images(24, 2)}
     task = ImageTask(name="made up", splits=splits, label_names=tuple("abcdef"))
-    return continual_vision.make_data(module, params, task)
+    return continual_vision.make_data(module, params, task, 1)
 
 
-def test_images_are_told_apart_from_those_of_all_heads():
+def test_images_have_the_task_of_their_class_and_labels_within_it():
     data = vision_data()
     assert data.names == ("a and b", "c and d", "e and f")
-    params = data.start(0)
-    batch = next(data.batches(1, "test", 8, 0, 0))
-    assert set(batch["labels"].tolist()) == {2, 3}
-    logits = np.asarray(data.test_model(params, batch))
-    assert logits.shape == (8, 6)
-    assert np.abs(logits).max() <= 10
-    for task in range(3):
-        own = data.model(params, {**batch, "task": np.full(8, task, np.int32)})
-        np.testing.assert_allclose(logits[:, 2 * task : 2 * task + 2], own, atol=1e-5)
-    seen = [{**b, "task": np.full(4, 2, np.int32)} for b in data.batches(2, "train", 4, 0, 0)]
-    assert len(seen) == 4
-    assert {int(v) for b in seen for v in b["labels"]} == {0, 1}
-    assert {int(v) for b in seen for v in data.joint_labels(b)} == {4, 5}
+    sizes = {split: sum(len(task[split]["labels"]) for task in data.splits) for split in data.splits[0]}
+    assert sizes == {"train": 48, "validation": 18, "test": 24}
+    assert all(set(task["test"]["labels"].tolist()) == {0, 1} for task in data.splits)
+    found = {float(task["test"]["hidden"].mean()) for task in data.splits}  # brightness tells classes apart
+    assert len(found) == 3
+    logits = data.logits(data.start(0), example(data, 1))
+    assert logits.shape == (4, 3, 2)
+    assert np.abs(logits).max() <= 10 + 1e-4
 
 
-@pytest.mark.parametrize("method", ["o_lora", "gpm", "osf", "coso"])
+@pytest.mark.parametrize(
+    "method", ["lora_outputs", "o_lora", "gpm", "osf", "osf_importance", "coso", "coso_without_history"]
+)
 def test_kernels_of_attention_heads_are_adapted_too(method, tmp_path):
     config = continual_vision.ContinualVisionConfig(steps=2, batch_size=4, rank=2, r1=2, r2=4, gap=2, calibration=1)
     made = streams.Streams(vision_data(), config, Context(tmp_path, False, Console(quiet=True)))
-    cell = made._stream(method, 1e-3, 0, "test", "name")
-    matrix = np.array(cell["matrix"], float)
+    cell = made._stream(method, 1e-3, 0, "test")
+    matrix = np.array(cell["class"]["matrix"], float)
     np.testing.assert_array_equal(np.isnan(matrix), np.triu(np.ones((3, 3)), 1) > 0)
     learner = made.learner(method, 1e-3)
     state = learner.start_task(learner.init(made.data.start(0), jax.random.key(0)), 0, jax.random.key(0))
     layer = learner.params(state)["backbone"]["encoder"]["layer_0"]
-    assert layer["attention"]["query"]["kernel"].role.out_axes == (1, 2)
+    if not method.startswith(("coso", "lora_outputs")):
+        assert layer["attention"]["query"]["kernel"].role.out_axes == (1, 2)
     assert layer["attention"]["output"]["kernel"].role.in_axes == (0, 1)
 
 
@@ -193,6 +231,6 @@ def test_real_texts_run(tmp_path):
         tasks=("rotten_tomatoes", "reuters_r8"), steps=2, batch_size=4, max_length=16, train_size=32, test_size=50
     )
     made = streams.Streams(continual_text.load(config), config, Context(tmp_path, False, Console(quiet=True)))
-    cell = made._stream("gpm", 1e-4, 0, "test", "name")
-    assert np.array(cell["matrix"], float)[1].min() > 0
-    assert len(cell["kept"]) == 36
+    cell = made._stream("gpm", 1e-4, 0, "test")
+    assert np.array(cell["task"]["matrix"], float)[1].min() > 0
+    assert len(cell["kept"]) == 8

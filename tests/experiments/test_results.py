@@ -25,9 +25,9 @@ def test_grids_tell_the_best_rate_and_whether_it_is_at_the_edge():
 @pytest.mark.parametrize("name", TUNED)
 def test_every_best_rate_lies_inside_its_grid(name):
     result = runner.read_json(FOLDER / f"{name}.json")
-    tuning = runner.find(name).tuning
-    found = runner.grids(result["runs"], tuning.key, smallest=tuning.smallest, arm=tuning.arm)
+    found = runner.find(name).tuning.grids(result)
     assert found == result["grids"], "the result's grids are not those of its runs"
+    assert found, "the recorded run chose no rates"
     edges = [f"{arm}: {grid['best']:g} of {grid['rates']}" for arm, grid in found.items() if grid["at_edge"]]
     assert not edges, edges
 

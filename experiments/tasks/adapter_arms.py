@@ -1,0 +1,79 @@
+"""Every adapter of the catalogue for MiniLM, at about one number of trained values, with its learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+import subspace_jax as sj
+from experiments.tasks.text_job import KERNELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way of adapting.
+
+    Attributes:
+      rules: makes the rules, the head's left out.
+      rate: peak learning rate, chosen on the validation split.
+      needs: statistics of the training data that the method starts from.
+      optimizer: makes the method's own optimizer of a schedule; AdamW without decay if None.
+    """
+
+    rules: Callable[[], Mapping[str, Any]]
+    rate: float
+    needs: str | None = None
+    optimizer: Callable[[optax.Schedule, int], optax.GradientTransformation] | None = None
+
+
+def _kernels(make: Callable[[], sj.Method]) -> Callable[[], Mapping[str, Any]]:
+    return lambda: {KERNELS: make()}
+
+
+def _loca(schedule: optax.Schedule, steps: int) -> optax.GradientTransformation:
+    # A location moves about a cell a step; it rests after a fifth of the steps, which a turn's length requires here.
+    return sj.methods.loca.alternating(
+        optax.adamw(schedule, weight_decay=0.0),
+        optax.adam(1e-3),
+        cutoff_step=max(1, steps // 5),
+        coefficient_steps=3,
+        location_steps=3,
+    )
+
+
+def _lift(schedule: optax.Schedule, steps: int) -> optax.GradientTransformation:
+    del steps
+    return sj.methods.lift.lift_adam(schedule)
+
+
+# s2ft's two shares: one of 12 heads, and 36 of 1536 channels, of every layer on average.
+ARMS: dict[str, Arm] = {
+    "head only": Arm(dict, 3e-2),
+    "full": Arm(lambda: {"**": sj.full()}, 1e-4),
+    "lora": Arm(_kernels(lambda: sj.lora(4)), 3e-3),
+    "dora": Arm(_kernels(lambda: sj.dora(sj.lora(4))), 3e-3),
+    "pissa": Arm(_kernels(lambda: sj.pissa(4)), 1e-3),
+    "corda": Arm(_kernels(lambda: sj.corda(4)), 1e-3, needs="gram"),
+    "lora_sb": Arm(_kernels(lambda: sj.lora_sb(64, learning_rate=1e-3)), 1e-3, needs="gradient"),
+    "lora_xs": Arm(_kernels(lambda: sj.methods.lora_sb.lora_xs(64)), 3e-3),
+    "matryoshka": Arm(_kernels(lambda: sj.matryoshka(sj.lora(4))), 1e-3),
+    "flora": Arm(_kernels(lambda: sj.flora(4)), 1e-2),
+    "randlora": Arm(_kernels(lambda: sj.randlora(32)), 3e-3),
+    "oft": Arm(_kernels(lambda: sj.oft(16)), 3e-3),
+    "soka": Arm(_kernels(lambda: sj.soka(4)), 3e-3),
+    "loca": Arm(_kernels(lambda: sj.loca(4608)), 3e-2, optimizer=_loca),
+    "svfit": Arm(_kernels(lambda: sj.svfit(384)), 1e-1),
+    "loldu": Arm(_kernels(lambda: sj.loldu()), 1e-3),
+    "lift": Arm(_kernels(lambda: sj.lift(4, filter_rank=32)), 3e-3, optimizer=_lift),
+    "s2ft": Arm(
+        lambda: {
+            "backbone/encoder/**/attention/output/kernel": sj.s2ft(1 / 12, heads=12),
+            "backbone/encoder/**/fc2/kernel": sj.s2ft(36 / 1536),
+        },
+        1e-2,
+    ),
+    "ssf": Arm(lambda: {"backbone/encoder/**": sj.ssf()}, 3e-3),
+}
