@@ -26,7 +26,7 @@ def digits(part: Part, shifted: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns images `[n, 64]` in [0, 1] and classes `[n]`; the parts are the same, shifted or not."""
     from sklearn import datasets
 
-    found = datasets.load_digits()
+    found: Any = datasets.load_digits()
     images = found.images.astype(np.float32) / 16.0
     if shifted:
         images = np.pad(images, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]

@@ -20,6 +20,7 @@ from subspace_jax.merging._linear import concatenated as concatenated
 from subspace_jax.merging._linear import linear as linear
 from subspace_jax.merging._linear import mean as mean
 from subspace_jax.merging._linear import task_arithmetic as task_arithmetic
+from subspace_jax.merging._site import Site as Site
 from subspace_jax.merging._slerp import slerp as slerp
 from subspace_jax.merging._spectral import iso_c as iso_c
 from subspace_jax.merging._spectral import tsv_m as tsv_m
@@ -30,7 +31,6 @@ from subspace_jax.merging._thin import thin_svd as thin_svd
 from subspace_jax.merging._ties import ties as ties
 from subspace_jax.merging._to_low_rank import to_low_rank as to_low_rank
 from subspace_jax.merging._walk import Selector as Selector
-from subspace_jax.merging._walk import Site as Site
 from subspace_jax.merging._walk import low_rank as low_rank
 from subspace_jax.merging._walk import merge_leaves as merge_leaves
 from subspace_jax.merging._walk import sites as sites

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from subspace_jax.core import Params, check_number, is_weight, key_for, leaves_with_paths
 from subspace_jax.merging._change import Change, Deferred, Dense
 from subspace_jax.merging._linear import task_arithmetic
-from subspace_jax.merging._walk import Selector, Site, sites
+from subspace_jax.merging._site import Site
+from subspace_jax.merging._walk import Selector, sites
 
 Merger = Callable[..., Params]
 

@@ -12,9 +12,10 @@ from subspace_jax.core import Params, Role, check_number, is_weight, leaves_with
 from subspace_jax.linalg import whole_matrices, wide_dtype, wide_matmul
 from subspace_jax.merging._change import Change, Deferred, Dense, Factored
 from subspace_jax.merging._dare import Merger
+from subspace_jax.merging._site import Site
 from subspace_jax.merging._spectral import in_factors
 from subspace_jax.merging._ties import ties
-from subspace_jax.merging._walk import Selector, Site, sites, write
+from subspace_jax.merging._walk import Selector, sites, write
 
 
 def knots(

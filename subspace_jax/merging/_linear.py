@@ -12,7 +12,8 @@ from jax.core import Tracer
 
 from subspace_jax.core import Params, StructureError, check_number, is_weight, leaves_with_paths
 from subspace_jax.merging._change import Change, Dense, Factored, formed
-from subspace_jax.merging._walk import Selector, Site, merge_leaves
+from subspace_jax.merging._site import Site
+from subspace_jax.merging._walk import Selector, merge_leaves
 
 
 def task_arithmetic(
@@ -136,11 +137,12 @@ def concatenated(terms: Sequence[tuple[Any, Factored]]) -> Factored | None:
     """Returns the weighted sum of changes in factors: the factors side by side, exactly; None for no change."""
     if not terms:
         return None
-    gains = [c * change.gain for c, change in terms if change.gain is not None]
+    gains: list[Any] = [c * change.gain for c, change in terms if change.gain is not None]
+    gain: Any = sum(gains[1:], gains[0]) if gains else None
     return Factored(
         a=jnp.concatenate([change.a for _, change in terms], axis=-1),
         b=jnp.concatenate([change.b * c for c, change in terms], axis=-2),
-        gain=sum(gains[1:], gains[0]) if gains else None,
+        gain=gain,
         role=terms[0][1].role,
     )
 
@@ -169,7 +171,8 @@ def check_weights(what: str, weights: Any, count: int, *, least: float | None = 
       ValueError: they are not finite numbers, too small, or not as many as experts.
     """
     single = isinstance(weights, (int, float)) or getattr(weights, "ndim", 1) == 0
-    values = [weights] * count if single else list(weights)
+    given: Any = weights
+    values: list[Any] = [given] * count if single else list(given)
     if len(values) != count:
         raise ValueError(f"{what}: {len(values)} given for {count} experts; give one for all, or one each.")
     for value in values:

@@ -12,7 +12,8 @@ from subspace_jax.core import Params, StructureError, Weight, check_choice, chec
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.merging._change import Change, Dense, Factored
 from subspace_jax.merging._linear import concatenated
-from subspace_jax.merging._walk import Selector, Site, merge_leaves
+from subspace_jax.merging._site import Site
+from subspace_jax.merging._walk import Selector, merge_leaves
 
 # Cosines beyond this are of nearly parallel tensors, whose arc is a line.
 PARALLEL = 0.9995

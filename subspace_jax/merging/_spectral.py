@@ -13,8 +13,9 @@ from subspace_jax.core import Params, Role, check_number
 from subspace_jax.linalg import wide_matmul
 from subspace_jax.merging._change import Change, Dense, Factored
 from subspace_jax.merging._linear import linear, mean
+from subspace_jax.merging._site import Site
 from subspace_jax.merging._thin import Thin, polar, thin_svd
-from subspace_jax.merging._walk import Selector, Site, merge_leaves
+from subspace_jax.merging._walk import Selector, merge_leaves
 
 
 def tsv_m(

@@ -13,7 +13,8 @@ from subspace_jax.core import Params, Role, Statistics, StatisticsError, Structu
 from subspace_jax.linalg import whole_matrices, wide_dtype, wide_matmul
 from subspace_jax.merging._change import Change, Dense, Factored, formed
 from subspace_jax.merging._linear import mean
-from subspace_jax.merging._walk import Selector, Site, merge_leaves
+from subspace_jax.merging._site import Site
+from subspace_jax.merging._walk import Selector, merge_leaves
 
 
 def fisher(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from subspace_jax.linalg import fix_signs, truncated_svd, whole_matrices, wide_matmul
 from subspace_jax.merging._change import Change, Factored, formed
-from subspace_jax.merging._walk import Site
+from subspace_jax.merging._site import Site
 
 
 class Thin(NamedTuple):

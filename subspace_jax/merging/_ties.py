@@ -12,7 +12,8 @@ from subspace_jax.core import Params, check_choice, check_number
 from subspace_jax.merging._change import Change, Dense
 from subspace_jax.merging._largest import kth_magnitude
 from subspace_jax.merging._linear import check_weights
-from subspace_jax.merging._walk import Selector, Site, merge_leaves, sites
+from subspace_jax.merging._site import Site
+from subspace_jax.merging._walk import Selector, merge_leaves, sites
 
 
 def ties(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from subspace_jax.core import Params, Role, check_int, map_with_paths
 from subspace_jax.merging._change import Change, Factored
+from subspace_jax.merging._site import Site
 from subspace_jax.merging._thin import thin_svd
-from subspace_jax.merging._walk import Selector, Site, merge_leaves
+from subspace_jax.merging._walk import Selector, merge_leaves
 from subspace_jax.weights import LowRank
 
 

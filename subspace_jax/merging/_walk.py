@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from jax.core import Tracer
 
 from subspace_jax.core import (
     Full,
-    NonFiniteError,
     Params,
     PatternError,
     Role,
@@ -27,94 +25,12 @@ from subspace_jax.core import (
     select_paths,
 )
 from subspace_jax.linalg import wide_dtype
-from subspace_jax.merging._change import Change, Deferred, Factored, form_of, formed, read_change
+from subspace_jax.merging._change import Change, Factored, form_of, formed
+from subspace_jax.merging._site import Site, weights_of
 from subspace_jax.weights import LowRank
 
 # What chooses leaves: globs, or a predicate of path and leaf; None for all.
 Selector = str | Callable[[str, Any], bool] | Iterable[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One leaf of the base and what every expert has there.
-
-    Attributes:
-      path: of the leaf.
-      base: the base's leaf.
-      leaves: those of the experts, in their order.
-      role: how the leaf is read as a matrix; None if it is not known to be one.
-      first: number of the first expert, for messages.
-    """
-
-    path: str
-    base: Any
-    leaves: tuple[Any, ...]
-    role: Role | None
-    first: int = 0
-
-    def only(self, expert: int) -> Site:
-        """Returns the site with one expert alone."""
-        return dataclasses.replace(self, leaves=(self.leaves[expert],), first=self.first + expert)
-
-    def change(self, expert: int) -> Change:
-        """Returns what one expert changes here.
-
-        Raises:
-          NonFiniteError: it holds NaN or infinity.
-          StructureError: its adapter stands on other values than the base.
-        """
-        found = read_change(self.path, self.leaves[expert], self.base)
-        self.check_finite(expert, found)
-        return found
-
-    def check_finite(self, expert: int, values: Any) -> None:
-        """Refuses an expert whose values are not numbers; traced ones, which are not known, pass.
-
-        Raises:
-          NonFiniteError: they hold NaN or infinity.
-        """
-        arrays = jax.tree.leaves(values)
-        finite = _finite(arrays) if arrays else True
-        if not isinstance(finite, Tracer) and not bool(finite):
-            raise NonFiniteError(
-                f"{self.path}: expert {self.first + expert} differs from the base by NaN or infinity here. Its "
-                "training diverged, or the file is damaged; leave this expert out."
-            )
-
-    def changes(self) -> list[Change]:
-        """Returns what every expert changes here."""
-        return [self.change(i) for i in range(len(self.leaves))]
-
-    def arrays(self) -> list[jax.Array]:
-        """Returns every change as an array of the leaf's shape, in at least float32."""
-        return [self.array(i) for i in range(len(self.leaves))]
-
-    def array(self, expert: int) -> jax.Array:
-        """Returns one expert's change as an array of the leaf's shape, in at least float32."""
-        return formed(self.change(expert), self.base)
-
-    def weights(self) -> list[Weight]:
-        """Returns the stand-in weights among the experts' leaves."""
-        return _weights(self.leaves)
-
-    def matrices(self) -> list[jax.Array]:
-        """Returns every change as `[*stack, in, out]`."""
-        assert self.role is not None
-        return [self.matrix_of(array) for array in self.arrays()]
-
-    def matrix_of(self, array: jax.Array) -> jax.Array:
-        """Returns an array of the leaf's shape as `[*stack, in, out]`."""
-        return (Role.dense() if self.role is None else self.role).matrix(array)
-
-
-def _weights(leaves: Iterable[Any]) -> list[Weight]:
-    found = (leaf.of if isinstance(leaf, Deferred) else leaf for leaf in leaves)
-    return [leaf for leaf in found if isinstance(leaf, Weight)]
-
-
-@jax.jit
-def _finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.isfinite(v).all() for v in arrays]))
 
 
 def sites(
@@ -196,7 +112,7 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _role(path: str, base: Any, leaves: Iterable[Any], roles: Mapping[str, Role] | None) -> Role | None:
-    of_weights = (leaf.role for leaf in _weights(leaves) if leaf.role.is_matrix)
+    of_weights = (leaf.role for leaf in weights_of(leaves) if leaf.role.is_matrix)
     given = next((r for pattern, r in (roles or {}).items() if pattern == path or matches(pattern, path)), None)
     role = given if given is not None else next(of_weights, None)
     if role is None and base.ndim == 2:

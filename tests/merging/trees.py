@@ -62,7 +62,7 @@ def arrays(tree):
     for path, leaf in sj.core.leaves_with_paths(tree):
         if isinstance(leaf, sj.weights.LowRank):
             a, b = np.asarray(leaf.a, np.float64), np.asarray(leaf.b, np.float64)
-            delta = leaf.role.unmatrix(leaf.scale * (a @ b), leaf.shape)
+            delta = leaf.role.unmatrix(leaf.scale * (a @ b), leaf.shape)  # pyright: ignore[reportArgumentType]
             found[path] = np.asarray(leaf.base, np.float64) + np.asarray(delta, np.float64)
         elif sj.core.is_weight(leaf):
             found[path] = np.asarray(leaf.materialize(jnp.float32), np.float64)

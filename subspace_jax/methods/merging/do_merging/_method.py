@@ -88,7 +88,7 @@ def do_merging(
         if all(c is None for c in changes):
             return None
         if in_factors(changes):
-            factors: Any = orthogonal_factors(site, changes, *options)  # pyright: ignore[reportArgumentType]
+            factors = orthogonal_factors(site, changes, *options)
             found = [(c.a, c.b) for c in factors if c is not None]
             a, b = _in_factors(found, scale, count, granularity, renormalize, tolerance)
             return Factored(a=a, b=b, role=site.role)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import optax
 from jax.core import Tracer
 
 from subspace_jax.core import Params, check_choice, check_int, check_number, is_weight, leaves_with_paths
-from subspace_jax.merging import Factored, Selector, Site, low_rank, sites
+from subspace_jax.merging import Change, Factored, Selector, Site, low_rank, sites
 
 # Factors whose pair loss is this share of its scale are orthogonal up to rounding, which Adam would blow up.
 FLOOR = 1e-10
@@ -93,7 +94,7 @@ def check_options(
     return check_int(f"{what}: steps", steps, least=0), gamma, learning_rate, power
 
 
-def in_factors(changes: Sequence[object]) -> bool:
+def in_factors(changes: Sequence[Change]) -> TypeGuard[Sequence[Factored | None]]:
     """Whether all changes of a leaf are low-rank products, and some is."""
     some = [c for c in changes if c is not None]
     return bool(some) and all(isinstance(c, Factored) and c.gain is None for c in some)
@@ -170,6 +171,7 @@ def _descend(factors: jax.Array, gamma: float, learning_rate: float, steps: int,
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:
         delta, state = carry
+        update: Any
         update, state = adam.update(jax.grad(loss)(delta), state)
         return (jnp.where(used & needed, delta - rate * update, 0.0), state), None
 
