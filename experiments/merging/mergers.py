@@ -53,7 +53,7 @@ class MergersConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-# A merger of experts and base, at a strength; None where it has none.
+# A merger of experts and base: its usual strength, and what it makes at a share of that one.
 Arm = tuple[float | None, Callable[..., Any]]
 
 
@@ -63,40 +63,47 @@ def rules_of(kind: str, config: MergersConfig) -> Any:
     return {"**": sj.full()} if kind == "full" else {"first/kernel": methods[kind]}
 
 
-def _scaled(merger: Callable[..., Any]) -> Callable[..., Any]:
-    """A merger whose change is multiplied, for those that have no strength of their own."""
-    return lambda experts, base, scale: merging.task_arithmetic([merger(experts, base)], base, weights=scale)
-
-
 def _arms(kind: str, fishers: Any, grams: Any) -> dict[str, Arm]:
     key = jax.random.key(0)
     ties = functools.partial(merging.ties, density=0.2)
     arms: dict[str, Arm] = {
-        "task arithmetic": (0.3, lambda e, b, s: merging.task_arithmetic(e, b, weights=s)),
-        "TIES": (1.0, lambda e, b, s: ties(e, b, scale=s)),
-        "DARE + task arithmetic": (
-            0.3,
-            lambda e, b, s: merging.dare(e, b, key=key, merger=functools.partial(merging.task_arithmetic, weights=s)),
-        ),
-        "DARE + TIES": (1.0, lambda e, b, s: merging.dare(e, b, key=key, merger=functools.partial(ties, scale=s))),
-        "TSV-M": (1.0, lambda e, b, s: merging.tsv_m(e, b, scale=s)),
-        "Iso-C": (1.0, lambda e, b, s: merging.iso_c(e, b, scale=s)),
-        "KnOTS + TIES": (0.6, lambda e, b, s: merging.knots(e, b, merger=ties, scale=s)),
-        "Fisher": (1.0, _scaled(lambda e, b: merging.fisher(e, b, fishers))),
-        "RegMean": (1.0, _scaled(lambda e, b: merging.regmean(e, b, grams))),
-        "decoupled": (1.0, lambda e, b, s: do_merging(e, b, scale=s, steps=0)),
+        "task arithmetic": (0.3, functools.partial(merging.task_arithmetic, weights=0.3)),
+        "TIES": (1.0, ties),
+        "DARE + task arithmetic": (0.3, functools.partial(merging.dare, key=key)),
+        "DARE + TIES": (1.0, functools.partial(merging.dare, key=key, merger=ties)),
+        "TSV-M": (1.0, merging.tsv_m),
+        "Iso-C": (1.0, merging.iso_c),
+        "KnOTS + TIES": (0.6, functools.partial(merging.knots, merger=ties, scale=0.6)),
+        "Fisher": (1.0, functools.partial(merging.fisher, statistics=fishers)),
+        "RegMean": (1.0, functools.partial(merging.regmean, statistics=grams)),
+        "decoupled": (1.0, functools.partial(do_merging, steps=0)),
     }
     if kind == "lora":
-        arms["DO-Merging"] = (1.0, lambda e, b, s: do_merging(e, b, scale=s))
+        arms["DO-Merging"] = (1.0, do_merging)
     if kind == "oft":
         arms["OrthoMerge"] = (None, orthomerge)
     else:
-        arms["OrthoMerge + task arithmetic"] = (1.0, lambda e, b, s: orthomerge(e, b, scale=s))
-        arms["OrthoMerge + TIES"] = (
-            1.0,
-            lambda e, b, s: orthomerge(e, b, scale=s, merger=ties, targets="conflicts"),
-        )
+        arms["OrthoMerge + task arithmetic"] = (1.0, orthomerge)
+        arms["OrthoMerge + TIES"] = (1.0, functools.partial(orthomerge, merger=ties, targets="conflicts"))
     return arms
+
+
+def _at_strengths(
+    merger: Callable[..., Any], experts: Any, base: Any, multiples: Sequence[float]
+) -> tuple[list[Any], float, int]:
+    """What a merger makes at every multiple of its usual strength, its seconds, and the bytes that it adds.
+
+    The strength is a factor of the whole change, or of that from the merged rotation where there is one.
+    """
+    jax.block_until_ready(jax.tree.leaves(merger(experts, base)))
+    start = time.perf_counter()
+    merged = jax.block_until_ready(merger(experts, base))
+    seconds = time.perf_counter() - start
+    turned = (isinstance(merger, functools.partial) and merger.func is orthomerge) or merger is orthomerge
+    origin = sj.merge(merger(experts, base, scale=0.0)) if turned and len(multiples) > 1 else base
+    plain = sj.merge(merged)
+    trees = [merging.task_arithmetic([plain], origin, weights=m) for m in multiples]
+    return trees, seconds, _added_bytes(merged, base)
 
 
 def _statistics(trees: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -130,14 +137,11 @@ def run(config: MergersConfig, context: Context) -> dict[str, Any]:
         if kind == "full":  # ordinary trees, as a checkpoint would hold
             trees = [sj.merge(tree) for tree in trees]
         for name, (usual, merger) in _arms(kind, *_statistics(trees)).items():
-            for multiple in config.multiples if usual is not None else (1.0,):
-                call = functools.partial(merger, trees, base, *([] if usual is None else [usual * multiple]))
-                jax.block_until_ready(jax.tree.leaves(call()))
-                start = time.perf_counter()
-                merged = jax.block_until_ready(call())
-                seconds = time.perf_counter() - start
+            multiples = config.multiples if usual is not None else (1.0,)
+            merged, seconds, added = _at_strengths(merger, trees, base, multiples)
+            for multiple, tree in zip(multiples, merged, strict=True):
                 found = {"kind": kind, "method": name, "seed": seed, "strength": (usual or 1.0) * multiple}
-                runs.append(found | _scores(merged, own) | {"seconds": seconds, "bytes": _added_bytes(merged, base)})
+                runs.append(found | _scores(tree, own) | {"seconds": seconds, "bytes": added})
     return {"runs": runs, "singles": singles}
 
 
