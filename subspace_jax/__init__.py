@@ -14,6 +14,7 @@ from subspace_jax import errors as errors
 from subspace_jax import io as io
 from subspace_jax import linalg as linalg
 from subspace_jax import manifolds as manifolds
+from subspace_jax import merging as merging
 from subspace_jax import methods as methods
 from subspace_jax import metrics as metrics
 from subspace_jax import modules as modules
@@ -137,6 +138,7 @@ __all__ = [
     "manifolds",
     "matryoshka",
     "merge",
+    "merging",
     "methods",
     "metrics",
     "models",

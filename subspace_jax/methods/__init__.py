@@ -12,6 +12,8 @@ from subspace_jax.methods.low_rank import lora_sb as lora_sb
 from subspace_jax.methods.low_rank import matryoshka as matryoshka
 from subspace_jax.methods.low_rank import pissa as pissa
 from subspace_jax.methods.low_rank import svfit as svfit
+from subspace_jax.methods.merging import do_merging as do_merging
+from subspace_jax.methods.merging import orthomerge as orthomerge
 from subspace_jax.methods.optimizers import dct_lowrank as dct_lowrank
 from subspace_jax.methods.optimizers import galore as galore
 from subspace_jax.methods.optimizers import lora_pro as lora_pro
@@ -30,6 +32,7 @@ __all__ = [
     "corda",
     "coso",
     "dct_lowrank",
+    "do_merging",
     "dora",
     "flora",
     "galore",
@@ -45,6 +48,7 @@ __all__ = [
     "matryoshka",
     "o_lora",
     "oft",
+    "orthomerge",
     "osf",
     "pissa",
     "randlora",

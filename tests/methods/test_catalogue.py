@@ -9,6 +9,7 @@ import subspace_jax as sj
 from experiments import runner
 from subspace_jax.core import register
 from tests.contract.methods import METHODS
+from tests.merging.test_contract import MERGERS
 from tests.optim.contract import TRANSFORMATIONS
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,14 @@ def test_every_transformation_is_in_the_battery_of_transformations():
     public = {(where, n) for where, home in homes for n in home.__all__ if returns_a_transformation(getattr(home, n))}
     missing = sorted(f"{where}.{name}" for where, name in public if name not in TRANSFORMATIONS)
     assert not missing, f"add cases to tests/optim/contract.py: {missing}"
+
+
+def test_every_merger_is_in_the_battery_of_mergers(source):
+    """A public function of a merger that takes experts and gives one tree is a case of that battery."""
+    for name in source.public if "merger" in source.kinds else ():
+        value = getattr(getattr(sj.methods, source.slug), name)
+        if inspect.isfunction(value) and value.__annotations__.get("return") == "Params":
+            assert name in MERGERS, f"{source.slug}.{name}: add it to tests/merging/test_contract.py"
 
 
 def test_entries_come_by_family_and_name():

@@ -1,6 +1,7 @@
 """DoRA: trains the direction of a weight by any method and the magnitude of its columns apart."""
 
 from subspace_jax.core import register
+from subspace_jax.methods.low_rank.dora import _merging  # noqa: F401  registers how DoRAs merge
 from subspace_jax.methods.low_rank.dora._method import dora as dora
 from subspace_jax.methods.low_rank.dora._weight import Magnitude as Magnitude
 
