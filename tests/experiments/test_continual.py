@@ -89,14 +89,15 @@ def test_heads_are_those_of_the_examples_tasks_and_classes_beyond_them_are_impos
 
 
 def test_accuracies_compare_the_classes_of_the_task_or_of_all_tasks_so_far():
-    logits = np.zeros((3, 3, 2))
+    logits = np.zeros((4, 3, 2))
     logits[0, 1] = 1, 2  # right either way
     logits[1, 1] = 2, 1
     logits[1, 0, 0] = 3  # right within the task, lost to an earlier one
-    logits[2, 1] = 1, 2
+    logits[2, 1] = 2, 1
     logits[2, 2, 0] = 9  # a task that has not come yet does not count
-    found = accuracies(logits, np.array([1, 0, 0]), 1, [0, 1])
-    assert found == {"task": pytest.approx(2 / 3), "class": pytest.approx(1 / 3)}
+    logits[3, 1] = 1, 2  # wrong either way
+    found = accuracies(logits, np.array([1, 0, 0, 0]), 1, [0, 1])
+    assert found == {"task": 0.75, "class": 0.5}
 
 
 def test_joint_training_sees_the_examples_of_the_others():
