@@ -7,7 +7,15 @@ over slots. Beside it stands the accuracy on plain digits, which the base was tr
 
     python -m experiments run mergers
 
-SLERP takes two models, so it is left out; the average is task arithmetic at 1/4.
+SLERP takes two models, so it is left out; the average is task arithmetic at 1/4. What the slots cannot show: they
+share no inputs, so RegMean, which knows the inputs of every expert, is all but exact by construction, and the
+conflict-aware OrthoMerge finds no conflict and is TIES.
+
+Measured over three seeds: RegMean keeps 99.7 to 100 % of the experts, Fisher and TIES 97.8 to 100 %, task arithmetic
+94 to 99 %, Iso-C 75 to 91 %, for every kind. Each pays with the plain digits, of which at these strengths half to two
+thirds are still read, of 97.9 % by the base. OrthoMerge on OFT, which has no strength, keeps 89 % of the experts and
+85 % of the plain digits; of LoRA after taking rotations out 91 and 83 %, the best of both kinds on the plain ones.
+DO-Merging and OrthoMerge with task arithmetic were still rising at the largest strength.
 """
 
 from __future__ import annotations
@@ -150,7 +158,7 @@ def _scores(params: Any, own: Sequence[float]) -> dict[str, Any]:
     test = slots.accuracies(params, "test", shifted=True)
     return {
         "validation": float(np.mean(slots.accuracies(params, "validation", shifted=True))),
-        "tasks": test,
+        "tasks": [round(t, 4) for t in test],
         "accuracy": float(np.mean(test)),
         "normalized": float(np.mean([t / o for t, o in zip(test, own, strict=True)])),
         "plain": float(np.mean(slots.accuracies(params, "test", shifted=False))),
