@@ -26,7 +26,7 @@ def per_row(
 
     The function runs on every row as a batch of one, by `jax.vmap` with the base held fixed: its products keep the rows
     as one matrix and the base is never copied; only the factors of each row's adapter are gathered. A row that names
-    slot 0 gets exactly what the plain parameters give.
+    slot 0 gets what the plain parameters give, to the last bit in one program, whatever the other rows use.
 
     What follows from rows being batches of their own: statistics over the batch (BatchNorm in training) and capacities
     of experts are those of one row; both branches of a `cond` run where rows differ in them; a loop runs as long as its

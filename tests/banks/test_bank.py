@@ -64,13 +64,23 @@ def test_each_row_is_its_own_adapter_alone_on_every_kernel(case):
 
 
 def test_rows_of_the_base_are_the_base_bit_for_bit(case):
+    """In one program: whatever the other rows use, and with a bank of nothing. Another program may sum otherwise."""
     params, inputs, _, made = case
-    bank = sj.bank(params, made)
-    # As arguments: the compiler computes what is constant by another order of sums.
     run = jax.jit(lambda bank, params, rows, inputs: (sj.per_row(model)(bank, rows, inputs), model(params, inputs)))
+    bank = sj.bank(params, made)
+    nothing = bank
+    for slot in (1, 2, 3):
+        nothing = sj.banks.remove(nothing, slot)
     found, plain = run(bank, params, jnp.array([1, 0, 0, 2]), inputs)
+    alone, _ = run(bank, params, jnp.zeros(4, jnp.int32), inputs)
+    empty, _ = run(nothing, params, jnp.array([1, 0, 3, 2]), inputs)
+    assert run._cache_size() == 1
     for name in inputs:
-        np.testing.assert_array_equal(found[name][1:3], plain[name][1:3], err_msg=name)
+        np.testing.assert_array_equal(found[name][1:3], alone[name][1:3], err_msg=name)
+        np.testing.assert_array_equal(empty[name], alone[name], err_msg=name)
+        dtype = "bfloat16" if KERNELS[name].dtype == jnp.bfloat16 else "float32"
+        ours, theirs = (v[name].astype(jnp.float32) for v in (alone, plain))
+        assert_rounding(ours, theirs, size=1 if dtype == "bfloat16" else 8, dtype=dtype)
 
 
 def test_nothing_compiles_again_when_rows_slots_alphas_ranks_or_origins_change(case):

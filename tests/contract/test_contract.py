@@ -233,9 +233,9 @@ def test_every_weight_class_is_in_the_battery():
                 yield from classes(inner)
 
     covered = {name for case in METHODS for weight in fresh(case).values() for name in classes(weight)}
-    observing = {"Probed", "Compared"}
-    # These stand for a bias, or for what no array stands for: tests/adapters/test_ssf.py.
-    beside = {"ShiftedBias", "ScaledShifted"}
+    observing = {"Probed", "Compared", "Observed"}
+    # These stand for a bias, or for what no array stands for: test_ssf.py, tests/banks, tests/modules.
+    beside = {"ShiftedBias", "ScaledShifted", "AdapterBank", "Bottleneck", "KeptInput"}
     library = {
         name
         for name, cls in Weight.classes.items()
