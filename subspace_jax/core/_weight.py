@@ -291,13 +291,15 @@ class Weight(abc.ABC):
         return dataclasses.replace(self, **fields)
 
     def permuted(self: W, permutation: tuple[int, ...]) -> W | None:
-        """Returns the weight of the array with its axes in another order.
+        """Returns the weight of the array with its axes in another order, or None where it must be formed.
 
         Args:
           permutation: axis `i` of the new array is axis `permutation[i]` of this one.
         """
         if permutation == tuple(range(self.ndim)):
             return self
+        if not self.role.is_matrix:
+            return None  # what counts entries counts them in the order of the array
         place = {old: new for new, old in enumerate(permutation)}
         names = ("stack_axes", "in_axes", "out_axes")
         moved = {name: tuple(place[i] for i in getattr(self.role, name)) for name in names}

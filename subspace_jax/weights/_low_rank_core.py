@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -94,6 +94,15 @@ class LowRankCore(Weight):
         found = super().reshape(shape)
         if found is None or self.base is not None:
             return found
+        return dataclasses.replace(found, in_sizes=found.role.in_shape(shape), out_sizes=found.role.out_shape(shape))
+
+    def map_axis(self, axis: int, function: Callable[[jax.Array, int], jax.Array]) -> LowRankCore | None:
+        """Returns the weight of a part of the array, as every weight does; see `Weight.map_axis`."""
+        found = super().map_axis(axis, function)
+        if found is None or self.base is not None:
+            return found
+        whole = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        shape = jax.eval_shape(lambda array: function(array, axis), whole).shape
         return dataclasses.replace(found, in_sizes=found.role.in_shape(shape), out_sizes=found.role.out_shape(shape))
 
     def learning_size(self, name: str) -> int | None:

@@ -14,6 +14,7 @@ from jax import lax
 
 import subspace_jax as sj
 from subspace_jax.core import MaterializeError, PatternError, RoleError
+from subspace_jax.weights import SparseDelta
 from tests.tolerances import assert_rounding
 
 KEY = jax.random.key(0)
@@ -72,13 +73,22 @@ NOT_FORMED = {
 
 
 @pytest.mark.parametrize("name", NOT_FORMED)
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "svfit", "matryoshka"])
 def test_views_of_a_kernel_are_not_formed(name, method):
     fn, shape = NOT_FORMED[name]
-    inner = sj.lora(2, alpha=3.0)
     if method == "dora" and name == "sliced inputs":
         pytest.skip("half of a column has another length")
-    check(fn, shape, X, rules={"w": inner if method == "lora" else sj.dora(inner)})
+    lora = sj.lora(2, alpha=3.0)
+    methods = {"lora": lora, "dora": sj.dora(lora), "svfit": sj.svfit(2), "matryoshka": sj.matryoshka(lora)}
+    check(fn, shape, X, rules={"w": methods[method]})
+
+
+def test_entries_of_what_is_no_matrix_are_not_moved_with_its_axes():
+    base = normal(2, 3, 4)
+    options = {"dtype": base.dtype, "trainable": ("values",), "indices": jnp.array([5]), "values": jnp.ones(1)}
+    assert SparseDelta(base=base, role=sj.Role("other"), **options).permuted((2, 0, 1)) is None
+    one = SparseDelta(base=base, role=sj.Role.dense((1,), (2, 0)), **options)
+    np.testing.assert_array_equal(one.permuted((2, 0, 1)).materialize(), one.materialize().transpose(2, 0, 1))
 
 
 FORMED = {
