@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.continual._learner import Learner, LearnerState, StreamError, concrete_int
-from subspace_jax.core import OptState, Params, PyTree
+from subspace_jax.core import OptState, Params, PyTree, Weight, is_weight, leaves_with_paths
 
 
 class StreamTask(NamedTuple):
@@ -234,7 +234,8 @@ def _restore(
     if extra["position"]["running"]:
         like = learner.start_task(like, 0, _key(key, 1, 0))
     restored = checkpointer.restore(number, like=_arrays(like), shardings=_shardings(like.adapted))
-    if jax.tree.structure(restored.adapted) != jax.tree.structure(like.adapted):
+    same = jax.tree.structure(restored.adapted) == jax.tree.structure(like.adapted)
+    if not same or _settings(restored.adapted) != _settings(like.adapted):
         raise StreamError(
             f"run_stream: the parameters of checkpoint {number} have another structure than those that the learner "
             f"{learner.name!r} makes. Was it made with other rules or ranks?"
@@ -248,6 +249,19 @@ def _restore(
         )
     # NumPy arrays of a file may be read-only.
     return state, position._replace(matrix=np.array(position.matrix), base=np.array(position.base))
+
+
+def _settings(tree: PyTree) -> list[tuple[str, str, dict[str, float]]]:
+    """What a weight's structure does not tell: its method, and scales, by path."""
+
+    def of(path: str, weight: Weight) -> Iterator[tuple[str, str, dict[str, float]]]:
+        numbers = {n: float(v) for n in weight.number_names() if (v := getattr(weight, n)) is not None}
+        yield path, weight.method, {n: v for n, v in numbers.items() if n not in weight.trainable}
+        for name, value in weight.data_items():
+            if isinstance(value, Weight):
+                yield from of(f"{path}.{name}", value)
+
+    return [found for path, leaf in leaves_with_paths(tree) if is_weight(leaf) for found in of(path, leaf)]
 
 
 def _shardings(tree: PyTree) -> PyTree:

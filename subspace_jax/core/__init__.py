@@ -41,6 +41,9 @@ from subspace_jax.core._links import resolve_links as resolve_links
 from subspace_jax.core._merge import Rounding as Rounding
 from subspace_jax.core._merge import merge as merge
 from subspace_jax.core._merge import merge_rounding as merge_rounding
+from subspace_jax.core._need import InputStatistic as InputStatistic
+from subspace_jax.core._need import Need as Need
+from subspace_jax.core._need import register_statistic as register_statistic
 from subspace_jax.core._operation import Operation as Operation
 from subspace_jax.core._operation import dense as dense
 from subspace_jax.core._operations import Convolution as Convolution
@@ -82,11 +85,13 @@ __all__ = [
     "Dot",
     "Full",
     "InitFn",
+    "InputStatistic",
     "Kind",
     "Leaf",
     "Lookup",
     "MaterializeError",
     "Method",
+    "Need",
     "NonFiniteError",
     "NotMergeableError",
     "OnMaterialize",
@@ -140,6 +145,7 @@ __all__ = [
     "product",
     "put",
     "register",
+    "register_statistic",
     "register_weight",
     "require_matrix",
     "resolve_links",

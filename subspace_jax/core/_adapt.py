@@ -20,6 +20,7 @@ from subspace_jax.core._errors import (
     nearest,
 )
 from subspace_jax.core._full import Full
+from subspace_jax.core._need import Need
 from subspace_jax.core._partition import key_for
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths, matches
 from subspace_jax.core._role import Role
@@ -75,7 +76,7 @@ class Method(NamedTuple):
     Attributes:
       name: what reports call it.
       init: makes the stand-in weight of one array.
-      needs: fields of `Statistics` that `init` asks for, such as "gram".
+      needs: statistics that `init` asks for: names such as "gram", or a `Need` where inputs are to be scaled.
       plan: for methods whose leaves depend on each other (shared bases, a budget over all layers, a bias that
         follows its kernel): gives each leaf its own `init`.
       settings: what makes two methods of one name the same: those of equal settings plan their leaves together. None
@@ -84,7 +85,7 @@ class Method(NamedTuple):
 
     name: str
     init: InitFn
-    needs: tuple[str, ...] = ()
+    needs: tuple[str | Need, ...] = ()
     plan: PlanFn | None = None
     settings: Hashable = None
 
@@ -151,10 +152,9 @@ def adapt(
       >>> [type(w).__name__ for w in jax.tree.leaves(adapted, is_leaf=sj.core.is_weight)]
       ['LowRank', 'Full']
     """
-    ordered: list[tuple[Any, Method | None]] = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     leaves = leaves_with_paths(params)
     _check_roles(roles or {}, [path for path, _ in leaves])
-    chosen = _choose(ordered, leaves)
+    chosen = chosen_methods(params, rules)
     known = {path: _role(path, leaf, roles) for path, leaf in leaves if path in chosen}
     for path, leaf in leaves:
         if path in chosen:
@@ -175,6 +175,16 @@ def adapt(
         return dataclasses.replace(weight, method=method.name)
 
     return map_with_paths(one, params)
+
+
+def chosen_methods(params: Params, rules: Rules) -> dict[str, Method]:
+    """Returns the method that ordered rules give each leaf, by path; leaves that get none are left out.
+
+    Raises:
+      PatternError: as `adapt`.
+    """
+    ordered: list[tuple[Any, Method | None]] = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+    return _choose(ordered, leaves_with_paths(params))
 
 
 def _choose(rules: list[tuple[Selector, Method | None]], leaves: list[tuple[str, Any]]) -> dict[str, Method]:
@@ -302,11 +312,12 @@ def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None
         if not is_tracer(finite) and not bool(finite):
             raise NonFiniteError(f"{path}: the weight holds NaN or infinity; load a sound checkpoint.")
     found = (stats or {}).get(path)
-    missing = [need for need in method.needs if getattr(found, need, None) is None]
+    names = tuple(need.statistic if isinstance(need, Need) else need for need in method.needs)
+    missing = [name for name in names if found is None or found.get(name) is None]
     if missing:
         raise StatisticsError(
             f"{path}: {method.name} needs {', '.join(missing)}, which were not captured. Pass "
-            f"stats=sj.capture(fn, params, batches, statistics={method.needs!r})."
+            f"stats=sj.capture(fn, params, batches, statistics={names!r}), or rules= in its place."
         )
 
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core._adapt import Selector, select_paths
+from subspace_jax.core._adapt import Rules, Selector, chosen_methods, select_paths
 from subspace_jax.core._apply import with_adapters
 from subspace_jax.core._errors import StatisticsError
+from subspace_jax.core._need import Need, ScaleExamples, input_statistics
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
-from subspace_jax.core._probe import Probed, ScaleExamples
+from subspace_jax.core._probe import Probed
 from subspace_jax.core._role import Role
 from subspace_jax.core._roles import roles as find_roles
 from subspace_jax.core._types import Batch, Params
 from subspace_jax.core._weight import is_weight
 
-Name = Literal["gram", "mean", "gradient", "squared_gradient"]
-INPUT_STATISTICS = ("gram", "mean")
 GRADIENT_STATISTICS = ("gradient", "squared_gradient")
 
 
@@ -38,6 +37,7 @@ class Statistics:
       gradient: gradient of the loss with respect to the whole weight, averaged over batches; the weight's shape.
       squared_gradient: its elementwise square, averaged over batches; the weight's shape.
       batches: number of batches.
+      extra: sums of statistics that `register_statistic` added, by name.
     """
 
     gram: jax.Array | None = None
@@ -47,6 +47,11 @@ class Statistics:
     gradient: jax.Array | None = None
     squared_gradient: jax.Array | None = None
     batches: jax.Array | None = None
+    extra: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def get(self, name: str) -> jax.Array | None:
+        """Returns a statistic by its name, None if it was not gathered."""
+        return self.extra.get(name, getattr(self, name, None) if name != "extra" else None)
 
     @property
     def second_moment(self) -> jax.Array:
@@ -56,13 +61,33 @@ class Statistics:
         return self.gram / self.count[..., None, None]
 
 
+class _Wanted(NamedTuple):
+    """What is gathered of one leaf.
+
+    Attributes:
+      role: how the model uses it.
+      names: of statistics.
+      scale_examples: what divides the rows of an example.
+    """
+
+    role: Role
+    names: tuple[str, ...]
+    scale_examples: ScaleExamples | None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the statistics of inputs."""
+        return tuple(n for n in self.names if n not in GRADIENT_STATISTICS)
+
+
 def capture(
     fn: Callable[..., Any],
     params: Params,
     batches: Iterable[Batch],
     *,
-    statistics: Name | Iterable[Name] = ("gram",),
+    statistics: str | Iterable[str] | None = None,
     select: Selector | Iterable[str] | None = None,
+    rules: Rules | None = None,
     roles: Mapping[str, Role] | None = None,
     scale_examples: ScaleExamples | None = None,
     mask: Callable[[Any], jax.Array] | None = None,
@@ -78,9 +103,12 @@ def capture(
         output that depends on the weights will do.
       params: a tree of arrays.
       batches: batches of equal shapes; another shape compiles again.
-      statistics: which of "gram", "mean", "gradient" and "squared_gradient" (of batch gradients) to gather.
+      statistics: which of "gram", "mean", "gradient" and "squared_gradient" (of batch gradients), and of those that
+        `sj.core.register_statistic` added, to gather; "gram" if None.
       select: globs or a predicate of path and array that choose leaves; by default every kernel for input
         statistics, every floating leaf for gradients.
+      rules: those that `adapt` is given: every leaf gets what its method needs, and nothing else is gathered. In
+        place of `statistics`, `select` and `scale_examples`.
       roles: what `sj.roles` found; found from the first batch if None.
       scale_examples: divides the rows of each example by a number before they are summed: "max_abs" by the largest
         absolute value in the example, "signed_max" by the absolute value of its largest entry, which fails where
@@ -106,13 +134,13 @@ def capture(
       >>> found["w"].gram.tolist(), found["w"].mean.tolist()
       ([[10.0, 14.0], [14.0, 20.0]], [2.0, 3.0])
     """
-    wanted = (statistics,) if isinstance(statistics, str) else tuple(statistics)
-    unknown = [n for n in wanted if n not in INPUT_STATISTICS + GRADIENT_STATISTICS]
-    if unknown or not wanted:
-        raise StatisticsError(f"statistics={wanted}: choose from {INPUT_STATISTICS + GRADIENT_STATISTICS}.")
+    if rules is not None and (statistics is not None or select is not None or scale_examples is not None):
+        raise StatisticsError("rules say what is needed where; leave statistics, select and scale_examples out.")
+    wanted = ("gram",) if statistics is None else (statistics,) if isinstance(statistics, str) else tuple(statistics)
+    _check_names(wanted)
     if scale_examples not in (None, *get_args(ScaleExamples)):
         raise StatisticsError(f"scale_examples={scale_examples!r}: choose from {get_args(ScaleExamples)}, or None.")
-    if (scale_examples or mask) and not any(n in INPUT_STATISTICS for n in wanted):
+    if rules is None and (scale_examples or mask) and all(n in GRADIENT_STATISTICS for n in wanted):
         raise StatisticsError(f"scale_examples and mask are about input statistics, but statistics={wanted}.")
     iterator = iter(batches)
     batch = next(iterator, None)
@@ -120,14 +148,46 @@ def capture(
         raise StatisticsError("There are no batches to gather statistics from.")
     if roles is None:
         roles = find_roles(fn, params, batch)
-    chosen = _selected(params, select, roles, wanted)
-    step = jax.jit(functools.partial(_step, fn, chosen, wanted, scale_examples, mask), donate_argnums=0)
-    sums = _zeros(params, chosen, wanted)
+    if rules is None:
+        found = _selected(params, select, roles, wanted)
+        chosen = {path: _Wanted(role, wanted, scale_examples) for path, role in found.items()}
+    else:
+        chosen = _needed(params, rules, roles)
+    step = jax.jit(functools.partial(_step, fn, chosen, mask), donate_argnums=0)
+    sums = _zeros(params, chosen)
     while batch is not None:
         sums = jax.block_until_ready(step(sums, params, batch))
         batch = None  # free before the next one is made
         batch = next(iterator, None)
-    return _finish(sums, wanted)
+    return _finish(sums)
+
+
+def _check_names(wanted: tuple[str, ...]) -> None:
+    known = (*input_statistics(), *GRADIENT_STATISTICS)
+    if not wanted or any(n not in known for n in wanted):
+        raise StatisticsError(f"statistics={wanted}: choose from {known}.")
+
+
+def _needed(params: Params, rules: Rules, roles: Mapping[str, Role]) -> dict[str, _Wanted]:
+    """What the methods of the rules need of their leaves."""
+    chosen: dict[str, _Wanted] = {}
+    for path, method in chosen_methods(params, rules).items():
+        needs = [n if isinstance(n, Need) else Need(n) for n in method.needs]
+        if not needs:
+            continue
+        names = tuple(n.statistic for n in needs)
+        scales: set[ScaleExamples | None] = {n.scale_examples for n in needs if n.statistic not in GRADIENT_STATISTICS}
+        _check_names(names)
+        inputs = any(n not in GRADIENT_STATISTICS for n in names)
+        role = _selected(params, (path,), roles, names if inputs else ("gradient",))[path]
+        if len(scales) > 1:
+            raise StatisticsError(
+                f"{path}: {method.name} needs inputs scaled in several ways, {sorted(map(str, scales))}."
+            )
+        chosen[path] = _Wanted(role, names, next(iter(scales), None))
+    if not chosen:
+        raise StatisticsError("No method of these rules needs statistics; adapt without stats=.")
+    return chosen
 
 
 def _selected(
@@ -136,7 +196,7 @@ def _selected(
     """Role of each leaf whose statistics are gathered."""
     leaves = [(p, v) for p, v in leaves_with_paths(params) if not is_weight(v)]
     paths = [p for p, _ in leaves] if select is None else select_paths(params, select)
-    inputs = any(name in INPUT_STATISTICS for name in wanted)
+    inputs = any(name not in GRADIENT_STATISTICS for name in wanted)
     chosen: dict[str, Role] = {}
     for path, leaf in leaves:
         role = roles.get(path, Role("unused"))
@@ -156,27 +216,25 @@ def _selected(
     return chosen
 
 
-def _zeros(params: Params, chosen: Mapping[str, Role], wanted: tuple[str, ...]) -> dict[str, dict[str, jax.Array]]:
+def _zeros(params: Params, chosen: Mapping[str, _Wanted]) -> dict[str, dict[str, jax.Array]]:
     """The sums before the first batch."""
-    sums = {}
+    sums, known = {}, input_statistics()
     for path, leaf in leaves_with_paths(params):
         if path not in chosen:
             continue
-        role, shapes = chosen[path], {}
-        if any(n in INPUT_STATISTICS for n in wanted):
-            stack, (size, _) = role.stack_shape(leaf.shape), role.sizes(leaf.shape)
-            shapes |= {"count": stack, "examples": stack, "gram": (*stack, size, size), "mean": (*stack, size)}
-        shapes |= {"gradient": leaf.shape, "squared_gradient": leaf.shape, "batches": ()}
-        kept = {n: s for n, s in shapes.items() if n in (*wanted, "count", "examples", "batches")}
-        sums[path] = {n: jnp.zeros(s, jnp.float32) for n, s in kept.items()}
+        role, names = chosen[path].role, chosen[path].names
+        shapes: dict[str, tuple[int, ...]] = {n: leaf.shape for n in names if n in GRADIENT_STATISTICS}
+        if chosen[path].inputs:
+            stack, sizes = role.stack_shape(leaf.shape), role.sizes(leaf.shape)
+            shapes |= {"count": stack, "examples": stack}
+            shapes |= {n: (*stack, *known[n].shape(*sizes)) for n in chosen[path].inputs}
+        sums[path] = {n: jnp.zeros(s, jnp.float32) for n, s in (shapes | {"batches": ()}).items()}
     return sums
 
 
 def _step(
     fn: Callable[..., Any],
-    chosen: Mapping[str, Role],
-    wanted: tuple[str, ...],
-    scale_examples: ScaleExamples | None,
+    chosen: Mapping[str, _Wanted],
     mask: Callable[[Any], jax.Array] | None,
     sums: dict[str, dict[str, jax.Array]],
     params: Params,
@@ -184,24 +242,24 @@ def _step(
 ) -> dict[str, dict[str, jax.Array]]:
     """Adds the statistics of one batch."""
     values = {path: leaf for path, leaf in leaves_with_paths(params) if path in chosen}
-    probes = {path: _probe(kept) for path, kept in sums.items() if "count" in kept}
-    gradients = any(name in GRADIENT_STATISTICS for name in wanted)
+    probes = {path: _probe(kept, chosen[path]) for path, kept in sums.items() if "count" in kept}
+    gradients = any(name in GRADIENT_STATISTICS for one in chosen.values() for name in one.names)
     counted = None if mask is None else mask(batch)
 
-    def loss(probes: dict[str, dict[str, jax.Array]], values: dict[str, jax.Array]) -> jax.Array:
+    def loss(probes: dict[str, dict[str, Any]], values: dict[str, jax.Array]) -> jax.Array:
         def place(path: str, leaf: Any) -> Any:
             if path not in chosen:
                 return leaf
             if path not in probes:
                 return values[path]
-            fields: dict[str, Any] = {n: probes[path].get(n) for n in ("count", "examples", "gram", "total")}
+            fields: dict[str, Any] = probes[path]
             return Probed(
                 value=values[path],
-                role=chosen[path],
+                role=chosen[path].role,
                 dtype=leaf.dtype,
                 trainable=("value", *fields),
                 mask=counted,
-                scale_examples=scale_examples,
+                scale_examples=chosen[path].scale_examples,
                 **fields,
             )
 
@@ -220,8 +278,7 @@ def _step(
     out = {}
     for path, kept in sums.items():
         new = dict(from_probes.get(path, {}))
-        if "total" in new:
-            new["mean"] = new.pop("total")
+        new |= new.pop("sums", {})
         if path in from_values:
             gradient = from_values[path].astype(jnp.float32)
             new |= {"gradient": gradient, "squared_gradient": gradient * gradient}
@@ -230,13 +287,13 @@ def _step(
     return out
 
 
-def _probe(kept: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Zeros of the shapes of the input statistics; the mean is gathered as a sum."""
-    names = {"count": "count", "examples": "examples", "gram": "gram", "mean": "total"}
-    return {new: jnp.zeros_like(kept[old]) for old, new in names.items() if old in kept}
+def _probe(kept: Mapping[str, jax.Array], wanted: _Wanted) -> dict[str, Any]:
+    """Zeros of the shapes of the input statistics."""
+    sums = {name: jnp.zeros_like(kept[name]) for name in wanted.inputs}
+    return {"count": jnp.zeros_like(kept["count"]), "examples": jnp.zeros_like(kept["examples"]), "sums": sums}
 
 
-def _finish(sums: dict[str, dict[str, jax.Array]], wanted: tuple[str, ...]) -> dict[str, Statistics]:
+def _finish(sums: dict[str, dict[str, jax.Array]]) -> dict[str, Statistics]:
     """Turns sums into means, and refuses weights that no data reached."""
     found = {}
     for path, kept in sums.items():
@@ -246,8 +303,9 @@ def _finish(sums: dict[str, dict[str, jax.Array]], wanted: tuple[str, ...]) -> d
                 f"{path}: no input met this weight, or its output does not reach the function's result (is there a "
                 "stop_gradient in between?). Narrow select, or return the layer's output from fn."
             )
-        for name in INPUT_STATISTICS:
-            if name in kept and not bool(jnp.isfinite(kept[name]).all()):
+        gathered = [name for name in input_statistics() if name in kept]
+        for name in gathered:
+            if not bool(jnp.isfinite(kept[name]).all()):
                 raise StatisticsError(
                     f"{path}: the {name} of the inputs holds NaN or infinity. Look for it in the batches; "
                     'scale_examples="signed_max" divides by zero where no entry of an example is above it.'
@@ -256,5 +314,6 @@ def _finish(sums: dict[str, dict[str, jax.Array]], wanted: tuple[str, ...]) -> d
         if count is not None and "mean" in kept:
             averaged["mean"] = kept["mean"] / count[..., None]
         inputs = {n: kept.get(n) for n in ("count", "examples", "gram")}
-        found[path] = Statistics(batches=batches, **inputs, **averaged)
+        extra = {name: kept[name] for name in gathered if name not in ("gram", "mean")}
+        found[path] = Statistics(batches=batches, extra=extra, **inputs, **averaged)
     return found

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from subspace_jax.core._errors import StatisticsError
-from subspace_jax.core._labels import placed_like, product
+from subspace_jax.core._labels import placed_like
+from subspace_jax.core._need import ScaleExamples, input_statistics
 from subspace_jax.core._operation import Operation
 from subspace_jax.core._operations import Convolution, Dot
 from subspace_jax.core._register_weight import register_weight
 from subspace_jax.core._weight import Weight, static
-
-ScaleExamples = Literal["max_abs", "signed_max"]
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +30,7 @@ class _Probe:
 
     count: jax.Array
     examples: jax.Array
-    gram: jax.Array | None = None
-    total: jax.Array | None = None
+    sums: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -71,15 +69,9 @@ def _tap_backward(residual: tuple[_Inputs, _Probe], cotangent: jax.Array):
     if inputs.factor is not None:
         wide = wide * inputs.factor[..., None]
     count, examples = (jnp.full_like(p, v) for p, v in ((probe.count, inputs.count), (probe.examples, inputs.examples)))
-    stack = tuple(f"stack {i}" for i in range(rows.ndim - 2))
-    gram = total = None
-    if probe.gram is not None:
-        left, right = (*stack, "row", "in"), (*stack, "row", "in again")
-        gram = product(wide, left, wide, right, (*stack, "in", "in again"), precision=lax.Precision.HIGHEST)
-        gram = placed_like(gram, probe.gram)
-    if probe.total is not None:
-        total = placed_like(jnp.sum(wide, axis=-2), probe.total)
-    return cotangent, jax.tree.map(jnp.zeros_like, inputs), _Probe(count, examples, gram, total)
+    known = input_statistics()
+    sums = {name: placed_like(known[name].sum(wide), zeros) for name, zeros in probe.sums.items()}
+    return cotangent, jax.tree.map(jnp.zeros_like, inputs), _Probe(count, examples, sums)
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
@@ -93,8 +85,7 @@ class Probed(Weight):
     value: jax.Array
     count: jax.Array
     examples: jax.Array
-    gram: jax.Array | None = None
-    total: jax.Array | None = None
+    sums: dict[str, jax.Array]
     mask: jax.Array | None = None
     scale_examples: ScaleExamples | None = static(default=None)
 
@@ -102,8 +93,7 @@ class Probed(Weight):
         "value": "array",
         "count": "stack",
         "examples": "stack",
-        "gram": "stack in in",
-        "total": "stack in",
+        "sums": "stack",
         "mask": "batch",
     }
 
@@ -124,7 +114,7 @@ class Probed(Weight):
         if found is None:  # a tied output embedding: those rows are not its inputs
             return y
         inputs = _inputs(*found, self.mask, self.scale_examples, self.count.dtype)
-        return _tap(y, inputs, _Probe(self.count, self.examples, self.gram, self.total))
+        return _tap(y, inputs, _Probe(self.count, self.examples, self.sums))
 
 
 def _inputs(

@@ -224,7 +224,7 @@ class Weight(abc.ABC):
             if isinstance(value, Weight):
                 return value.map_stacked(axis, function)
             place = self._stacked_place(name, axis)
-            return value if place is None else function(value, place)
+            return value if place is None else jax.tree.map(lambda array: function(array, place), value)
 
         return self.map_fields(one)
 
@@ -251,7 +251,7 @@ class Weight(abc.ABC):
             if isinstance(value, Weight):
                 mapped[name], inner[name] = value.split_stack(axis)
             elif (place := self._stacked_place(name, axis)) is not None:
-                mapped[name] = jnp.moveaxis(value, place, 0)
+                mapped[name] = jax.tree.map(lambda array, place=place: jnp.moveaxis(array, place, 0), value)
         role = self.role.without_stack_axis(axis)
 
         def rebuild(one: dict[str, Any]) -> W:
@@ -383,7 +383,8 @@ class Weight(abc.ABC):
                 return value.partition_specs(spec, exact=exact)
             if self.axes[name] == "array":
                 return PartitionSpec(*entries)
-            return _without_repeats([e for w in self.axes[name].split() for e in words.get(w, (None,))])
+            found = _without_repeats([e for w in self.axes[name].split() for e in words.get(w, (None,))])
+            return jax.tree.map(lambda _: found, value)
 
         return self.map_fields(one)
 

@@ -40,7 +40,7 @@ def test_arguments_are_what_the_method_keeps(compiler):
     # Both sides of every matrix, rank 4.
     factors = 2 * 4 * (4 * 2 * 64 + 3 * (64 + 128))
     assert lora["trainable_bytes"] == 4 * factors
-    assert lora["frozen_bytes"] == 2 * count
+    assert lora["frozen_bytes"] == 2 * count + 7 * 4  # and a scale for each of seven stacks of kernels
     assert lift["trainable_values"] == factors
     # Coordinates of rank 4 and an index each, for all matrices but the embedding's table of 64 x 64 as well.
     assert dct["trainable_bytes"] == 4 * count
