@@ -40,7 +40,7 @@ def test_factors_are_split_as_the_axes_that_they_share():
     _, adapted = make(sj.lora(2))
     found = specs_of(sj.shardings(adapted, SPECS, MESH))
     assert found["w"] == dataclasses.replace(
-        adapted["w"], base=P("data", "model"), a=P("data", None), b=P(None, "model")
+        adapted["w"], base=P("data", "model"), a=P("data", None), b=P(None, "model"), scale=P()
     )
     assert (found["stack"].a, found["stack"].b) == (P(None, "model", None), P(None, None, "data"))
     assert (found["heads"].a, found["heads"].b) == (P("data", None), P(None, "model"))
