@@ -35,7 +35,8 @@ def describe(tree: Any, base: Any = None) -> tuple[dict[str, Any], dict[str, Any
       ManifestError: the tree holds something else.
 
     Example:
-      >>>       >>> from subspace_jax.io import rebuild
+      >>> import jax.numpy as jnp
+      >>> from subspace_jax.io import rebuild
       >>> manifest, arrays = describe({"layer": [jnp.zeros((2, 3)), None]})
       >>> list(arrays), manifest["format_version"]
       (['layer/0'], 1)

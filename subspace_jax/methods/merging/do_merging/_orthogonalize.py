@@ -56,9 +56,10 @@ def orthogonalize(
       StructureError: the trees differ, or an adapter stands on another base; the message has the path.
 
     Example:
-      >>> import jax, jax.numpy as jnp, subspace_jax as sj
-      >>> base = {"w": jnp.zeros((8, 6))}
+      >>> import dataclasses, jax, jax.numpy as jnp, subspace_jax as sj
+      >>> base, b = {"w": jnp.zeros((8, 6))}, jax.random.normal(jax.random.key(2), (2, 2, 6))
       >>> adapted = [sj.adapt(base, {"w": sj.lora(rank=2)}, key=jax.random.key(i)) for i in range(2)]
+      >>> adapted = [{"w": dataclasses.replace(tree["w"], b=one)} for tree, one in zip(adapted, b)]  # as if trained
       >>> first, second = sj.methods.do_merging.orthogonalize(adapted, base, gamma=0.01)
       >>> before, after = adapted[0]["w"].a.T @ adapted[1]["w"].a, first["w"].a.T @ second["w"].a
       >>> bool(jnp.linalg.norm(after) < 0.2 * jnp.linalg.norm(before))
