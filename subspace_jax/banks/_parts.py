@@ -70,12 +70,9 @@ def part_of(path: str, weight: Any, base: Any, what: str) -> Part:
     if weight.start_a is None or weight.start_b is None:
         _check_base(path, weight.base, base, what)
         return Part(weight.a, weight.b, weight.scale)
-    # The base is a residual: on the original array the start is taken away again, at twice the rank.
-    a = jnp.concatenate([weight.a, weight.start_a], axis=-1)
-    b = jnp.concatenate([weight.b, -weight.start_b], axis=-2)
     start = dataclasses.replace(weight, a=weight.start_a, b=weight.start_b, start_a=None, start_b=None)
     _check_residual(path, start, base, what)
-    return Part(a, b, weight.scale, learns=False)
+    return Part(*weight.original_factors(), weight.scale, learns=False)
 
 
 def _check_base(path: str, found: Any, base: Any, what: str) -> None:

@@ -185,14 +185,11 @@ _form = jax.jit(_form_parts, static_argnums=2)
 
 def _read_low_rank(path: str, weight: LowRank, base: Any) -> Factored | None:
     wide = wide_dtype(weight.dtype)
-    a, b = weight.a.astype(wide), weight.b.astype(wide)
-    if weight.start_a is not None and weight.start_b is not None:  # the base is the residual of a known start
-        if isinstance(weight.base, Weight):
-            return None
-        a = jnp.concatenate([a, weight.start_a.astype(wide)], axis=-1)
-        b = jnp.concatenate([b, -weight.start_b.astype(wide)], axis=-2)
-    else:
+    if weight.start_a is None or weight.start_b is None:
         check_base(path, weight.base, base)
+    elif isinstance(weight.base, Weight):  # the residual of a known start, rounded
+        return None
+    a, b = (v.astype(wide) for v in weight.original_factors())
     return Factored(a=a * weight.scale, b=b, role=weight.role)
 
 

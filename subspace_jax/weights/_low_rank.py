@@ -71,6 +71,15 @@ class LowRank(Weight):
         """The number of columns of `a`."""
         return self.a.shape[-1]
 
+    def original_factors(self) -> tuple[jax.Array, jax.Array]:
+        r"""Returns factors of the change from the original array, at the same scale.
+
+        They are \(a\) and \(b\), and of twice the rank where `base` is a residual: \([a\,|\,a_0]\) and \([b; -b_0]\).
+        """
+        if self.start_a is None or self.start_b is None:
+            return self.a, self.b
+        return jnp.concatenate([self.a, self.start_a], axis=-1), jnp.concatenate([self.b, -self.start_b], axis=-2)
+
     def materialize(self, dtype: Any = None) -> jax.Array:
         """Returns \\(W + s\\,a\\,b\\), added in float32."""
         one = self.with_frozen_stopped()

@@ -126,11 +126,8 @@ def _plain(path: str, weight: Any) -> LowRank:
 
 def _factors(weight: LowRank, path: str) -> tuple[np.ndarray, np.ndarray]:
     """The factors on the original weight: those of a residual base take the start away again, at twice the rank."""
-    a, b = host_array(weight.a, path), host_array(weight.b, path)
-    if weight.start_a is None or weight.start_b is None:
-        return a, b
-    start_a, start_b = host_array(weight.start_a, path), host_array(weight.start_b, path)
-    return np.concatenate([a, start_a], axis=-1), np.concatenate([b, -start_b], axis=-2)
+    a, b = weight.original_factors()
+    return host_array(a, path), host_array(b, path)
 
 
 def _check_base(weight: LowRank, path: str, base: BaseArrays) -> None:

@@ -198,11 +198,12 @@ def to_lora(adapted: Params, params: Params) -> Params:
             )
         if weight.start_a is None or weight.start_b is None:
             return weight
+        a, b = weight.original_factors()
         return dataclasses.replace(
             weight,
             base=originals(path, weight),
-            a=jnp.concatenate([weight.a, weight.start_a], axis=-1),
-            b=jnp.concatenate([weight.b, -weight.start_b], axis=-2),
+            a=a,
+            b=b,
             start_a=None,
             start_b=None,
             base_squares=None,
