@@ -74,13 +74,13 @@ def bank(
         raise StructureError("bank: no adapter has a stand-in weight; give trees that adapt() made.")
     largest = max(part.a.shape[-1] for parts in found for part in parts.values())
     common: int = largest if rank is None else check_int("bank: rank", rank, least=1)
-    weights = {}
+    leaves, weights = dict(leaves_with_paths(params)), {}
+    samples = {p: leaf for tree in reversed(adapters) for p, leaf in leaves_with_paths(tree) if is_weight(leaf)}
     for path in paths:
         of_slot = {
             i + 1: padded(path, parts[path], common, f"adapter {i}") for i, parts in enumerate(found) if path in parts
         }
-        sample = next(one for tree in adapters for p, one in leaves_with_paths(tree) if p == path and is_weight(one))
-        weights[path] = _stacked(path, sample, _leaf(params, path), of_slot, slots, trainable)
+        weights[path] = _stacked(path, samples[path], leaves[path], of_slot, slots, trainable)
     return map_with_paths(lambda path, leaf: weights.get(path, leaf), params)
 
 
@@ -102,10 +102,6 @@ def adapter_parts(params: Params, adapted: Params, what: str) -> dict[str, Part]
             raise StructureError(f"{path}: {what} has shape {leaf.shape}, the parameters {base.shape}.")
         found[path] = part_of(path, leaf, base, what)
     return found
-
-
-def _leaf(params: Params, path: str) -> Any:
-    return dict(leaves_with_paths(params))[path]
 
 
 def _stacked(path: str, sample: Any, base: Any, parts: Mapping[int, Part], slots: int, trainable: bool) -> AdapterBank:

@@ -12,6 +12,7 @@ from subspace_jax.weights._entries import migrate_entries as migrate_entries
 from subspace_jax.weights._entries import placed_as as placed_as
 from subspace_jax.weights._entries import unflat_entries as unflat_entries
 from subspace_jax.weights._largest_entries import largest_entries as largest_entries
+from subspace_jax.weights._lengths import column_lengths as column_lengths
 from subspace_jax.weights._low_rank import LowRank as LowRank
 from subspace_jax.weights._low_rank_core import LowRankCore as LowRankCore
 from subspace_jax.weights._low_rank_core import Route as Route
@@ -34,6 +35,7 @@ __all__ = [
     "SparseBlocks",
     "SparseDelta",
     "SparseMode",
+    "column_lengths",
     "draw_basis",
     "drop_inputs",
     "entries_at",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import MaterializeError, Operation, Weight, register_weight, static
+from subspace_jax.weights._lengths import column_lengths
 from subspace_jax.weights._low_rank import LowRank
 
 
@@ -82,12 +83,11 @@ class AdapterBank(Weight):
         depth = len(self.role.stack_axes)
 
         def norm(number: jax.Array) -> jax.Array:
-            return jnp.sqrt(self.one(number).squared_norms())
+            return column_lengths(self.one(number), detach=self.detach_norm)
 
         # One after the other: side by side, every adapter's sum with the base would be formed.
         norms = jnp.moveaxis(jax.lax.map(norm, jnp.arange(self.slots)), 0, depth)
-        norms = jax.lax.stop_gradient(norms) if self.detach_norm else norms
-        found = self.magnitude.astype(norms.dtype) / jnp.where(norms == 0, 1.0, norms)
+        found = self.magnitude.astype(norms.dtype) / norms
         return found if self.has_magnitude is None else jnp.where(self.has_magnitude[:, None], found, 1.0)
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:

@@ -151,6 +151,16 @@ def test_a_training_step_of_a_bank_is_a_step_of_every_adapter_on_its_rows():
     assert_rounding(sj.merge(taken)["v"], sj.merge(made[1])["v"], size=16)
 
 
+def test_a_column_of_zeros_gives_finite_gradients_through_its_norm():
+    params = {"w": jax.random.normal(KEY, (6, 5)).at[:, 2].set(0.0)}
+    made = sj.adapt(params, {"w": sj.dora(sj.lora(2), norm="exact")}, key=KEY)
+    trainable, frozen = sj.partition(sj.bank(params, [made], trainable=True))
+    x, rows = jax.random.normal(jax.random.key(1), (4, 6)), jnp.array([0, 1, 1, 0])
+    run = sj.per_row(lambda p, x: x @ p["w"])
+    found = jax.grad(lambda t: jnp.sum(run(sj.combine(t, frozen), rows, x) ** 2))(trainable)
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves(found))
+
+
 def _mlp(p, x):
     for i in range(4):
         x = jnp.tanh(x @ p[f"w{i}"])

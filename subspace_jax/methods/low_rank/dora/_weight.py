@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from subspace_jax.core import Operation, RoleError, Weight, register_weight, static
-from subspace_jax.weights import LowRank
+from subspace_jax.weights import LowRank, column_lengths
 
 
 @register_weight
@@ -47,12 +46,7 @@ class Magnitude(Weight):
 
     def factors(self) -> jax.Array:
         r"""Returns \(m / \|V\|\), `[*stack, out]`; a column of zeros counts as of length 1."""
-        squared = self.direction.squared_norms()
-        zero = squared == 0
-        # The root of a safe value: its derivative at zero is infinite, and would reach the gradient as NaN.
-        norm = jnp.where(zero, 1.0, jnp.sqrt(jnp.where(zero, 1.0, squared)))
-        if self.detach_norm:
-            norm = jax.lax.stop_gradient(norm)
+        norm = column_lengths(self.direction, detach=self.detach_norm)
         return self.magnitude.astype(norm.dtype) / norm
 
     def materialize(self, dtype: Any = None) -> jax.Array:
