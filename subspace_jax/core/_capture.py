@@ -170,21 +170,25 @@ def _check_names(wanted: tuple[str, ...]) -> None:
 
 def _needed(params: Params, rules: Rules, roles: Mapping[str, Role]) -> dict[str, _Wanted]:
     """What the methods of the rules need of their leaves."""
-    chosen: dict[str, _Wanted] = {}
+    leaves, chosen = dict(leaves_with_paths(params)), {}
     for path, method in chosen_methods(params, rules).items():
         needs = [n if isinstance(n, Need) else Need(n) for n in method.needs]
         if not needs:
             continue
-        names = tuple(n.statistic for n in needs)
-        scales: set[ScaleExamples | None] = {n.scale_examples for n in needs if n.statistic not in GRADIENT_STATISTICS}
-        _check_names(names)
-        inputs = any(n not in GRADIENT_STATISTICS for n in names)
-        role = _selected(params, (path,), roles, names if inputs else ("gradient",))[path]
+        scales: set[ScaleExamples | None]
+        scales = {n.scale_examples for n in needs if n.statistic not in GRADIENT_STATISTICS}
         if len(scales) > 1:
             raise StatisticsError(
                 f"{path}: {method.name} needs inputs scaled in several ways, {sorted(map(str, scales))}."
             )
-        chosen[path] = _Wanted(role, names, next(iter(scales), None))
+        names, scale = tuple(n.statistic for n in needs), next(iter(scales), None)
+        wanted = _Wanted(roles.get(path, Role("unused")), names, scale)
+        _check_names(names)
+        if wanted.inputs and not _multiplies(wanted.role):
+            raise _no_kernel(path, leaves[path], wanted.role)
+        if not _is_floating(leaves[path]):
+            raise StatisticsError(f"{path}: {method.name} needs statistics of a leaf of {leaves[path].dtype}.")
+        chosen[path] = wanted
     if not chosen:
         raise StatisticsError("No method of these rules needs statistics; adapt without stats=.")
     return chosen
@@ -200,20 +204,32 @@ def _selected(
     chosen: dict[str, Role] = {}
     for path, leaf in leaves:
         role = roles.get(path, Role("unused"))
-        multiplies = role.kind == "dense" or (role.kind == "conv" and role.groups == 1)
-        if path not in paths or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if path not in paths or not _is_floating(leaf):
             continue
-        if inputs and not multiplies:
+        if inputs and not _multiplies(role):
             if select is None:
                 continue
-            raise StatisticsError(
-                f"{path}: input statistics need a dense or ungrouped convolution kernel, but the model uses this "
-                f"leaf of shape {leaf.shape} as {role.kind!r} (groups={role.groups}). Narrow select."
-            )
+            raise _no_kernel(path, leaf, role)
         chosen[path] = role
     if not chosen:
         raise StatisticsError(f"No leaf is selected for {wanted}; the model's leaves are used as {dict(roles)}.")
     return chosen
+
+
+def _is_floating(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _multiplies(role: Role) -> bool:
+    """Whether a leaf of this role is multiplied with inputs, whose rows can be told."""
+    return role.kind == "dense" or (role.kind == "conv" and role.groups == 1)
+
+
+def _no_kernel(path: str, leaf: Any, role: Role) -> StatisticsError:
+    return StatisticsError(
+        f"{path}: input statistics need a dense or ungrouped convolution kernel, but the model uses this leaf of shape "
+        f"{leaf.shape} as {role.kind!r} (groups={role.groups}). Narrow select."
+    )
 
 
 def _zeros(params: Params, chosen: Mapping[str, _Wanted]) -> dict[str, dict[str, jax.Array]]:
