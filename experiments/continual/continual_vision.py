@@ -31,8 +31,8 @@ So CoSO forgets half as much as LoRA on the same kernels and ends 12 points abov
 takes away all forgetting within the task and two fifths of that among all classes. The final accuracy among all classes
 is the same without it, since with it new classes are told from old ones less well: 74 % against 97 % when learned. OSF
 is ahead of full fine-tuning by about a spread with its schedule and not with importance, where the cosines of inputs
-and outputs have a mean below zero, so that every layer keeps four fifths of its directions from the second task on. GPM
-is far ahead of every other method. O-LoRA hardly forgets among all classes because it hardly tells them apart: 33 %
+and outputs often have a mean below zero; then every layer keeps four fifths of its directions. GPM is far ahead of
+every other method. O-LoRA hardly forgets among all classes because it hardly tells them apart: 33 %
 when learned.
 """
 
