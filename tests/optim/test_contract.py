@@ -32,7 +32,8 @@ def case(request):
 @functools.cache
 def step(case):
     """The optimizer, one compiled step of parameters, state and gradient, and the list that notes its traces."""
-    optimizer, traces = case.make(RATE), []
+    with jax.ensure_compile_time_eval():  # the first test that asks may be tracing
+        optimizer, traces = case.make(RATE), []
 
     @jax.jit
     def run(params, state, gradient):
