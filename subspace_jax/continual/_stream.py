@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.continual._learner import Learner, LearnerState, StreamError, concrete_int
-from subspace_jax.core import OptState, Params, PyTree, Weight, is_weight, leaves_with_paths
+from subspace_jax.core import OptState, Params, PyTree, Weight, is_weight, leaves_with_paths, nested_weights
 
 
 class StreamTask(NamedTuple):
@@ -254,14 +254,12 @@ def _restore(
 def _settings(tree: PyTree) -> list[tuple[str, str, dict[str, float]]]:
     """What a weight's structure does not tell: its method, and scales, by path."""
 
-    def of(path: str, weight: Weight) -> Iterator[tuple[str, str, dict[str, float]]]:
-        numbers = {n: float(v) for n in weight.number_names() if (v := getattr(weight, n)) is not None}
-        yield path, weight.method, {n: v for n, v in numbers.items() if n not in weight.trainable}
-        for name, value in weight.data_items():
-            if isinstance(value, Weight):
-                yield from of(f"{path}.{name}", value)
+    def numbers(weight: Weight) -> dict[str, float]:
+        names = (n for n in weight.number_names() if n not in weight.trainable)
+        return {n: float(v) for n in names if (v := getattr(weight, n)) is not None}
 
-    return [found for path, leaf in leaves_with_paths(tree) if is_weight(leaf) for found in of(path, leaf)]
+    weights = (nested_weights(leaf, path) for path, leaf in leaves_with_paths(tree) if is_weight(leaf))
+    return [(path, weight.method, numbers(weight)) for found in weights for path, weight in found.items()]
 
 
 def _shardings(tree: PyTree) -> PyTree:

@@ -77,6 +77,7 @@ from subspace_jax.core._types import Schedule as Schedule
 from subspace_jax.core._types import Updates as Updates
 from subspace_jax.core._weight import Weight as Weight
 from subspace_jax.core._weight import is_weight as is_weight
+from subspace_jax.core._weight import nested_weights as nested_weights
 from subspace_jax.core._weight import static as static
 
 __all__ = [
@@ -139,6 +140,7 @@ __all__ = [
     "merge",
     "merge_rounding",
     "nearest",
+    "nested_weights",
     "partition",
     "path_string",
     "placed_like",

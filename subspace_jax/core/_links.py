@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from subspace_jax.core._errors import StructureError, nearest
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._types import PyTree
-from subspace_jax.core._weight import Weight, is_weight
+from subspace_jax.core._weight import Weight, is_weight, nested_weights
 
 
 def resolve_links(tree: PyTree) -> PyTree:
@@ -38,7 +38,7 @@ def resolve_links(tree: PyTree) -> PyTree:
 
 def resolved(weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
     """Returns the weights of one tree, by path, with every linked field filled in."""
-    if not any(one.links for weight in weights.values() for one in _nested(weight)):
+    if not any(one.links for weight in weights.values() for one in nested_weights(weight).values()):
         return weights
     return {path: _filled(path, weight, weights) for path, weight in weights.items()}
 
@@ -52,7 +52,8 @@ def _filled(path: str, weight: Weight, weights: Mapping[str, Weight]) -> Weight:
         # Inside a larger tree ({"params": ...}) paths are longer; of two adapted trees, the reader's own counts.
         found = [(p, w) for p, w in weights.items() if p == owner or p.endswith(f"/{owner}")]
         found.sort(key=lambda item: _common(item[0], path))
-        values = [getattr(w, source) for w in _nested(found[-1][1]) if source in w.data_names()] if found else []
+        holders = nested_weights(found[-1][1]).values() if found else ()
+        values = [getattr(w, source) for w in holders if source in w.data_names()]
         value = next((v for v in values if v is not None), None)
         if value is None:
             raise StructureError(
@@ -61,14 +62,6 @@ def _filled(path: str, weight: Weight, weights: Mapping[str, Weight]) -> Weight:
             )
         linked[field] = value
     return dataclasses.replace(weight, **inner, **linked) if inner or linked else weight
-
-
-def _nested(weight: Weight) -> Iterator[Weight]:
-    """The weight and every weight inside it."""
-    yield weight
-    for _, value in weight.data_items():
-        if isinstance(value, Weight):
-            yield from _nested(value)
 
 
 def _common(left: str, right: str) -> int:

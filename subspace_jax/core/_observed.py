@@ -103,6 +103,10 @@ class Observed(Weight):
         self.notes.uses[path] = Role(kind, primitive=primitive if kind == "other" else "")
         return self.value
 
+    def observe_row(self) -> None:
+        """Records that one row is read by a traced number: perhaps of a table."""
+        self.notes.reads_rows = True
+
     def follow(self, primitive: str, path: tuple[int, ...], operands: Sequence[Any], results: list[Any]) -> list[Any]:
         """Goes on observing what is computed of leaves and numbers alone: a kernel scaled, masked or normalized."""
         rest = [v for v in operands if not isinstance(v, WeightView)]

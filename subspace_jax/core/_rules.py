@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from subspace_jax.core import _compat
 from subspace_jax.core._interpret import Interpreter, rule
-from subspace_jax.core._observed import Observed
 from subspace_jax.core._operations import Convolution, Dot, Lookup, RaggedDot
 from subspace_jax.core._weight_view import WeightView
 
@@ -234,8 +233,8 @@ def _dynamic_slice(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> l
     looked_up = _lookup_of_one(interpreter, eqn, value, starts, sizes)
     if looked_up is not None:
         return looked_up
-    if isinstance(value.weight, Observed) and len(sizes) == 2 and sizes[0] == 1 and _compat.is_tracer(starts[0]):
-        value.weight.notes.reads_rows = True
+    if len(sizes) == 2 and sizes[0] == 1 and _compat.is_tracer(starts[0]):
+        value.weight.observe_row()
     return _slice_stack(value, starts, sizes)
 
 

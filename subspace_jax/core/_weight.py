@@ -169,6 +169,9 @@ class Weight(abc.ABC):
         """Returns the array where the weight only observes how it is used, and may always be formed."""
         del primitive, path
 
+    def observe_row(self) -> None:  # noqa: B027  (most weights observe nothing)
+        """Notes that one row is read by a traced number, where the weight only observes how it is used."""
+
     def derived(self: W, function: Callable[[jax.Array], jax.Array]) -> W | None:
         """Returns an observing weight after an operation on shapes only; None for a weight that does not observe."""
         del function
@@ -409,3 +412,16 @@ def is_weight(value: Any) -> bool:
       False
     """
     return isinstance(value, Weight)
+
+
+def nested_weights(weight: Weight, path: str = "") -> dict[str, Weight]:
+    """Returns a weight and every weight inside it, outermost first, by path and the names of fields behind dots.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, subspace_jax as sj
+      >>> adapted = sj.adapt({"w": jnp.ones((4, 3))}, {"w": sj.dora(sj.lora(2))}, key=jax.random.key(0))
+      >>> list(nested_weights(adapted["w"], "w"))
+      ['w', 'w.direction']
+    """
+    inside = ((name, value) for name, value in weight.data_items() if isinstance(value, Weight))
+    return {path: weight} | {p: w for name, one in inside for p, w in nested_weights(one, f"{path}.{name}").items()}

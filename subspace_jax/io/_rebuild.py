@@ -116,6 +116,9 @@ def _rebuild(node: Any, path: str, leaf: MakeLeaf) -> Any:
             return _changed(leaf(path, spec, (base, sha256)), positions, values, spec, path)
         case {"node": "array", "base": str() as base, "sha256": str() as sha256, **rest}:
             return leaf(path, ArraySpec.from_json(rest, path), (base, sha256))
+        case {"node": "array", "number": number, **rest}:
+            spec, value = ArraySpec.from_json(rest, path), decode(number, float, path)
+            return leaf(path, spec, Regenerated(lambda: jnp.asarray(value, spec.dtype)))
         case {"node": "array", **rest}:
             return leaf(path, ArraySpec.from_json(rest, path), None)
         case {"node": "dict", "items": list() as items}:
@@ -179,9 +182,7 @@ def _rebuild_weight(name: str, static: dict[str, Any], data: dict[str, Any], pat
     made_again = {n: item for n, item in data.items() if isinstance(item, dict) and "regenerated" in item}
     if unknown := sorted(made_again.keys() - set(cls.regenerated)):
         raise ManifestError(f"{path}: {name} cannot make {', '.join(map(repr, unknown))} of its static fields.")
-    numbers = {n for n, item in data.items() if isinstance(item, dict) and "number" in item}
-    parts = {n: _rebuild(item, join(path, n), leaf) for n, item in data.items() if n not in (*made_again, *numbers)}
-    parts |= {n: _number(data[n], join(path, n), leaf) for n in numbers}
+    parts = {n: _rebuild(item, join(path, n), leaf) for n, item in data.items() if n not in made_again}
     arguments: dict[str, Any] = dict.fromkeys(cls.data_names()) | parts | fields
     try:
         weight = cls(**arguments)
@@ -204,14 +205,6 @@ def _with_numbers(
     old = {n: decode(static[n], float, f"{path}.{n}") for n in named if n in static}
     nodes = {} if half else {n: {"node": "array", **spec, "number": encode(v, path)} for n, v in old.items()}
     return {n: v for n, v in static.items() if n not in named}, nodes | data
-
-
-def _number(node: Any, path: str, leaf: MakeLeaf) -> Any:
-    match node:
-        case {"node": "array", "number": number, **rest}:
-            spec, value = ArraySpec.from_json(rest, path), decode(number, float, path)
-            return leaf(path, spec, Regenerated(lambda: jnp.asarray(value, spec.dtype)))
-    raise ManifestError(f"{path}: {str(node)[:80]!r} is no number of a manifest that this version knows.")
 
 
 def _rebuild_regenerated(weight: Weight, name: str, node: dict[str, Any], path: str, leaf: MakeLeaf) -> Any:

@@ -23,6 +23,7 @@ from subspace_jax.core import (
     check_rank,
     is_weight,
     map_with_paths,
+    nested_weights,
     register,
     require_matrix,
 )
@@ -211,7 +212,9 @@ def to_lora(adapted: Params, params: Params) -> Params:
         )
 
     def check(path: str, leaf: Any) -> Any:
-        if is_weight(leaf) and not isinstance(leaf, Full) and not any(isinstance(w, LowRank) for w in _nested(leaf)):
+        if not is_weight(leaf) or isinstance(leaf, Full):
+            return leaf
+        if not any(isinstance(w, LowRank) for w in nested_weights(leaf).values()):
             raise StructureError(
                 f"{path}: to_lora: a {type(leaf).__name__} of {leaf.method!r} is no low-rank addition to the original "
                 f"array. {_MEND}"
@@ -222,12 +225,6 @@ def to_lora(adapted: Params, params: Params) -> Params:
 
 
 _MEND = "Convert the other weights alone, by a tree without this one, or merge() it."
-
-
-def _nested(weight: Weight) -> list[Weight]:
-    """The weight and the weights inside it."""
-    inner = [w for _, value in weight.data_items() if isinstance(value, Weight) for w in _nested(value)]
-    return [weight, *inner]
 
 
 # One compiled program per shape and setting, whichever call of `pissa` it comes from.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import PyTree, StructureError, is_tracer, is_weight, leaves_with_paths
+from subspace_jax.core import PyTree, StructureError, is_tracer, is_weight, leaves_with_paths, nested_weights
 from subspace_jax.weights import LowRank
 
 
@@ -61,16 +61,16 @@ def scales_of(adapted: PyTree) -> dict[str, float]:
       StructureError: the scales are being traced.
     """
 
-    def walk(path: str, weight: Any) -> Iterator[tuple[str, float]]:
-        if type(weight) is LowRank and weight.scale is not None:
-            if is_tracer(weight.scale):
-                raise StructureError(f"{path}: LoRA-Pro reads scales when it is made; make it outside of jax.jit.")
-            yield path, float(weight.scale)
-        for name, value in weight.data_items():
-            if is_weight(value):
-                yield from walk(f"{path}.{name}", value)
-
-    return {p: s for path, leaf in leaves_with_paths(adapted) if is_weight(leaf) for p, s in walk(path, leaf)}
+    weights = (nested_weights(leaf, path) for path, leaf in leaves_with_paths(adapted) if is_weight(leaf))
+    scales = {
+        path: weight.scale
+        for found in weights
+        for path, weight in found.items()
+        if type(weight) is LowRank and weight.scale is not None
+    }
+    if traced := [path for path, scale in scales.items() if is_tracer(scale)]:
+        raise StructureError(f"{traced[0]}: LoRA-Pro reads scales when it is made; make it outside of jax.jit.")
+    return {path: float(scale) for path, scale in scales.items()}
 
 
 def _pairs_of(path: str, weight: Any, place: int, pairs: list[Pair], scales: Mapping[str, float]) -> int:
