@@ -1,17 +1,41 @@
-"""Every block of the how-to pages runs, one after the other."""
+"""Every block of the how-to pages runs, one after the other; blocks of other libraries where those are installed."""
 
+import importlib
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = ["beyond-the-weight.md", "frameworks.md"]
+BLOCK = re.compile(r"```python( \w+)?\n(.*?)```", flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["beyond-the-weight.md"])
-def test_the_blocks_of_a_page_run(name):
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), flags=re.DOTALL)
+def run(name, library=None):
+    """Runs a page's own blocks, and those of one library."""
+    blocks = BLOCK.findall((DOCS / name).read_text())
     assert len(blocks) > 3
     names: dict = {}
-    for block in blocks:
-        exec(compile(block, name, "exec"), names)
+    if library:
+        names[library] = importlib.import_module(library)
+    for marked, block in blocks:
+        if not marked or marked.strip() == library:
+            exec(compile(block, name, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_blocks_of_a_page_run(name):
+    run(name)
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("library", ["keras", "equinox"])
+def test_the_shortest_code_for_other_libraries_gives_what_their_models_give(library, monkeypatch):
+    monkeypatch.setitem(os.environ, "KERAS_BACKEND", "jax")
+    pytest.importorskip(library)
+    found = run("frameworks.md", library)
+    plain = found["fn"](found["params"], found["x"])
+    assert plain.shape == (16, 3)
+    assert abs(found["y_hat"] - plain).max() < 1e-5

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "subspace_jax"
 
 # What each room may import of this library, from the ground floor to the roof.
 MAY_IMPORT = {
-    "core": set(),
+    "core": {"linalg"},
     "linalg": set(),
     "metrics": set(),
     "assets": set(),
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "methods": {"continual", "core", "linalg", "manifolds", "merging", "metrics", "optim", "weights"},
     "banks": {"core", "methods", "weights"},
     "modules": {"core", "weights"},
-    "io": {"core", "methods", "weights"},
+    "io": {"core", "linalg", "methods", "weights"},
     "training": {"core", "io", "sharding"},
     "errors": {"assets", "continual", "core", "io"},
 }

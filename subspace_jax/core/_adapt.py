@@ -302,6 +302,12 @@ def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None
             "methods: dora(pissa(rank=16))."
         )
     dtype = getattr(leaf, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+        raise PatternError(
+            f"{path}: holds {dtype}; adapt its real and its imaginary part, as two leaves of which the function makes "
+            "the array again, w = jax.lax.complex(p['re'], p['im']), run by "
+            'with_adapters(fn, on_materialize="allow").'
+        )
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise PatternError(
             f"{path}: holds {dtype or type(leaf).__name__}; only floating-point arrays can be adapted. "

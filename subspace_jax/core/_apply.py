@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from subspace_jax.core import _compat, _control_flow, _rules  # noqa: F401  (the latter two register rules)
+from subspace_jax.core import _compat, _control_flow, _rescaled, _rules  # noqa: F401  (the latter three register rules)
 from subspace_jax.core._context import Context
 from subspace_jax.core._interpret import CustomRules, Interpreter, OnMaterialize
 from subspace_jax.core._links import resolved
+from subspace_jax.core._nnx import advise, is_nnx_module, is_nnx_variable
 from subspace_jax.core._paths import path_string
 from subspace_jax.core._weight import Weight, is_weight
 from subspace_jax.core._weight_view import WeightView
@@ -67,8 +68,8 @@ def with_adapters(
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        # What holds no weight is one leaf: a module that the function changes in place must not be a copy.
-        leaves, treedef = jax.tree_util.tree_flatten_with_path((list(args), kwargs), is_leaf=_holds_no_weight)
+        # What holds no weight is one leaf: what the function changes in place must not be a copy.
+        leaves, treedef = jax.tree_util.tree_flatten_with_path((list(args), kwargs), is_leaf=_is_passed_on)
         paths = [path for path, _ in leaves]
         named = [(path_string(path), v) for path, v in leaves]
         linked = resolved({path: v for path, v in named if isinstance(v, Weight)})
@@ -91,7 +92,11 @@ def with_adapters(
 
         weights: list[Any] = [values[i] for i in places]
         abstract = [jax.ShapeDtypeStruct(w.shape, w.dtype, **_sharding(w)) for w in weights]
-        closed = jax.make_jaxpr(traced)(*abstract)
+        try:
+            closed = jax.make_jaxpr(traced)(*abstract)
+        except Exception as error:
+            advise(error)
+            raise
         standins = [
             WeightView.of(w.with_frozen_stopped(), path_string(paths[i][2:]))
             for i, w in zip(places, weights, strict=True)
@@ -115,8 +120,15 @@ def _assemble(outputs: dict[str, Any], results: list[Any], on_materialize: OnMat
     return jax.tree.unflatten(outputs["tree"], leaves)
 
 
-def _holds_no_weight(value: Any) -> bool:
-    return is_weight(value) or not any(is_weight(v) for v in jax.tree.leaves(value, is_leaf=is_weight))
+def _is_passed_on(value: Any) -> bool:
+    """Whether a part of the arguments reaches the function as it is: the same object, or a stand-in.
+
+    Variables of an `nnx.State` do not: the trace makes them again, so that the function may change them.
+    """
+    if is_weight(value):
+        return True
+    split = is_weight if is_nnx_module(value) else lambda v: is_weight(v) or is_nnx_variable(v)
+    return not any(map(split, jax.tree.leaves(value, is_leaf=split)))
 
 
 def _is_array(value: Any) -> bool:

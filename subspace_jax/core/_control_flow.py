@@ -21,6 +21,7 @@ _INLINED = {
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
 }
+_CHECKPOINTS = ("checkpoint", "remat", "remat2")
 # Calls with derivative rules of their own, which are written for arrays.
 _CUSTOM = {
     "custom_jvp_call": "call_jaxpr",
@@ -46,7 +47,7 @@ def _custom_call(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> lis
     return interpreter.run(_body(eqn), operands) if interpreter.custom_rules == "inline" else None
 
 
-@rule("checkpoint", "remat", "remat2")
+@rule(*_CHECKPOINTS)
 def _checkpoint(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     body, outside = _body(eqn), interpreter.context
 
@@ -93,7 +94,7 @@ def passed_through(program: _compat.Program) -> dict[int, int]:
     """Maps each output that is an input, unchanged, to that input; calls are looked into."""
     source = {v: i for i, v in enumerate(program.invars)}
     for eqn in program.eqns:
-        if eqn.primitive.name in _INLINED:
+        if eqn.primitive.name in _INLINED or eqn.primitive.name in _CHECKPOINTS:
             for out, inner in passed_through(_body(eqn)).items():
                 atom = eqn.invars[inner]
                 if not _compat.is_literal(atom) and atom in source:

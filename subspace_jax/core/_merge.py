@@ -14,6 +14,7 @@ from subspace_jax.core._links import resolve_links
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._types import Params
 from subspace_jax.core._weight import Weight, is_weight
+from subspace_jax.linalg import wide_dtype
 
 
 class Rounding(NamedTuple):
@@ -57,7 +58,7 @@ def merge(adapted: Params, *, keep_float32: bool = False) -> Params:
     def one(path: str, leaf: Any) -> Any:
         if not is_weight(leaf):
             return leaf
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32) if keep_float32 else leaf.dtype
+        dtype = wide_dtype(leaf.dtype) if keep_float32 else leaf.dtype
         array = _materialize(leaf, np.dtype(dtype))
         if not is_tracer(array) and not bool(jnp.isfinite(array).all()):
             bad = int((~jnp.isfinite(array)).sum())

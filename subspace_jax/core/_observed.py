@@ -111,11 +111,14 @@ class Observed(Weight):
         """Goes on observing what is computed of leaves and numbers alone: a kernel scaled, masked or normalized."""
         rest = [v for v in operands if not isinstance(v, WeightView)]
         if primitive != "select_n" and any(jnp.size(v) > 1 and v.dtype != bool for v in rest):
-            matrix = sum(n > 1 for n in self.shape) > 1
-            if matrix and primitive in ("mul", "div") and any(jnp.shape(v) == self.shape for v in rest):
+            seen = next(v.shape for v in operands if isinstance(v, WeightView))
+            matrix = sum(n > 1 for n in seen) > 1 and primitive in ("mul", "div")
+            if matrix and any(jnp.shape(v) == seen for v in rest):
                 # Entry by entry with an array of the leaf's shape: a mask, as likely as anything.
                 self.notes.uses[path] = Role("other", primitive=primitive)
-            return results
+            along_axes = matrix and all(jnp.size(v) < self.size and results[0].shape == seen for v in rest)
+            if not along_axes:  # what scales rows or columns leaves the kernel one
+                return results
         self.notes.uses[path] = Role("other", primitive=primitive)
         views = [(v, v.weight) for v in operands if isinstance(v, WeightView) and isinstance(v.weight, Observed)]
         out = []

@@ -203,6 +203,18 @@ class Lookup(Operation):
         sizes = tuple(1 if i == axis else n for i, n in enumerate(array.shape))
         return lax.gather(array, x, numbers, sizes, **self.parameters)
 
+    def reads(self, index: jax.Array, size: int) -> jax.Array:
+        """Tells which indices read the table of `size` entries; those outside are clipped, or give the fill value."""
+        inside = (index >= 0) & (index < size)
+        return inside | (self.parameters["mode"] != lax.GatherScatterMode.FILL_OR_DROP)
+
+    def place(self, rows: jax.Array) -> jax.Array:
+        """Returns rows `[*index, out]` as the operation's result has its axes."""
+        names, sizes = self._bond(self.role.out_axes)
+        made = (*self.x_labels, *names)
+        unfolded = rows.reshape(*rows.shape[:-1], *sizes)
+        return jnp.transpose(unfolded, [made.index(n) for n in self.out_labels])
+
     @property
     def in_labels(self) -> Labels:
         """Label of the axis that is looked up."""

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from subspace_jax.core._errors import RoleError
 from subspace_jax.core._role import Role
+from subspace_jax.linalg import wide_dtype
 
 if TYPE_CHECKING:
     from subspace_jax.core._operation import Operation
@@ -84,6 +85,12 @@ class Weight(abc.ABC):
                 # float64 where JAX has it, else float32: never weakly typed, so that every scale is of one type.
                 object.__setattr__(self, name, jnp.asarray(value, jnp.result_type(float)))
 
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(_not_an_array(self, "indexed"))
+
+    def __jax_array__(self) -> jax.Array:
+        raise TypeError(_not_an_array(self, "used as an array"))
+
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
@@ -136,7 +143,7 @@ class Weight(abc.ABC):
 
         The base class forms the array. A weight overrides this where its parts give the norms for less.
         """
-        matrix = self.role.matrix(self.materialize(jnp.promote_types(self.dtype, jnp.float32)))
+        matrix = self.role.matrix(self.materialize(wide_dtype(self.dtype)))
         return jnp.sum(matrix * matrix, axis=-2)
 
     def learning_size(self, name: str) -> int | None:
@@ -401,6 +408,15 @@ def _without_repeats(entries: list[Any]) -> PartitionSpec:
         kept.append(None if names & used else entry)
         used |= names
     return PartitionSpec(*kept)
+
+
+def _not_an_array(weight: Weight, use: str) -> str:
+    return (
+        f"A stand-in weight ({weight.method or type(weight).__name__} of shape {weight.shape}) was {use} by a model "
+        "that does not know it. Run a function of the parameters by sj.with_adapters(fn)(adapted, ...); for an NNX "
+        "model that is fn = lambda params, x: nnx.merge(graph, params, rest)(x), never a live module that holds "
+        "stand-ins. sj.merge(adapted) gives ordinary arrays to write back."
+    )
 
 
 def is_weight(value: Any) -> bool:

@@ -32,8 +32,9 @@ class SVD(NamedTuple):
 
 
 def wide_dtype(dtype) -> jnp.dtype:
-    """Returns the dtype for decompositions: float32, or float64 for float64 input."""
-    return jnp.promote_types(dtype, jnp.float32)
+    """Returns the dtype to compute in: float32, or float64 for float64 input."""
+    # Floats of 8 and fewer bits, which JAX does not promote by itself, count as those of 16.
+    return jnp.promote_types(jnp.bfloat16 if jnp.finfo(dtype).bits <= 8 else dtype, jnp.float32)
 
 
 def fix_signs(

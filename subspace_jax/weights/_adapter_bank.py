@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import MaterializeError, Operation, Weight, register_weight, static
+from subspace_jax.core import Lookup, MaterializeError, Operation, Weight, register_weight, static
 from subspace_jax.weights._lengths import column_lengths
 from subspace_jax.weights._low_rank import LowRank
 
@@ -93,11 +93,26 @@ class AdapterBank(Weight):
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on the base plus that on the factors of the adapter `row`."""
         self._check_row()
-        weight, gains = self.one(self.row), self.gains()
-        if gains is None:
-            return weight.contract(x, operation)
-        gain = self._pick(gains, self.row)
-        return operation.scale_outputs(x, gain, lambda x: weight.contract(x, operation))
+        gains = self.gains()
+
+        def added(x: jax.Array) -> jax.Array:
+            if isinstance(operation, Lookup) and len(self.role.in_axes) == 1 and not self.role.stack_axes:
+                return self._look_up(x, operation)
+            return self.one(self.row).contract(x, operation)
+
+        return added(x) if gains is None else operation.scale_outputs(x, self._pick(gains, self.row), added)
+
+    def _look_up(self, x: jax.Array, operation: Lookup) -> jax.Array:
+        """A lookup in all adapters' tables as one, so that no table is copied for a row of the batch."""
+        words, index = self.a.shape[-2], x[..., 0]
+        kept = jnp.clip(index, 0, words - 1)
+        found = jnp.take(self.a.reshape(-1, self.rank), self.row * words + kept, axis=0)
+        scale = jnp.take(self.scale, self.row).astype(found.dtype)
+        # Outside of the table the base's own result stands: a fill value, which an addition must not change.
+        found = found * jnp.where(operation.reads(index, words), scale, 0)[..., None]
+        y = jnp.matmul(found.astype(operation.dtype), self._pick(self.b, self.row).astype(operation.dtype))
+        base = self.base.contract(x, operation) if isinstance(self.base, Weight) else operation.apply(x, self.base)
+        return base + operation.place(y).astype(base.dtype)
 
     def materialize(self, dtype: Any = None) -> jax.Array:
         """Returns the array of the adapter `row`, added in float32."""

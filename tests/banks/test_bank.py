@@ -273,3 +273,23 @@ def test_bad_input_is_refused(case):
     wrong = dataclasses.replace(pissa["w"], base=pissa["w"].base + 1.0)
     with pytest.raises(StructureError, match="differs from the shared base by 1"):
         sj.bank(params, [{**pissa, "w": wrong}])
+
+
+@pytest.mark.optimized
+def test_a_table_in_a_bank_is_read_where_it_is_and_not_copied_for_each_row():
+    words, rank, rows = 4000, 4, jnp.array([1, 0, 2, 1, 2, 0, 1, 2])
+    params = {"table": jax.random.normal(KEY, (words, 6))}
+    roles = {"table": sj.Role.embedding()}
+    made = [filled(sj.adapt(params, {"table": sj.lora(rank)}, key=KEY, roles=roles), i) for i in range(2)]
+    bank = sj.bank(params, made)
+    index = jax.random.randint(KEY, (8, 3), -2, words + 2)
+    for mode in ("clip", "fill"):
+        fn = lambda p, i, mode=mode: jnp.take(p["table"], i, axis=0, mode=mode)
+        run = jax.jit(sj.per_row(fn))
+        found = run(bank, rows, index)
+        for i, row in enumerate(rows):
+            alone = fn(params if row == 0 else sj.merge(made[row - 1]), index[i : i + 1])
+            assert_rounding(jnp.nan_to_num(found[i : i + 1]), jnp.nan_to_num(alone), size=32)
+            np.testing.assert_array_equal(jnp.isnan(found[i : i + 1]), jnp.isnan(alone))
+        memory = run.lower(bank, rows, index).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < words * rank * 4  # less than one table of one adapter

@@ -69,6 +69,18 @@ NOT_FORMED = {
         lambda p, x: lax.map(lambda i: x @ lax.dynamic_slice_in_dim(p["w"], i * 4, 4, 1), jnp.arange(3)),
         (6, 12),
     ),
+    "scaled": (lambda p, x: x @ (p["w"] * 0.5), (6, 5)),
+    "scaled by what is traced": (lambda p, x: x @ (jnp.mean(x) * p["w"]), (6, 5)),
+    "divided": (lambda p, x: x @ (p["w"] / jnp.sqrt(6.0)), (6, 5)),
+    "negated": (lambda p, x: x @ -p["w"], (6, 5)),
+    "scaled heads": (lambda p, x: jnp.einsum("bi,ihk->bhk", x, 2.0 * p["w"]), (6, 2, 4)),
+    "outputs scaled": (lambda p, x: x @ (p["w"] * jnp.arange(5.0)), (6, 5)),
+    "inputs scaled": (lambda p, x: x @ (p["w"] * jnp.arange(6.0)[:, None] / x[0][:, None]), (6, 5)),
+    "each of several heads scaled": (
+        lambda p, x: jnp.einsum("bi,ihk->bhk", x, p["w"] * jnp.array([[1.0], [3.0]]) * jnp.arange(4.0)),
+        (6, 2, 4),
+    ),
+    "transposed, scaled and cut": (lambda p, x: x @ (p["w"].T * jnp.arange(5.0)).T[:, :6].T, (5, 6)),
 }
 
 
@@ -83,6 +95,21 @@ def test_views_of_a_kernel_are_not_formed(name, method):
     check(fn, shape, X, rules={"w": methods[method]})
 
 
+def test_factors_that_vary_along_both_sides_or_entries_need_the_array():
+    for factor in (jnp.ones((6, 5)), jnp.ones((6, 1)) * jnp.arange(5.0)):
+        fn = lambda p, x, factor=factor: x @ (p["w"] * factor)
+        adapted = filled({"w": normal(6, 5)}, {"w": sj.lora(2)}, {})
+        with pytest.raises(MaterializeError, match=r"^w: .*'mul'"):
+            sj.with_adapters(fn)(adapted, X)
+    convolution = lambda p, x: lax.conv_general_dilated(x, p["w"] * jnp.arange(4.0)[:, None], (1,), "SAME", **WIO)
+    adapted = filled({"w": normal(3, 4, 5)}, {"w": sj.lora(2)}, {"w": sj.Role("conv", (), (0, 1), (2,))})
+    with pytest.raises(MaterializeError, match=r"^w: .*'mul'"):
+        sj.with_adapters(convolution)(adapted, normal(2, 7, 4))
+
+
+WIO = {"dimension_numbers": ("NWC", "WIO", "NWC")}
+
+
 def test_entries_of_what_is_no_matrix_are_not_moved_with_its_axes():
     base = normal(2, 3, 4)
     options = {"dtype": base.dtype, "trainable": ("values",), "indices": jnp.array([5]), "values": jnp.ones(1)}
@@ -94,11 +121,7 @@ def test_entries_of_what_is_no_matrix_are_not_moved_with_its_axes():
 FORMED = {
     "masked": (lambda p, x: x @ jnp.tril(p["w"]), (6, 6)),
     "weight norm": (lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)), (6, 5)),
-    "scaled": (lambda p, x: x @ (p["w"] * 0.5), (6, 5)),
-    "halved": (lambda p, x: x @ (p["w"] / jnp.sqrt(6.0)), (6, 5)),
-    "negated": (lambda p, x: x @ -p["w"], (6, 5)),
     "rounded": (lambda p, x: x @ lax.reduce_precision(p["w"], 8, 7), (6, 5)),
-    "scaled heads": (lambda p, x: jnp.einsum("bi,ihk->bhk", x, 2.0 * p["w"]), (6, 2, 4)),
     "penalty": (lambda p, x: x @ p["w"] + jnp.sum(p["w"] ** 2), (6, 5)),
 }
 
@@ -315,3 +338,29 @@ def test_roles_written_by_hand_are_not_marked_as_found():
     assert roles["w"].found
     assert not sj.adapt({"w": normal(6, 5)}, {"w": sj.lora(1)}, key=KEY, roles=roles)["w"].role.found
     assert dataclasses.replace(roles["w"], found=False) == roles["w"]
+
+
+def test_complex_weights_are_adapted_in_their_parts():
+    w = jax.lax.complex(normal(6, 5), normal(6, 5, seed=3))
+    with pytest.raises(PatternError, match=r"^w: holds complex64; adapt its real and its imaginary part"):
+        sj.adapt({"w": w}, {"w": sj.lora(2)}, key=KEY)
+    fn = lambda p, x: jnp.abs(x.astype(jnp.complex64) @ lax.complex(p["re"], p["im"]))
+    params = {"re": w.real, "im": w.imag}
+    adapted = filled(params, {"*": sj.lora(2)}, sj.roles(fn, params, X))
+    found = sj.with_adapters(fn, on_materialize="allow")(adapted, X)
+    assert_rounding(found, fn(sj.merge(adapted), X), size=64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn])
+def test_weights_of_few_bits_are_computed_in_float32_and_rounded_once(dtype):
+    w = normal(6, 5).astype(dtype)
+    wide = lambda p, x: x @ p["w"].astype(jnp.float32)
+    for method in (sj.lora(2), sj.dora(sj.lora(2)), sj.pissa(2), sj.lift(2, filter_rank=2)):
+        adapted = filled({"w": w}, {"w": method}, None)
+        exact = sj.merge(adapted, keep_float32=True)["w"]
+        rounded = sj.merge(adapted)["w"]
+        assert exact.dtype == jnp.float32
+        assert rounded.dtype == dtype
+        np.testing.assert_array_equal(rounded.astype(jnp.float32), exact.astype(dtype).astype(jnp.float32))
+        allowed = sj.with_adapters(wide, on_materialize="allow")
+        assert_rounding(allowed(adapted, X), X @ exact, size=64)

@@ -12,6 +12,7 @@ from subspace_jax.core import Weight
 from subspace_jax.io.peft._checks import require_parts
 from subspace_jax.io.peft._layout import unstack
 from subspace_jax.io.peft._names import TensorPlace
+from subspace_jax.linalg import wide_dtype
 from subspace_jax.methods.low_rank.dora import Magnitude
 from subspace_jax.weights import LowRank
 
@@ -42,7 +43,7 @@ def lengths_of(weight: Any, place: TensorPlace) -> list[np.ndarray | None]:
 def with_lengths(low_rank: LowRank, lengths: np.ndarray, place: TensorPlace) -> Weight:
     """Returns the weight with lengths `[*stack, out]`, as `dora(lora(...))` makes it."""
     array = jnp.asarray(low_rank.base)
-    matrix = place.role.matrix(array).astype(jnp.promote_types(array.dtype, jnp.float32))
+    matrix = place.role.matrix(array).astype(wide_dtype(array.dtype))
     return Magnitude(
         # The frozen part of the lengths, once, so that no step reads every weight for it.
         direction=dataclasses.replace(low_rank, base_squares=jnp.sum(matrix * matrix, axis=-2), method=""),

@@ -11,6 +11,7 @@ from subspace_jax.core import Weight
 from subspace_jax.io._errors import ManifestError
 from subspace_jax.io.peft._checks import check_shapes
 from subspace_jax.io.peft._reading import Reading
+from subspace_jax.linalg import wide_dtype
 from subspace_jax.weights import SparseDelta
 
 _KEY = "trainable_token_indices"
@@ -46,7 +47,7 @@ def unpack_rows(reading: Reading) -> dict[str, Weight]:
         weights[place.path] = SparseDelta(
             base=array,
             indices=jnp.asarray((rows[order, None] * array.shape[1] + columns).reshape(-1), jnp.int32),
-            values=jnp.asarray(values[order].reshape(-1), jnp.promote_types(array.dtype, jnp.float32)),
+            values=jnp.asarray(values[order].reshape(-1), wide_dtype(array.dtype)),
             **reading.fields(place),
             trainable=("values",),
             method="trainable_tokens",

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import InitFn, Leaf, Method, PlanFn, Role, Weight, check_choice
+from subspace_jax.linalg import wide_dtype
 from subspace_jax.methods.low_rank.dora._weight import Magnitude
 from subspace_jax.weights import LowRank
 
@@ -91,5 +92,5 @@ def _warn_of_zero_columns(squares: jax.Array, shape: tuple[int, ...]) -> None:
 
 def _squares(array: jax.Array, role: Role) -> jax.Array:
     """Squared norms of the output columns, `[*stack, out]`."""
-    matrix = role.matrix(array).astype(jnp.promote_types(array.dtype, jnp.float32))
+    matrix = role.matrix(array).astype(wide_dtype(array.dtype))
     return jnp.sum(matrix * matrix, axis=-2)
