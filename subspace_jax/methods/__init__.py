@@ -10,6 +10,7 @@ from subspace_jax.methods.low_rank import loldu as loldu
 from subspace_jax.methods.low_rank import lora as lora
 from subspace_jax.methods.low_rank import lora_sb as lora_sb
 from subspace_jax.methods.low_rank import matryoshka as matryoshka
+from subspace_jax.methods.low_rank import orthogonal_adaptation as orthogonal_adaptation
 from subspace_jax.methods.low_rank import pissa as pissa
 from subspace_jax.methods.low_rank import svfit as svfit
 from subspace_jax.methods.merging import do_merging as do_merging
@@ -48,6 +49,7 @@ __all__ = [
     "matryoshka",
     "o_lora",
     "oft",
+    "orthogonal_adaptation",
     "orthomerge",
     "osf",
     "pissa",

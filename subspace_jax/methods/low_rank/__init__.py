@@ -6,6 +6,7 @@ from subspace_jax.methods.low_rank import loldu as loldu
 from subspace_jax.methods.low_rank import lora as lora
 from subspace_jax.methods.low_rank import lora_sb as lora_sb
 from subspace_jax.methods.low_rank import matryoshka as matryoshka
+from subspace_jax.methods.low_rank import orthogonal_adaptation as orthogonal_adaptation
 from subspace_jax.methods.low_rank import pissa as pissa
 from subspace_jax.methods.low_rank import svfit as svfit
 
@@ -16,6 +17,7 @@ __all__ = [
     "lora",
     "lora_sb",
     "matryoshka",
+    "orthogonal_adaptation",
     "pissa",
     "svfit",
 ]
