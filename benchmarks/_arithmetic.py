@@ -55,6 +55,11 @@ def lora(rank: int) -> Products:
     return lambda k: k.frozen + 3 * k.factor(k.outputs, rank) + (2 + k.below) * k.factor(k.inputs, rank)
 
 
+def output_factor(rank: int) -> Products:
+    """LoRA whose factor of the inputs is frozen, and has no gradient of its own."""
+    return lambda k: k.frozen + (2 + k.below) * k.factor(k.outputs, rank) + (1 + k.below) * k.factor(k.inputs, rank)
+
+
 def dora(rank: int) -> Products:
     """LoRA, and the cross term of the squared lengths of columns, which are not differentiated."""
     return lambda k: lora(rank)(k) + 2.0 * k.inputs * k.outputs * rank

@@ -18,6 +18,7 @@ from benchmarks._measure import Runner, interleaved, paired_ratio, step_cost
 from benchmarks._models import Plain, StepConfig, cross_entropy, linen
 from benchmarks._variants import Variant, of_tree
 from experiments.runner import human_bytes
+from subspace_jax.methods.low_rank.orthogonal_adaptation import orthogonal_adaptation
 
 TARGETS = {
     "all": ("query", "key", "value", "out", "mlp_in", "mlp_out", "head"),
@@ -86,6 +87,7 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
         "pissa": Arm(sj.pissa(rank), of_rank),
         "corda": Arm(sj.corda(rank), of_rank, statistics="gram"),
         "matryoshka": Arm(sj.matryoshka(sj.lora(rank)), of_rank),
+        "orthogonal_adaptation": Arm(orthogonal_adaptation(2 * rank, concept=0), arithmetic.output_factor(2 * rank)),
         "flora": Arm(sj.flora(rank), arithmetic.tucker(rank)),
         "lora_xs": Arm(sj.methods.lora_sb.lora_xs(square), arithmetic.core(square)),
         "lora_sb": Arm(sj.lora_sb(square, learning_rate=1e-3), arithmetic.core(square), statistics="gradient"),

@@ -10,6 +10,7 @@ import optax
 
 import subspace_jax as sj
 from experiments.tasks.text_job import KERNELS
+from subspace_jax.methods.low_rank.orthogonal_adaptation import orthogonal_adaptation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ ARMS: dict[str, Arm] = {
     "lora_sb": Arm(_kernels(lambda: sj.lora_sb(64, learning_rate=1e-3)), 1e-3, needs="gradient"),
     "lora_xs": Arm(_kernels(lambda: sj.methods.lora_sb.lora_xs(64)), 3e-3),
     "matryoshka": Arm(_kernels(lambda: sj.matryoshka(sj.lora(4))), 1e-3),
+    "orthogonal_adaptation": Arm(_kernels(lambda: orthogonal_adaptation(8, concept=0)), 3e-3),
     "flora": Arm(_kernels(lambda: sj.flora(4)), 1e-2),
     "randlora": Arm(_kernels(lambda: sj.randlora(32)), 3e-3),
     "oft": Arm(_kernels(lambda: sj.oft(16)), 3e-3),

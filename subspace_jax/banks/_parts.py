@@ -26,7 +26,8 @@ class Part:
       gain: `[*stack, out]`, what columns are multiplied with; None for one.
       magnitude: `[*stack, out]`, the lengths of columns that `gain` was made of; None without.
       has_magnitude: whether the adapter has a magnitude of its own.
-      learns: whether the adapter can go on learning in a bank: it is a LoRA or a DoRA on the untouched array.
+      learns: whether the adapter can go on learning in a bank: it is a LoRA or a DoRA on the untouched array, and both
+        of its factors learn.
     """
 
     a: Any
@@ -69,7 +70,8 @@ def part_of(path: str, weight: Any, base: Any, what: str) -> Part:
         raise StructureError(f"{path}: {what} has a {type(weight).__name__} of {weight.method!r} here. {_MEND}")
     if weight.start_a is None or weight.start_b is None:
         _check_base(path, weight.base, base, what)
-        return Part(weight.a, weight.b, weight.scale)
+        # What freezes a side, as Orthogonal Adaptation does, would lose that in a bank that trains both.
+        return Part(weight.a, weight.b, weight.scale, learns={"a", "b"} <= set(weight.trainable))
     start = dataclasses.replace(weight, a=weight.start_a, b=weight.start_b, start_a=None, start_b=None)
     _check_residual(path, start, base, what)
     return Part(*weight.original_factors(), weight.scale, learns=False)

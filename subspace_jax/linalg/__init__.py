@@ -47,6 +47,7 @@ from subspace_jax.linalg._subspace import transport as transport
 from subspace_jax.linalg._subspace import wide_matmul as wide_matmul
 from subspace_jax.linalg._svd import SVD as SVD
 from subspace_jax.linalg._svd import fix_signs as fix_signs
+from subspace_jax.linalg._svd import product_svd as product_svd
 from subspace_jax.linalg._svd import randomized_svd as randomized_svd
 from subspace_jax.linalg._svd import truncated_svd as truncated_svd
 from subspace_jax.linalg._svd import wide_dtype as wide_dtype
@@ -88,6 +89,7 @@ __all__ = [
     "kronecker_svd",
     "newton_schulz",
     "orthonormalize",
+    "product_svd",
     "project",
     "randomized_svd",
     "rearrange",

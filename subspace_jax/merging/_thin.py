@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.linalg import fix_signs, truncated_svd, whole_matrices, wide_matmul
+from subspace_jax.linalg import product_svd, truncated_svd, whole_matrices, wide_matmul
 from subspace_jax.merging._change import Change, Factored, formed
 from subspace_jax.merging._site import Site
 
@@ -35,21 +35,12 @@ def thin_svd(change: Change, site: Site, rank: int | None = None) -> Thin:
       rank: how many triples; as many as there can be if None.
     """
     if isinstance(change, Factored) and change.gain is None:
-        found = _of_factors(change.a, change.b)
+        u, s, vt = product_svd(change.a, change.b)
     else:
         matrix = site.matrix_of(formed(change, site.base))
         u, s, vt = truncated_svd(matrix, min(matrix.shape[-2:]))
-        found = Thin(u, s, jnp.swapaxes(vt, -1, -2))
+    found = Thin(u, s, jnp.swapaxes(vt, -1, -2))
     return found if rank is None else Thin(*(part[..., :rank] for part in found))
-
-
-@jax.jit
-def _of_factors(a: jax.Array, b: jax.Array) -> Thin:
-    left, r = jnp.linalg.qr(whole_matrices(a))
-    right, q = jnp.linalg.qr(jnp.swapaxes(whole_matrices(b), -1, -2))
-    u, s, vt = jnp.linalg.svd(wide_matmul(r, jnp.swapaxes(q, -1, -2)), full_matrices=False)
-    u, vt = fix_signs(u, vt)
-    return Thin(wide_matmul(left, u), s, wide_matmul(right, jnp.swapaxes(vt, -1, -2)))
 
 
 @jax.jit

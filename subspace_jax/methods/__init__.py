@@ -9,7 +9,9 @@ from subspace_jax.methods.low_rank import dora as dora
 from subspace_jax.methods.low_rank import loldu as loldu
 from subspace_jax.methods.low_rank import lora as lora
 from subspace_jax.methods.low_rank import lora_sb as lora_sb
+from subspace_jax.methods.low_rank import lora_squeeze as lora_squeeze
 from subspace_jax.methods.low_rank import matryoshka as matryoshka
+from subspace_jax.methods.low_rank import orthogonal_adaptation as orthogonal_adaptation
 from subspace_jax.methods.low_rank import pissa as pissa
 from subspace_jax.methods.low_rank import svfit as svfit
 from subspace_jax.methods.merging import do_merging as do_merging
@@ -45,9 +47,11 @@ __all__ = [
     "lora",
     "lora_pro",
     "lora_sb",
+    "lora_squeeze",
     "matryoshka",
     "o_lora",
     "oft",
+    "orthogonal_adaptation",
     "orthomerge",
     "osf",
     "pissa",

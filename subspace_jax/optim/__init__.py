@@ -14,6 +14,9 @@ from subspace_jax.optim._matrix_views import check_paths as check_paths
 from subspace_jax.optim._matrix_views import map_matrices as map_matrices
 from subspace_jax.optim._matrix_views import matrix_views as matrix_views
 from subspace_jax.optim._matrix_views import refuse_unseen as refuse_unseen
+from subspace_jax.optim._moments import FIRST_MOMENTS as FIRST_MOMENTS
+from subspace_jax.optim._moments import SECOND_MOMENTS as SECOND_MOMENTS
+from subspace_jax.optim._moments import map_moments as map_moments
 from subspace_jax.optim._moments import project_momentum as project_momentum
 from subspace_jax.optim._moments import reset_moments as reset_moments
 from subspace_jax.optim._project import ProjectState as ProjectState
@@ -33,6 +36,8 @@ from subspace_jax.optim._subspace_map import matrix_shape as matrix_shape
 from subspace_jax.optim._subspace_map import subspace_map as subspace_map
 
 __all__ = [
+    "FIRST_MOMENTS",
+    "SECOND_MOMENTS",
     "Decomposition",
     "InSubspaceState",
     "Leaves",
@@ -51,6 +56,7 @@ __all__ = [
     "is_zero",
     "like_updates",
     "map_matrices",
+    "map_moments",
     "matrix_shape",
     "matrix_views",
     "project_momentum",

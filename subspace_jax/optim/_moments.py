@@ -73,6 +73,12 @@ def map_moments(state: OptState, functions: Mapping[str, Callable[[Any], Any]]) 
     Args:
       state: any optax state.
       functions: what to map a field of this name with; only named tuples with a moment among their fields count.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, subspace_jax as sj
+      >>> state = optax.trace(0.9).init({"w": jnp.ones(2)})
+      >>> sj.optim.map_moments(state, {"trace": lambda tree: {"w": tree["w"] + 1}}).trace["w"].tolist()
+      [1.0, 1.0]
     """
     moments = {*FIRST_MOMENTS, *SECOND_MOMENTS}
 

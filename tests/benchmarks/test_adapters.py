@@ -13,7 +13,15 @@ pytestmark = pytest.mark.optimized
 # Full width, since the share of what is no product grows as models shrink; one layer, to compile less.
 CONFIG = adapters.Config(layers=1, rounds=0, longer=0)
 # What is beside the products: norms, softmax, GELU, the optimizer, and what a method computes of its small parts.
-MOST = {"lora": 1.02, "dora": 1.03, "randlora": 1.02, "oft": 1.03, "ssf": 1.02, "loldu": 1.02}
+MOST = {
+    "lora": 1.02,
+    "dora": 1.03,
+    "randlora": 1.02,
+    "oft": 1.03,
+    "ssf": 1.02,
+    "loldu": 1.02,
+    "orthogonal_adaptation": 1.02,
+}
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 
 from benchmarks._compilations import compilations
-from subspace_jax.linalg import fix_signs, randomized_svd, truncated_svd, wide_dtype
+from subspace_jax.linalg import fix_signs, product_svd, randomized_svd, truncated_svd, wide_dtype
 
 
 def decaying(rng, m, n, power):
@@ -30,6 +30,20 @@ def test_truncated_svd_is_numpys_truncation(shape, rank):
     assert found.vt.shape == (rank, shape[1])
     np.testing.assert_allclose(found.s, s[:rank], rtol=1e-5)
     np.testing.assert_allclose(product(found), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-5 * s[0])
+
+
+@pytest.mark.parametrize(("inputs", "rank", "outputs"), [(20, 4, 12), (5, 9, 7), (6, 6, 6)])
+def test_svd_of_a_product_is_numpys_whatever_the_factors(inputs, rank, outputs):
+    rng = np.random.default_rng(5)
+    left, right = rng.normal(size=(2, inputs, rank)), rng.normal(size=(2, rank, outputs))
+    gauge = rng.normal(size=(rank, rank)) + 3 * np.eye(rank)
+    s = np.linalg.svd(left @ right, compute_uv=False)[:, : min(inputs, rank, outputs)]
+    found = product_svd(jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32))
+    assert found.s.shape == s.shape
+    np.testing.assert_allclose(found.s, s, atol=1e-5 * s.max())
+    np.testing.assert_allclose(product(found), left @ right, atol=1e-5 * s.max())
+    other = product_svd(jnp.asarray(left @ gauge, jnp.float32), jnp.asarray(np.linalg.inv(gauge) @ right, jnp.float32))
+    np.testing.assert_allclose(other.u, found.u, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])

@@ -5,7 +5,9 @@ from subspace_jax.methods.low_rank import dora as dora
 from subspace_jax.methods.low_rank import loldu as loldu
 from subspace_jax.methods.low_rank import lora as lora
 from subspace_jax.methods.low_rank import lora_sb as lora_sb
+from subspace_jax.methods.low_rank import lora_squeeze as lora_squeeze
 from subspace_jax.methods.low_rank import matryoshka as matryoshka
+from subspace_jax.methods.low_rank import orthogonal_adaptation as orthogonal_adaptation
 from subspace_jax.methods.low_rank import pissa as pissa
 from subspace_jax.methods.low_rank import svfit as svfit
 
@@ -15,7 +17,9 @@ __all__ = [
     "loldu",
     "lora",
     "lora_sb",
+    "lora_squeeze",
     "matryoshka",
+    "orthogonal_adaptation",
     "pissa",
     "svfit",
 ]
