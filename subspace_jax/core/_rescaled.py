@@ -98,8 +98,8 @@ def _factor(value: WeightView, other: Any) -> dict[str, jax.Array] | None:
 
 def _rescaled(value: WeightView, **factor: jax.Array) -> list[Any]:
     weight = value.weight
-    options: dict[str, Any] = {"role": weight.role, "dtype": weight.dtype, "trainable": ("inner", *factor)}
-    return [dataclasses.replace(value, weight=Rescaled(inner=weight, **options, **factor))]
+    fields: dict[str, Any] = {"role": weight.role, "dtype": weight.dtype, "trainable": ("inner", *factor), **factor}
+    return [dataclasses.replace(value, weight=Rescaled(inner=weight, **fields))]
 
 
 @rule("mul")

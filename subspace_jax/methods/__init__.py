@@ -16,9 +16,11 @@ from subspace_jax.methods.low_rank import pissa as pissa
 from subspace_jax.methods.low_rank import svfit as svfit
 from subspace_jax.methods.merging import do_merging as do_merging
 from subspace_jax.methods.merging import orthomerge as orthomerge
+from subspace_jax.methods.optimizers import aro as aro
 from subspace_jax.methods.optimizers import dct_lowrank as dct_lowrank
 from subspace_jax.methods.optimizers import galore as galore
 from subspace_jax.methods.optimizers import lora_pro as lora_pro
+from subspace_jax.methods.optimizers import root as root
 from subspace_jax.methods.regularized import lambda_orthogonality as lambda_orthogonality
 from subspace_jax.methods.sparse import lift as lift
 from subspace_jax.methods.sparse import s2ft as s2ft
@@ -31,6 +33,7 @@ from subspace_jax.methods.structured import ssf as ssf
 from subspace_jax.methods.systems import gcr as gcr
 
 __all__ = [
+    "aro",
     "corda",
     "coso",
     "dct_lowrank",
@@ -56,6 +59,7 @@ __all__ = [
     "osf",
     "pissa",
     "randlora",
+    "root",
     "s2ft",
     "soka",
     "ssf",

@@ -29,6 +29,11 @@ from subspace_jax.optim._rates import with_rate as with_rate
 from subspace_jax.optim._riemannian import RiemannianState as RiemannianState
 from subspace_jax.optim._riemannian import riemannian as riemannian
 from subspace_jax.optim._rounding import without_rounding as without_rounding
+from subspace_jax.optim._scale_matrices import MatricesState as MatricesState
+from subspace_jax.optim._scale_matrices import MatrixStep as MatrixStep
+from subspace_jax.optim._scale_matrices import Parts as Parts
+from subspace_jax.optim._scale_matrices import adam_direction as adam_direction
+from subspace_jax.optim._scale_matrices import scale_matrices as scale_matrices
 from subspace_jax.optim._subspace_map import Moments as Moments
 from subspace_jax.optim._subspace_map import SideRule as SideRule
 from subspace_jax.optim._subspace_map import SubspaceMap as SubspaceMap
@@ -41,13 +46,17 @@ __all__ = [
     "Decomposition",
     "InSubspaceState",
     "Leaves",
+    "MatricesState",
+    "MatrixStep",
     "MatrixView",
     "Moments",
+    "Parts",
     "ProjectState",
     "RiemannianState",
     "SandwichState",
     "SideRule",
     "SubspaceMap",
+    "adam_direction",
     "check_paths",
     "filled",
     "in_complement",
@@ -67,6 +76,7 @@ __all__ = [
     "rest_without_gradient",
     "riemannian",
     "sandwich",
+    "scale_matrices",
     "subspace_map",
     "with_rate",
     "without_rounding",

@@ -104,13 +104,13 @@ class AdapterBank(Weight):
 
     def _look_up(self, x: jax.Array, operation: Lookup) -> jax.Array:
         """A lookup in all adapters' tables as one, so that no table is copied for a row of the batch."""
-        words, index = self.a.shape[-2], x[..., 0]
+        words, index, row = self.a.shape[-2], x[..., 0], jnp.asarray(self.row)
         kept = jnp.clip(index, 0, words - 1)
-        found = jnp.take(self.a.reshape(-1, self.rank), self.row * words + kept, axis=0)
-        scale = jnp.take(self.scale, self.row).astype(found.dtype)
+        found = jnp.take(self.a.reshape(-1, self.rank), row * words + kept, axis=0)
+        scale = jnp.take(self.scale, row).astype(found.dtype)
         # Outside of the table the base's own result stands: a fill value, which an addition must not change.
         found = found * jnp.where(operation.reads(index, words), scale, 0)[..., None]
-        y = jnp.matmul(found.astype(operation.dtype), self._pick(self.b, self.row).astype(operation.dtype))
+        y = jnp.matmul(found.astype(operation.dtype), self._pick(self.b, row).astype(operation.dtype))
         base = self.base.contract(x, operation) if isinstance(self.base, Weight) else operation.apply(x, self.base)
         return base + operation.place(y).astype(base.dtype)
 

@@ -227,6 +227,21 @@ CASES = (
     Case("dct_adam", lambda rate: sj.dct_adam(rate, 4, b1=0.5, b2=0.9, transform="fft", roles=ROLES)),
     Case("trion", lambda rate: sj.trion(rate, 4, vector_scale=1.0, roles=ROLES), converges=False),
     Case(
+        "root",
+        lambda rate: sj.methods.root.root(rate, momentum=0.5, weight_decay=0.0, roles=ROLES),
+        None,
+        converges=False,
+    ),
+    Case("aro", lambda rate: sj.methods.aro.aro(rate, beta=0.5, weight_decay=0.0, roles=ROLES), None, converges=False),
+    Case(
+        "clip_and_orthogonalize",
+        lambda rate: optax.chain(
+            sj.methods.root.clip_by_quantile(roles=ROLES), sj.methods.root.orthogonalize(roles=ROLES), momentum(rate)
+        ),
+        None,
+        converges=False,
+    ),
+    Case(
         "osf_dense",
         lambda rate: sj.methods.osf.projection(adam(rate), split(), mode="dense", roles=ROLES),
         None,
@@ -276,6 +291,8 @@ ALIASES = (
         lambda rate, decay: sj.dct_adam(rate, 2, weight_decay=decay),
         lambda: sj.methods.dct_lowrank.scale_by_dct_adam(2),
     ),
+    (lambda rate, decay: sj.methods.root.root(rate, weight_decay=decay), lambda: sj.methods.root.scale_by_root()),
+    (lambda rate, decay: sj.methods.aro.aro(rate, weight_decay=decay), lambda: sj.methods.aro.scale_by_aro()),
     (lambda rate, decay: sj.trion(rate, 2, weight_decay=decay), lambda: sj.methods.dct_lowrank.scale_by_trion(2)),
     (
         lambda rate, decay: sj.lora_pro(rate, weight_decay=decay, adapted=adapted()),

@@ -267,6 +267,7 @@ def test_an_alias_is_its_direction_with_decay_and_a_rate(alias, direction):
 
 
 NUMBERS = {"learning_rate": 0.1, "weight_decay": 0.1, "b1": 0.8, "b2": 0.9, "eps": 1e-6}
+STATIC_ROOT = ("nesterov", "safe", "steps", "largest")
 PAIR = {"learning_rate": 0.1, "weight_decay": 0.1, "delta": 1e-8}
 
 
@@ -278,6 +279,8 @@ PAIR = {"learning_rate": 0.1, "weight_decay": 0.1, "delta": 1e-8}
         (sj.scale_by_coso, {"b1": 0.8, "r1": 2, "r2": 2, "tasks": 2}, ("r1", "r2", "gap", "tasks")),
         (sj.dct_adam, NUMBERS | {"rank": 2}, ("rank", "every", "norm", "largest")),
         (sj.trion, NUMBERS | {"rank": 2, "momentum": 0.9}, ("rank", "norm", "largest")),
+        (sj.methods.root.root, NUMBERS | {"quantile": 0.8, "momentum": 0.9, "rms": 0.1}, STATIC_ROOT),
+        (sj.methods.aro.aro, NUMBERS | {"beta": 0.9, "rms": 0.1}, ("passes", "simultaneous", "largest")),
         (sj.lora_pro, PAIR | {"adapted": adapted()}, ("adapted",)),
         (sj.methods.lora_pro.lora_pro_adam, NUMBERS | PAIR | {"adapted": adapted()}, ("adapted",)),
         (sj.methods.lift.lift_adam, NUMBERS, ()),

@@ -1,11 +1,15 @@
 """Published optimizers: gradient transformations."""
 
+from subspace_jax.methods.optimizers import aro as aro
 from subspace_jax.methods.optimizers import dct_lowrank as dct_lowrank
 from subspace_jax.methods.optimizers import galore as galore
 from subspace_jax.methods.optimizers import lora_pro as lora_pro
+from subspace_jax.methods.optimizers import root as root
 
 __all__ = [
+    "aro",
     "dct_lowrank",
     "galore",
     "lora_pro",
+    "root",
 ]

@@ -31,7 +31,7 @@ from subspace_jax.methods.optimizers.dct_lowrank._oriented import (
     restored,
     wide_zeros,
 )
-from subspace_jax.optim import Leaves, MatrixView, is_hole, matrix_views, with_rate
+from subspace_jax.optim import Leaves, MatrixView, adam_direction, is_hole, matrix_views, with_rate
 
 
 class TrionState(NamedTuple):
@@ -135,7 +135,7 @@ def scale_by_trion(
         states = zip(*map(held.of, trees), strict=True)
         for gradient, view, (moved, mu, nu) in zip(held.arrays, matrix_views(updates, roles), states, strict=True):
             if is_hole(moved) or view is None:
-                step, mu, nu = _adam(gradient, mu, nu, count)
+                step, mu, nu = adam_direction(gradient, mu, nu, count, b1, b2, eps)
                 made.append((vector_scale * step).astype(gradient.dtype))
             else:
                 step, moved = _orthogonal(gradient, view, moved)
@@ -143,11 +143,6 @@ def scale_by_trion(
             kept.append((moved, mu, nu))
         new = [held.kept([parts[i] for parts in kept], old) for i, old in enumerate(trees)]
         return held.tree(made), TrionState(count, *new)
-
-    def _adam(gradient: jax.Array, mu: jax.Array, nu: jax.Array, count: jax.Array) -> Any:
-        wide = gradient.astype(jnp.float32)
-        mu, nu = b1 * mu + (1 - b1) * wide, b2 * nu + (1 - b2) * wide * wide
-        return (mu / (1 - b1**count)) / (jnp.sqrt(nu / (1 - b2**count)) + eps), mu, nu
 
     def _orthogonal(gradient: jax.Array, view: MatrixView, moved: jax.Array) -> tuple[jax.Array, jax.Array]:
         whole = moved + oriented(view, gradient.astype(jnp.float32))
