@@ -79,6 +79,8 @@ def optimizers(config: Config) -> dict[str, Callable[[int], optax.GradientTransf
             sj.methods.dct_lowrank.scale_by_dct_adam(rank, error_feedback=False)
         ),
         "sj.methods.dct_lowrank.scale_by_trion": lambda every: rated(sj.methods.dct_lowrank.scale_by_trion(rank)),
+        "sj.methods.root.scale_by_root": lambda every: rated(sj.methods.root.scale_by_root()),
+        "sj.methods.aro.scale_by_aro": lambda every: rated(sj.methods.aro.scale_by_aro()),
     }
 
 

@@ -33,14 +33,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import subspace_jax as sj
 from experiments.runner import Context, Experiment, Tuning, best_runs, with_spread
-from experiments.tasks import digits_task
+from experiments.tasks import digits_race
 from subspace_jax.linalg import select_columns
 
 
@@ -82,61 +81,9 @@ def arms(config: DctConfig) -> dict[str, optax.GradientTransformation]:
 
 def run(config: DctConfig, context: Context) -> dict[str, Any]:
     """Measures the energies, then trains every arm."""
-    digits, runs = digits_task.load_digits(), []
-    trainers = {name: _training(transformation, config) for name, transformation in arms(config).items()}
-    jobs = [(name, rate) for name in trainers for rate in config.rates]
-    for name, rate in context.track(jobs, "digits"):
-        for seed in config.seeds:
-            params = _network(config, seed)
-            trained, losses = trainers[name](params, jax.random.key(seed), digits.x, digits.y, jnp.float32(rate))
-            state = jax.eval_shape(arms(config)[name].init, params)
-            logits = digits_task.network(trained, digits.x_test)
-            runs.append(
-                {
-                    **{"method": name, "learning_rate": rate, "seed": seed, "loss": float(jnp.mean(losses[-20:]))},
-                    "accuracy": float(jnp.mean(logits.argmax(-1) == digits.y_test)),
-                    "state_values": int(sum(v.size for v in jax.tree.leaves(state))),
-                }
-            )
+    options = {name: getattr(config, name) for name in ("width", "steps", "batch_size", "rates", "seeds")}
+    runs = digits_race.race(arms(config), context, **options)
     return {"runs": runs, "energies": [_energies(seed) for seed in config.seeds]}
-
-
-def _network(config: DctConfig, seed: int) -> Any:
-    rng, width = np.random.default_rng(seed), config.width
-    sizes = (64, width, width, 10)
-    names = ("hidden_0", "hidden_1", "out")
-    return {
-        name: {
-            "kernel": jnp.asarray(rng.normal(size=(i, o)) * np.sqrt(2 / i), jnp.float32),
-            "bias": jnp.zeros(o),
-        }
-        for name, i, o in zip(names, sizes, sizes[1:], strict=False)
-    }
-
-
-def _training(transformation: optax.GradientTransformation, config: DctConfig) -> Any:
-    """One compiled program for all rates and seeds."""
-
-    @jax.jit
-    def train(params: Any, key: jax.Array, x: jax.Array, y: jax.Array, rate: jax.Array) -> tuple[Any, jax.Array]:
-        optimizer = optax.chain(transformation, optax.scale_by_learning_rate(rate))
-
-        def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-            params, state = carry
-            rows = jax.random.randint(key, (config.batch_size,), 0, len(x))
-
-            def loss(params: Any) -> jax.Array:
-                logits = digits_task.network(params, x[rows])
-                return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
-
-            value, gradients = jax.value_and_grad(loss)(params)
-            updates, state = optimizer.update(gradients, state, params)
-            return (optax.apply_updates(params, updates), state), value
-
-        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, config.steps))
-        return params, losses
-
-    return train
 
 
 def _energies(seed: int, size: int = 64, rows: int = 64, coefficient: float = 0.9) -> dict[str, list[float]]:
