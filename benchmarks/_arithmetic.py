@@ -115,6 +115,11 @@ def cosine(k: Kernel) -> float:
     return full(k) + 4.0 * k.inputs * k.outputs * (k.inputs + k.outputs)
 
 
+def kernelized(rank: int) -> Products:
+    """A formed kernel with the products of two factors in it, made twice, and the gradients of both."""
+    return lambda k: full(k) + 4 * 2.0 * rank * k.inputs * k.outputs
+
+
 def elementwise(kernel: Kernel) -> float:
     """What learns takes no product."""
     return kernel.frozen

@@ -26,6 +26,7 @@ TARGETS = {
 }
 S2FT = {"**/out/kernel": sj.s2ft(1 / 8, heads=8), "**/mlp_out/kernel": sj.s2ft(1 / 24)}
 RATE = 1e-4
+SARA = 1.7e-3  # about LoRA's number of entries of these kernels are smaller
 # Seconds of training relative to LoRA's, of PEFT's own comparison of methods on a language model.
 PUBLISHED_BY_PEFT = {"randlora": 1.51, "dora": 1.26, "osf": 2.8, "oft": 1.26}
 
@@ -57,6 +58,7 @@ class Arm:
       optimizer: makes its optimizer of the adapted tree; Adam after a global-norm clip if None.
       statistics: name of what it starts from.
       rules: rules of its own, in place of `method` on the adapted kernels.
+      of_statistics: makes such rules of the captured statistics and the roles.
       pattern: what of a layer the method takes.
       note: what a reader has to know.
     """
@@ -66,6 +68,7 @@ class Arm:
     optimizer: Callable[[Any], optax.GradientTransformation] | None = None
     statistics: str = ""
     rules: Mapping[str, Any] | None = None
+    of_statistics: Callable[[Any, Any], Mapping[Any, Any]] | None = None
     pattern: str = "kernel"
     note: str = ""
 
@@ -98,6 +101,28 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
         "svfit": Arm(sj.svfit(config.width), of_width),
         "loldu": Arm(sj.loldu(), of_width),
         "lift": Arm(sj.lift(rank, filter_rank=8 * rank), arithmetic.full, lambda _: sj.methods.lift.lift_adam(RATE)),
+        "sara": Arm(
+            sj.methods.sara.sara(SARA),
+            arithmetic.full,
+            _sara,
+            note="a singular value decomposition a step, which is not counted",
+        ),
+        "spt": Arm(
+            None,
+            statistics="squared_gradient",
+            of_statistics=lambda stats, roles: _spt(stats, roles, config, trained),
+            note="modules and entries where a batch of random tokens is sensitive",
+        ),
+        "mosa": Arm(
+            None,
+            rules={"**/mlp_out/*": sj.methods.mosa.mosa(max(1, trained // (2 * config.width * config.layers)))},
+            note="an adapter after each MLP, whatever others adapt; one pass of merged parts, training takes two",
+        ),
+        "snell": Arm(
+            sj.methods.snell.snell(rank, sparsity=0.9, dropout=0.0, drop_path=0.0),
+            arithmetic.kernelized(rank),
+            note="the sorting of magnitudes is no product",
+        ),
         "s2ft": Arm(None, rules=S2FT, note="rows of the attention's and the MLP's outputs, whatever others adapt"),
         "ssf": Arm(sj.ssf(), arithmetic.elementwise, pattern="*", note="kernels and biases, norms left out"),
         "osf": Arm(sj.osf(0.5), optimizer=_osf, note="half of all singular triples learn, far more values than LoRA's"),
@@ -112,6 +137,15 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
 def _alternating(tree: Any) -> optax.GradientTransformation:
     del tree
     return sj.methods.loca.alternating(optax.adam(RATE), optax.adam(RATE), cutoff_step=1000)
+
+
+def _sara(tree: Any) -> optax.GradientTransformation:
+    return sj.methods.sara.sara_adam(RATE, tree, threshold=SARA, reselect_after=1000)
+
+
+def _spt(stats: Any, roles: Any, config: Config, trained: int) -> Mapping[Any, Any]:
+    found = sj.methods.spt.allocate(stats, trained, roles=roles, rank=config.rank, step=2_000)
+    return {found.paths: sj.methods.spt.spt(found)}
 
 
 def _osf(tree: Any) -> optax.GradientTransformation:
@@ -130,6 +164,8 @@ def variant(plain: Plain, name: str, arm: Arm, targets: tuple[str, ...], tokens:
         select = [f"**/{kernel}/kernel" for kernel in targets]
         stats = sj.capture(loss, plain.params, [tokens], statistics=arm.statistics, select=select)  # pyright: ignore[reportArgumentType]
     roles = sj.roles(plain.apply, plain.params, tokens)
+    if arm.of_statistics:
+        rules = arm.of_statistics(stats, roles)
     adapted = sj.adapt(plain.params, rules, key=jax.random.key(1), stats=stats, roles=roles)
     own = arm.optimizer(adapted) if arm.optimizer else None
     return of_tree(plain, adapted, name, "lora", note=arm.note, own=own)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from rich.console import Console
 
@@ -93,7 +94,26 @@ def methods(config: Config) -> dict[str, tuple[dict[str, sj.Method], Make]]:
         ),
         "lora": ({KERNELS: sj.lora(rank)}, adam),
         "qpissa": ({KERNELS: sj.qpissa(rank)}, adam),
+        "snell": ({KERNELS: sj.methods.snell.snell(rank, sparsity=0.9, dropout=0.0, drop_path=0.0)}, adam),
+        "snella": (
+            {KERNELS: sj.methods.snella.snella(rank, sparsity=0.9, dropout=0.0, drop_path=0.0)},
+            lambda frozen: sj.methods.snella.with_importance(adam(frozen)),
+        ),
+        "dense, masked": ({KERNELS: sj.full()}, lambda frozen: optax.chain(masked(), adam(frozen))),
     }
+
+
+def masked() -> optax.GradientTransformation:
+    """Lets the gradient through where a stored mask of every array says so, as sparse tuning with a mask does."""
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(lambda v: jnp.zeros(v.shape, bool), params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda g, mask: jnp.where(mask, g, 0), updates, state), state
+
+    return optax.GradientTransformation(init, update)
 
 
 class Compiler:

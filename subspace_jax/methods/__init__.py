@@ -23,7 +23,12 @@ from subspace_jax.methods.optimizers import lora_pro as lora_pro
 from subspace_jax.methods.optimizers import root as root
 from subspace_jax.methods.regularized import lambda_orthogonality as lambda_orthogonality
 from subspace_jax.methods.sparse import lift as lift
+from subspace_jax.methods.sparse import mosa as mosa
 from subspace_jax.methods.sparse import s2ft as s2ft
+from subspace_jax.methods.sparse import sara as sara
+from subspace_jax.methods.sparse import snell as snell
+from subspace_jax.methods.sparse import snella as snella
+from subspace_jax.methods.sparse import spt as spt
 from subspace_jax.methods.structured import flora as flora
 from subspace_jax.methods.structured import loca as loca
 from subspace_jax.methods.structured import oft as oft
@@ -52,6 +57,7 @@ __all__ = [
     "lora_sb",
     "lora_squeeze",
     "matryoshka",
+    "mosa",
     "o_lora",
     "oft",
     "orthogonal_adaptation",
@@ -61,7 +67,11 @@ __all__ = [
     "randlora",
     "root",
     "s2ft",
+    "sara",
+    "snell",
+    "snella",
     "soka",
+    "spt",
     "ssf",
     "svfit",
 ]

@@ -113,19 +113,26 @@ class Bottleneck(Weight):
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns what the kernel gives and the module adds."""
         y = operation.apply(x, self.base)
-        own = features_last(y, operation.out_labels, operation.role.out_axes, self.shape)
-        if self.reads:
-            kept = operation.context.read(self.reads)
-            if kept is None:
-                raise RoleError(
-                    f"{operation.name}: the module reads an input that no kernel has kept before it in this block. "
-                    "Name by reads= a kernel that runs before this one, and let the rule match both."
-                )
-            hidden = kept
-        else:
-            hidden = own if self.bias is None else own + self.bias.reshape(-1).astype(own.dtype)
-        added = self.module(hidden.astype(operation.dtype)).astype(y.dtype)
+        added = self.module(self.read(y, operation)).astype(y.dtype)
         return y + added.reshape(y.shape)
+
+    def read(self, y: jax.Array, operation: Operation) -> jax.Array:
+        """Returns what the module reads, features last: the output `y` with its bias, or an input kept before.
+
+        Raises:
+          RoleError: nothing was kept, or the features are not the last axes.
+        """
+        own = features_last(y, operation.out_labels, operation.role.out_axes, self.shape)
+        if not self.reads:
+            hidden = own if self.bias is None else own + self.bias.reshape(-1).astype(own.dtype)
+            return hidden.astype(operation.dtype)
+        kept = operation.context.read(self.reads)
+        if kept is None:
+            raise RoleError(
+                f"{operation.name}: the module reads an input that no kernel has kept before it in this block. "
+                "Name by reads= a kernel that runs before this one, and let the rule match both."
+            )
+        return kept.astype(operation.dtype)
 
     def module(self, hidden: jax.Array) -> jax.Array:
         """Returns what the module makes of rows of features, `[..., in]` to `[..., out]`."""

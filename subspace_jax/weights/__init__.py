@@ -1,8 +1,12 @@
 """Stand-in weights that several methods share, and helpers to write others."""
 
 from subspace_jax.weights._adapter_bank import AdapterBank as AdapterBank
+from subspace_jax.weights._chosen_entries import entries_on_host as entries_on_host
+from subspace_jax.weights._chosen_entries import largest_of_all as largest_of_all
+from subspace_jax.weights._chosen_entries import positions_of as positions_of
 from subspace_jax.weights._convolution import feature_place as feature_place
 from subspace_jax.weights._draw_basis import draw_basis as draw_basis
+from subspace_jax.weights._dropout import drop_examples as drop_examples
 from subspace_jax.weights._dropout import drop_inputs as drop_inputs
 from subspace_jax.weights._dropout import step_keys as step_keys
 from subspace_jax.weights._entries import entries_at as entries_at
@@ -37,18 +41,22 @@ __all__ = [
     "SparseMode",
     "column_lengths",
     "draw_basis",
+    "drop_examples",
     "drop_inputs",
     "entries_at",
+    "entries_on_host",
     "feature_place",
     "flat_entries",
     "hidden_zeros",
     "in_blocks",
     "largest_entries",
+    "largest_of_all",
     "lora_scale",
     "map_weights",
     "migrate_entries",
     "original_arrays",
     "placed_as",
+    "positions_of",
     "quantize_nf4",
     "step_keys",
     "unflat_entries",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import subspace_jax as sj
-from subspace_jax.core import Statistics
+from subspace_jax.core import Leaf, Statistics
 from subspace_jax.methods.low_rank.orthogonal_adaptation import orthogonal_adaptation
 
 from .kernels import KERNELS, make_inputs, make_params, model
@@ -71,6 +71,13 @@ METHODS = (
     Case("lift_blocks", lambda rank: sj.lift(rank, filter_rank=rank, blocks=(2, 1)), whole=True),
     Case("s2ft_in", lambda rank: sj.s2ft(0.5), refuses=("conv_strided", "conv_dilated", "conv_grouped"), whole=True),
     Case("s2ft_out", lambda rank: sj.s2ft(0.5, side="out", parameterization="in_place"), whole=True),
+    Case("sara", lambda _: sj.methods.sara.sara(0.3, slots=60)),
+    Case("spt", lambda rank: _sensitive(rank, alpha=10.0), whole=True),
+    Case("spt_entries", lambda rank: _sensitive(rank, alpha=1e-9)),
+    Case("snell", lambda rank: sj.methods.snell.snell(2 * rank, sparsity=0.4), start=2e-2, whole=True),
+    Case("snell_rbf", lambda rank: _snell(rank, sparsity=0.3, kernel="rbf", rule="hard", pieces=1), start=3.0),
+    # All that is its own is the kernel matrix; the rest is the weight of snell.
+    Case("snella", lambda rank: sj.methods.snella.snella(2 * rank, sparsity=0.3), start=1e-1),
     Case("loldu", lambda rank: sj.loldu(rank, sigma=0.5), start=1e-5),
     Case("loldu_whole", lambda _: sj.loldu(), start=1e-5),
     Case("corda", lambda rank: _with_gram(sj.corda(rank, alpha=3.0)), start=1e-5),
@@ -109,6 +116,25 @@ def _with_gradient(method: sj.Method) -> sj.Method:
         return method.init(key, array, role, Statistics(gradient=gradient))
 
     return sj.Method(method.name, init)
+
+
+def _sensitive(rank: int, alpha: float) -> sj.Method:
+    """SPT with some gradient in place of a captured one; a battery decides leaf by leaf."""
+
+    def init(key, array, role, stats):
+        square = np.random.default_rng(9).random(array.shape)
+        stats = {"w": Statistics(squared_gradient=square.astype(np.float32))}
+        spt, options = sj.methods.spt, {"roles": {"w": role}, "rank": rank, "step": 1, "alpha": alpha}
+        total = rank * sum(role.sizes(array.shape)) * int(np.prod(role.stack_shape(array.shape)))
+        found = spt.allocate(stats, total if alpha > 1 else 9, **options)
+        make = spt.spt(found, dropout=0.3).plan(key, {"w": Leaf(array, role)})["w"]
+        return make(key, array, role, None)
+
+    return sj.Method("spt", init)
+
+
+def _snell(rank: int, **options: Any) -> sj.Method:
+    return sj.methods.snell.snell(rank, **options)
 
 
 def _with_gram(method: sj.Method) -> sj.Method:

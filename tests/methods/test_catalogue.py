@@ -10,6 +10,7 @@ from experiments import runner
 from subspace_jax.core import register
 from tests.contract.methods import METHODS
 from tests.merging.test_contract import MERGERS
+from tests.modules.contract import MODULES
 from tests.optim.contract import TRANSFORMATIONS
 
 ROOT = Path(__file__).parents[2]
@@ -56,12 +57,12 @@ def test_every_home_registers():
 
 
 def test_every_stand_in_is_in_the_battery_of_weights(source):
-    """A function of a home that returns a `Method` is a case of the contract battery."""
-    tested = {name for case in METHODS for name in case.factory.__code__.co_names}
+    """A function of a home that returns a `Method` is a case of the contract battery, or of that of modules."""
+    tested = {name for case in (*METHODS, *MODULES) for name in case.factory.__code__.co_names}
     for name in source.public:
         value = getattr(getattr(sj.methods, source.slug), name)
         if inspect.isfunction(value) and value.__annotations__.get("return") == "Method":
-            assert name in tested, f"{source.slug}.{name}: add a Case to tests/contract/methods.py"
+            assert name in tested, f"{source.slug}.{name}: add a Case to the battery of weights or of modules"
 
 
 def returns_a_transformation(value) -> bool:
@@ -88,7 +89,7 @@ def test_every_merger_is_in_the_battery_of_mergers(source):
 def test_entries_come_by_family_and_name():
     names = [(source.family, source.slug) for source in SOURCES]
     assert names == sorted(set(names))
-    assert [s.slug for s in sj.catalogue("sparse")] == ["lift", "s2ft"]
+    assert [s.slug for s in sj.catalogue("sparse")] == ["lift", "mosa", "s2ft", "sara", "snell", "snella", "spt"]
 
 
 def test_bad_entries_are_refused():

@@ -223,6 +223,15 @@ CASES = (
         absent="full",
     ),
     Case("lift_adam", lambda rate: sj.methods.lift.lift_adam(rate)),
+    Case(
+        "sara_adam",
+        lambda rate: sj.methods.sara.sara_adam(
+            rate, adapted(), threshold=1.0, reselect_after=3, b1=0.5, b2=0.9, weight_decay=0.0
+        ),
+        leaves=("matrix", "full", "low_rank", "vector"),
+        absent="matrix",
+    ),
+    Case("with_importance", lambda rate: sj.methods.snella.with_importance(adam(rate)), variant=True),
     Case("coso", lambda rate: sj.coso(rate, 4, 6, 5, "in", b1=0.5, b2=0.9, roles=ROLES)),
     Case("dct_adam", lambda rate: sj.dct_adam(rate, 4, b1=0.5, b2=0.9, transform="fft", roles=ROLES)),
     Case("trion", lambda rate: sj.trion(rate, 4, vector_scale=1.0, roles=ROLES), converges=False),
@@ -305,6 +314,12 @@ ALIASES = (
     (
         lambda rate, decay: sj.methods.lift.lift_adam(rate, weight_decay=decay),
         lambda: sj.methods.lift.scale_by_lift_adam(),
+    ),
+    (
+        lambda rate, decay: sj.methods.sara.sara_adam(
+            rate, adapted(), threshold=1.0, reselect_after=None, weight_decay=decay
+        ),
+        lambda: sj.methods.sara.scale_by_sara(adapted(), threshold=1.0, reselect_after=None),
     ),
     (
         lambda rate, decay: sj.galore(rate, 2, scale=1.0, weight_decay=decay, eps=1e-8),
