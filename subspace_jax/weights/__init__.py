@@ -1,6 +1,7 @@
 """Stand-in weights that several methods share, and helpers to write others."""
 
 from subspace_jax.weights._adapter_bank import AdapterBank as AdapterBank
+from subspace_jax.weights._as_low_rank import AsLowRank as AsLowRank
 from subspace_jax.weights._convolution import feature_place as feature_place
 from subspace_jax.weights._draw_basis import draw_basis as draw_basis
 from subspace_jax.weights._dropout import drop_inputs as drop_inputs
@@ -29,6 +30,7 @@ from subspace_jax.weights._zeros import hidden_zeros as hidden_zeros
 __all__ = [
     "NF4",
     "AdapterBank",
+    "AsLowRank",
     "LowRank",
     "LowRankCore",
     "Route",
