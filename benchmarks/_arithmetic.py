@@ -60,6 +60,19 @@ def output_factor(rank: int) -> Products:
     return lambda k: k.frozen + (2 + k.below) * k.factor(k.outputs, rank) + (1 + k.below) * k.factor(k.inputs, rank)
 
 
+def pego(rank: int, modules: int) -> Products:
+    """A group of LoRAs with its penalty: products of the group with the kernel, and of outputs by outputs."""
+
+    def count(k: Kernel) -> float:
+        pairs, together = modules * (modules - 1) // 2, modules * rank
+        # With the kernel and each other's factors, forward and backward to the factors.
+        small = 2 * 2.0 * k.inputs * k.outputs * together + 3 * 2.0 * pairs * k.inputs * rank**2
+        small += 3 * 2.0 * pairs * k.outputs * rank**2
+        return lora(together)(k) + small + 3 * 2.0 * (modules + pairs) * k.outputs**2 * rank
+
+    return count
+
+
 def dora(rank: int) -> Products:
     """LoRA, and the cross term of the squared lengths of columns, which are not differentiated."""
     return lambda k: lora(rank)(k) + 2.0 * k.inputs * k.outputs * rank

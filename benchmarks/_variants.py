@@ -30,6 +30,7 @@ class Variant:
       baseline: name of the variant that it is divided by.
       freeze: tree of booleans over `learned`, True where `optax.masked` throws the update away.
       own: the method's own optimizer, in place of Adam.
+      penalty: a term of the loss, of the whole adapted tree.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Variant:
     baseline: str = "full"
     freeze: Any = None
     own: optax.GradientTransformation | None = None
+    penalty: Callable[[Any], jax.Array] | None = None
 
     def optimizer(self, *, bare: bool = False) -> optax.GradientTransformation:
         """Returns Adam after a global-norm clip, as the README shows it; Adam alone if `bare`."""
@@ -70,7 +72,8 @@ class Variant:
 
         def step(learned: Any, state: Any, fixed: Any, tokens: jax.Array):
             def loss(learned: Any) -> jax.Array:
-                return cross_entropy(self.forward(learned, fixed, tokens), tokens)
+                value = cross_entropy(self.forward(learned, fixed, tokens), tokens)
+                return value if self.penalty is None else value + self.penalty(sj.combine(learned, fixed))
 
             value, gradients = jax.value_and_grad(loss)(learned)
             updates, state = optimizer.update(gradients, state, learned)

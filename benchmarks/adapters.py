@@ -18,7 +18,9 @@ from benchmarks._measure import Runner, interleaved, paired_ratio, step_cost
 from benchmarks._models import Plain, StepConfig, cross_entropy, linen
 from benchmarks._variants import Variant, of_tree
 from experiments.runner import human_bytes
+from subspace_jax.methods.low_rank.block_lora import block_lora
 from subspace_jax.methods.low_rank.orthogonal_adaptation import orthogonal_adaptation
+from subspace_jax.methods.low_rank.pego import pego, penalty
 
 TARGETS = {
     "all": ("query", "key", "value", "out", "mlp_in", "mlp_out", "head"),
@@ -27,6 +29,7 @@ TARGETS = {
 S2FT = {"**/out/kernel": sj.s2ft(1 / 8, heads=8), "**/mlp_out/kernel": sj.s2ft(1 / 24)}
 RATE = 1e-4
 SARA = 1.7e-3  # about LoRA's number of entries of these kernels are smaller
+PEGO_NOTE = "its penalty is in the loss; of ten products of outputs by outputs the compiler counts the loop's one"
 # Seconds of training relative to LoRA's, of PEFT's own comparison of methods on a language model.
 PUBLISHED_BY_PEFT = {"randlora": 1.51, "dora": 1.26, "osf": 2.8, "oft": 1.26}
 
@@ -60,6 +63,7 @@ class Arm:
       rules: rules of its own, in place of `method` on the adapted kernels.
       of_statistics: makes such rules of the captured statistics and the roles.
       pattern: what of a layer the method takes.
+      penalty: what the method adds to the loss, of the whole adapted tree.
       note: what a reader has to know.
     """
 
@@ -70,6 +74,7 @@ class Arm:
     rules: Mapping[str, Any] | None = None
     of_statistics: Callable[[Any, Any], Mapping[Any, Any]] | None = None
     pattern: str = "kernel"
+    penalty: Callable[[Any], jax.Array] | None = None
     note: str = ""
 
 
@@ -83,6 +88,7 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
     """
     rank = config.rank
     square, share = round((trained / kernels) ** 0.5), trained // kernels
+    blocked = 4 * rank // 3 // 2 * 2  # of two blocks, at as many values
     of_rank, of_width = arithmetic.lora(rank), arithmetic.diagonal(config.width)
     found = {
         "lora": Arm(sj.lora(rank), of_rank),
@@ -91,6 +97,8 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
         "corda": Arm(sj.corda(rank), of_rank, statistics="gram"),
         "matryoshka": Arm(sj.matryoshka(sj.lora(rank)), of_rank),
         "orthogonal_adaptation": Arm(orthogonal_adaptation(2 * rank, concept=0), arithmetic.output_factor(2 * rank)),
+        "block_lora": Arm(block_lora(blocked, alpha=blocked**0.5), arithmetic.lora(blocked // 2)),
+        "pego": Arm(pego(rank // 4), arithmetic.pego(rank // 4, 4), penalty=_pego, note=PEGO_NOTE),
         "flora": Arm(sj.flora(rank), arithmetic.tucker(rank)),
         "lora_xs": Arm(sj.methods.lora_sb.lora_xs(square), arithmetic.core(square)),
         "lora_sb": Arm(sj.lora_sb(square, learning_rate=1e-3), arithmetic.core(square), statistics="gradient"),
@@ -148,6 +156,10 @@ def _spt(stats: Any, roles: Any, config: Config, trained: int) -> Mapping[Any, A
     return {found.paths: sj.methods.spt.spt(found)}
 
 
+def _pego(tree: Any) -> jax.Array:
+    return 1e-3 * penalty(tree)
+
+
 def _osf(tree: Any) -> optax.GradientTransformation:
     return sj.methods.osf.projection(optax.adam(RATE), tree)
 
@@ -168,7 +180,7 @@ def variant(plain: Plain, name: str, arm: Arm, targets: tuple[str, ...], tokens:
         rules = arm.of_statistics(stats, roles)
     adapted = sj.adapt(plain.params, rules, key=jax.random.key(1), stats=stats, roles=roles)
     own = arm.optimizer(adapted) if arm.optimizer else None
-    return of_tree(plain, adapted, name, "lora", note=arm.note, own=own)
+    return of_tree(plain, adapted, name, "lora", note=arm.note, own=own, penalty=arm.penalty)
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from subspace_jax.core import Role, StructureError, Weight, dense, static
 from subspace_jax.linalg import wide_dtype
-from subspace_jax.weights import LowRank, LowRankCore
+from subspace_jax.weights import AsLowRank, LowRank, LowRankCore
 
 
 @jax.tree_util.register_dataclass
@@ -97,6 +97,8 @@ def register_form(kind: type[Weight], form: Form) -> None:
 
 def form_of(weight: Any) -> Form | None:
     """Returns how a weight is merged in its parts, or None if it is formed."""
+    if isinstance(weight, AsLowRank):
+        return _FORMS[AsLowRank]
     return _FORMS.get(type(weight))
 
 
@@ -206,4 +208,5 @@ def _read_core(path: str, weight: LowRankCore, base: Any) -> Factored | None:
 
 
 register_form(LowRank, Form(_read_low_rank))
+register_form(AsLowRank, Form(lambda path, weight, base: _read_low_rank(path, weight.plain(), base)))
 register_form(LowRankCore, Form(_read_core))

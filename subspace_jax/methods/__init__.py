@@ -4,6 +4,7 @@ from subspace_jax.methods.continual import coso as coso
 from subspace_jax.methods.continual import gpm as gpm
 from subspace_jax.methods.continual import o_lora as o_lora
 from subspace_jax.methods.continual import osf as osf
+from subspace_jax.methods.low_rank import block_lora as block_lora
 from subspace_jax.methods.low_rank import corda as corda
 from subspace_jax.methods.low_rank import dora as dora
 from subspace_jax.methods.low_rank import loldu as loldu
@@ -12,6 +13,7 @@ from subspace_jax.methods.low_rank import lora_sb as lora_sb
 from subspace_jax.methods.low_rank import lora_squeeze as lora_squeeze
 from subspace_jax.methods.low_rank import matryoshka as matryoshka
 from subspace_jax.methods.low_rank import orthogonal_adaptation as orthogonal_adaptation
+from subspace_jax.methods.low_rank import pego as pego
 from subspace_jax.methods.low_rank import pissa as pissa
 from subspace_jax.methods.low_rank import svfit as svfit
 from subspace_jax.methods.merging import do_merging as do_merging
@@ -39,6 +41,7 @@ from subspace_jax.methods.systems import gcr as gcr
 
 __all__ = [
     "aro",
+    "block_lora",
     "corda",
     "coso",
     "dct_lowrank",
@@ -63,6 +66,7 @@ __all__ = [
     "orthogonal_adaptation",
     "orthomerge",
     "osf",
+    "pego",
     "pissa",
     "randlora",
     "root",

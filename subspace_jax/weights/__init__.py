@@ -1,6 +1,7 @@
 """Stand-in weights that several methods share, and helpers to write others."""
 
 from subspace_jax.weights._adapter_bank import AdapterBank as AdapterBank
+from subspace_jax.weights._as_low_rank import AsLowRank as AsLowRank
 from subspace_jax.weights._chosen_entries import entries_on_host as entries_on_host
 from subspace_jax.weights._chosen_entries import largest_of_all as largest_of_all
 from subspace_jax.weights._chosen_entries import positions_of as positions_of
@@ -33,6 +34,7 @@ from subspace_jax.weights._zeros import hidden_zeros as hidden_zeros
 __all__ = [
     "NF4",
     "AdapterBank",
+    "AsLowRank",
     "LowRank",
     "LowRankCore",
     "Route",

@@ -21,6 +21,7 @@ MOST = {
     "ssf": 1.02,
     "loldu": 1.02,
     "orthogonal_adaptation": 1.02,
+    "block_lora": 1.02,
 }
 
 

@@ -97,6 +97,6 @@ def test_bad_entries_are_refused():
     with pytest.raises(ValueError, match="already has 'lora'"):
         register("subspace_jax.methods.low_rank.lora", kinds=("weight",), **options)
     with pytest.raises(ValueError, match="kinds="):
-        register("subspace_jax.methods.low_rank.pego", kinds=("wait",), **options)  # pyright: ignore
+        register("subspace_jax.methods.low_rank.thing", kinds=("wait",), **options)  # pyright: ignore
     with pytest.raises(ValueError, match="registers from its home"):
         register("subspace_jax.weights._low_rank", kinds=("weight",), **options)

@@ -14,7 +14,7 @@ from subspace_jax.io.peft._layout import unstack
 from subspace_jax.io.peft._names import TensorPlace
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.methods.low_rank.dora import Magnitude
-from subspace_jax.weights import LowRank
+from subspace_jax.weights import AsLowRank, LowRank
 
 
 def is_dora(weight: Any) -> bool:
@@ -24,7 +24,7 @@ def is_dora(weight: Any) -> bool:
 
 def is_low_rank(weight: Any) -> bool:
     """Tells whether a weight is LoRA, or DoRA of LoRA."""
-    return isinstance(direction_of(weight), LowRank)
+    return isinstance(direction_of(weight), (LowRank, AsLowRank))
 
 
 def direction_of(weight: Any) -> Any:

@@ -44,7 +44,7 @@ from subspace_jax.io.peft._reading import Reading
 from subspace_jax.io.peft._starts import start_factors
 from subspace_jax.io.peft._tensors import per_leaf, tensor_name
 from subspace_jax.methods.low_rank.matryoshka import NestedLowRank
-from subspace_jax.weights import LowRank
+from subspace_jax.weights import AsLowRank, LowRank
 
 # Parts that a module has only if the config says so.
 _OPTIONAL = {"magnitude": "use_dora", "bias": "lora_bias"}
@@ -120,6 +120,9 @@ def _ranks_and_alphas(ranks: Mapping[str, int], scales: Mapping[str, float], sta
 def _plain(path: str, weight: Any) -> LowRank:
     """The low-rank part of a weight that `is_low_rank`, gains multiplied in."""
     inner: Any = direction_of(weight)
+    if isinstance(inner, AsLowRank):
+        require_parts(path, inner, "base", *inner.trainable)
+        return inner.plain()
     require_parts(path, inner, "base", "a", "b")
     return inner.plain() if isinstance(inner, NestedLowRank) else inner
 

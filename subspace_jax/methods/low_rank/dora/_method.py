@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from subspace_jax.core import InitFn, Leaf, Method, PlanFn, Role, Weight, check_choice
 from subspace_jax.linalg import wide_dtype
 from subspace_jax.methods.low_rank.dora._weight import Magnitude
-from subspace_jax.weights import LowRank
+from subspace_jax.weights import AsLowRank, LowRank
 
 
 def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> Method:
@@ -54,7 +54,7 @@ def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> 
         direction = init(key, array, role, stats)
         squares = _squares(array, role)
         _warn_of_zero_columns(squares, array.shape)
-        if isinstance(direction, LowRank) and not isinstance(direction.base, Weight):
+        if isinstance(direction, (LowRank, AsLowRank)) and not isinstance(direction.base, Weight):
             # The frozen part of the lengths, once, so that no step reads every weight for it.
             direction = dataclasses.replace(direction, base_squares=_squares(direction.base, role))
         return Magnitude(

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from subspace_jax.core import Operation, RoleError, Weight, register_weight, static
-from subspace_jax.weights import LowRank, column_lengths
+from subspace_jax.weights import AsLowRank, LowRank, column_lengths
 
 
 @register_weight
@@ -58,7 +58,7 @@ class Magnitude(Weight):
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the scaled operation; with dropout, the base's part of it sees the undropped input."""
-        inner = self.direction
+        inner = self.direction.plain() if isinstance(self.direction, AsLowRank) else self.direction
         if not isinstance(inner, LowRank) or inner.dropout_key is None:
             return operation.scale_outputs(x, self.factors(), lambda x: inner.contract(x, operation))
         dropped = inner.drop(x, operation)
