@@ -38,7 +38,17 @@ MAY_IMPORT = {
     "errors": {"assets", "continual", "core", "io"},
 }
 # No part of a published method stays behind in these, and one method uses another by its public names only.
-FAMILIES = ("low_rank", "structured", "sparse", "optimizers", "continual", "regularized", "merging", "systems")
+FAMILIES = (
+    "analysis",
+    "low_rank",
+    "structured",
+    "sparse",
+    "optimizers",
+    "continual",
+    "regularized",
+    "merging",
+    "systems",
+)
 
 
 def imported(path: Path) -> set[str]:

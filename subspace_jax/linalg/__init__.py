@@ -29,6 +29,8 @@ from subspace_jax.linalg._orthogonal import cayley as cayley
 from subspace_jax.linalg._orthogonal import cayley_neumann as cayley_neumann
 from subspace_jax.linalg._orthogonal import skew as skew
 from subspace_jax.linalg._orthogonal import skew_size as skew_size
+from subspace_jax.linalg._polar import PolarMethod as PolarMethod
+from subspace_jax.linalg._polar import polar as polar
 from subspace_jax.linalg._sharding import by_compiler as by_compiler
 from subspace_jax.linalg._sharding import whole_matrices as whole_matrices
 from subspace_jax.linalg._spectrum import Combine as Combine
@@ -60,6 +62,7 @@ __all__ = [
     "KroneckerSVD",
     "KroneckerSplit",
     "Mode",
+    "PolarMethod",
     "Residuals",
     "Selected",
     "Side",
@@ -89,6 +92,7 @@ __all__ = [
     "kronecker_svd",
     "newton_schulz",
     "orthonormalize",
+    "polar",
     "product_svd",
     "project",
     "randomized_svd",

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import expm
 from jaxtyping import Array, Float
 
-from subspace_jax.linalg import by_compiler, whole_matrices, wide_dtype, wide_matmul
+from subspace_jax.linalg import by_compiler, polar, whole_matrices, wide_dtype, wide_matmul
 
 
 def widened(*arrays: Float[Array, "... n k"]) -> tuple[Float[Array, "... n k"], ...]:
@@ -63,8 +63,7 @@ def _qr_frame(matrix: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
 
 def polar_frame(matrix: Float[Array, "*stack n k"]) -> Float[Array, "*stack n k"]:
     r"""Returns \(U V^T\) of the thin SVD: the nearest matrix with orthonormal columns."""
-    u, _, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    return product(u, vt)
+    return polar(matrix)
 
 
 def frobenius(a: Float[Array, "*stack n k"], b: Float[Array, "*stack n k"]) -> Float[Array, " *stack"]:

@@ -1,5 +1,6 @@
 """Published methods, one home each: `sj.methods.<slug>` has all public names of one."""
 
+from subspace_jax.methods.analysis import intruder_dimensions as intruder_dimensions
 from subspace_jax.methods.continual import coso as coso
 from subspace_jax.methods.continual import gpm as gpm
 from subspace_jax.methods.continual import o_lora as o_lora
@@ -20,6 +21,7 @@ from subspace_jax.methods.merging import do_merging as do_merging
 from subspace_jax.methods.merging import orthomerge as orthomerge
 from subspace_jax.methods.optimizers import aro as aro
 from subspace_jax.methods.optimizers import dct_lowrank as dct_lowrank
+from subspace_jax.methods.optimizers import frank_wolfe_dictionary as frank_wolfe_dictionary
 from subspace_jax.methods.optimizers import galore as galore
 from subspace_jax.methods.optimizers import lora_pro as lora_pro
 from subspace_jax.methods.optimizers import root as root
@@ -48,9 +50,11 @@ __all__ = [
     "do_merging",
     "dora",
     "flora",
+    "frank_wolfe_dictionary",
     "galore",
     "gcr",
     "gpm",
+    "intruder_dimensions",
     "lambda_orthogonality",
     "lift",
     "loca",

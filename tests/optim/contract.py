@@ -241,6 +241,12 @@ CASES = (
         None,
         converges=False,
     ),
+    Case(
+        "spectral_frank_wolfe",
+        lambda rate: sj.methods.frank_wolfe_dictionary.spectral_frank_wolfe(rate, roles=ROLES),
+        None,
+        converges=False,
+    ),
     Case("aro", lambda rate: sj.methods.aro.aro(rate, beta=0.5, weight_decay=0.0, roles=ROLES), None, converges=False),
     Case(
         "clip_and_orthogonalize",

@@ -70,8 +70,8 @@ def scale_by_aro(
       >>> optimizer = sj.methods.aro.scale_by_aro()
       >>> w = {"w": jnp.array([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0]])}
       >>> updates, _ = optimizer.update(w, optimizer.init(w))
-      >>> float(jnp.sqrt(jnp.mean(updates["w"] ** 2)).round(4))
-      0.20000000298023224
+      >>> round(float(jnp.sqrt(jnp.mean(updates["w"] ** 2))), 4)
+      0.2
     """
     check_int("scale_by_aro: passes", passes)
     check_choice("scale_by_aro: factorization", factorization, ("householder", "cholesky"))
