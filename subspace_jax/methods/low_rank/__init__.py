@@ -9,6 +9,7 @@ from subspace_jax.methods.low_rank import lora_squeeze as lora_squeeze
 from subspace_jax.methods.low_rank import matryoshka as matryoshka
 from subspace_jax.methods.low_rank import orthogonal_adaptation as orthogonal_adaptation
 from subspace_jax.methods.low_rank import pissa as pissa
+from subspace_jax.methods.low_rank import queryable_lora as queryable_lora
 from subspace_jax.methods.low_rank import svfit as svfit
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "matryoshka",
     "orthogonal_adaptation",
     "pissa",
+    "queryable_lora",
     "svfit",
 ]
