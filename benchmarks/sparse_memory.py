@@ -39,8 +39,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     notes = [
         f"A Llama of the shape {config.compared} with scanned, rematerialized layers, rank {config.rank}, "
         f"{config.sequences} x {config.length} tokens, compiled for one device and not run. What is held beside the "
-        "model's own parameters in bfloat16: what learns, the optimizer's state, and temporaries with outputs. `a "
-        f"layer more` is the difference of {config.layers[0]} and {config.layers[-1]} layers, by layer. `dense, masked` "
+        "model's own parameters in bfloat16: what learns, the optimizer's state, temporaries and outputs. `a layer "
+        f"more` is the difference of {config.layers[0]} and {config.layers[-1]} layers, by layer. `dense, masked` "
         "stores a mask of every kernel and masks dense gradients, with dense moments.",
     ]
     return {"measured": found, "layers": list(config.layers), "notes": notes}

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "continual": {"core", "metrics"},
     "optim": {"core", "linalg", "manifolds", "weights"},
     "merging": {"core", "linalg", "weights"},
-    "methods": {"continual", "core", "linalg", "manifolds", "merging", "metrics", "optim", "weights"},
+    "methods": {"continual", "core", "linalg", "manifolds", "merging", "metrics", "modules", "optim", "weights"},
     "banks": {"core", "methods", "weights"},
     "modules": {"core", "weights"},
     "io": {"core", "linalg", "methods", "weights"},

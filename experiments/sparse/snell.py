@@ -45,7 +45,7 @@ class SnellConfig:
     rank: int = 8
     density: float = 0.1
     steps: int = 4000
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    rates: tuple[float, ...] = (3e-2, 1e-1, 3e-1, 1.0, 3.0)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 

@@ -9,7 +9,24 @@ and of two tasks.
 
     python -m experiments run spt
 
-MEASURED
+Measured over five seeds, each arm at the best of six rates, accuracy in percent:
+
+| entries | sensitivity | magnitude | random |
+| --- | --- | --- | --- |
+| 0.5 % (122) | 85.7 ± 3.2 | 92.0 ± 0.5 | 91.1 ± 3.0 |
+| 1 % (245) | 90.1 ± 2.3 | 94.5 ± 0.6 | 94.5 ± 0.9 |
+| 3 % (737) | 94.8 ± 1.5 | 97.0 ± 0.4 | 96.8 ± 0.6 |
+
+At 896 values: SPT 96.8 ± 0.9, LoRA 97.0 ± 0.4, the most sensitive entries alone 95.2 ± 1.6.
+
+The claim does not reproduce where every arm has its own rate: the most sensitive entries are the worst choice, by 2 to
+6 points. Their lead is one of speed. At a rate of 3e-3 for all they are ahead of random ones by 3.3, 2.5 and 2.2
+points and level with the largest; the others gain from rates 10 to 100 times as high, which entries of large gradient
+do not bear. SPT's modules make up for it, and SPT ends level with LoRA.
+
+What does show: the scores are of the task. 69 ± 15 % of the most sensitive 1 % are shared by two halves of one task's
+data, 6.4 ± 5.4 by two permutations, 6.1 ± 6.1 by permuted and turned digits. Of entries that differ from a teacher's
+11.1 ± 2.4 % are among the most sensitive, where chance finds 2 %.
 """
 
 from __future__ import annotations
@@ -206,7 +223,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="spt",
-    claim="Squared gradients find the entries that a task needs, where few of them may learn.",
+    claim="Squared gradients tell tasks apart; the entries that they choose learn fastest, but not furthest.",
     config=SptConfig,
     run=run,
     rows=rows,

@@ -9,7 +9,7 @@ import jax
 from jax import lax
 
 from subspace_jax.core import _compat
-from subspace_jax.core._context import Context, zeros_of
+from subspace_jax.core._context import Context, unseen_state, zeros_of
 from subspace_jax.core._errors import MaterializeError
 from subspace_jax.core._interpret import Interpreter, rule
 from subspace_jax.core._weight_view import WeightView
@@ -52,7 +52,7 @@ def _checkpoint(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list
     body, outside = _body(eqn), interpreter.context
 
     def run(state: Any, *values: Any) -> Any:
-        context = Context(dict(state), {}, outside.collect)
+        context = outside.of(state)
         out = interpreter.within(context).run(body, values)
         return out, context.state, context.reports
 
@@ -129,15 +129,20 @@ def _scan(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] 
     outside = interpreter.context
     # Over layers the state goes on from one to the next; over time or parts of a batch each step starts from outside.
     over_layers = any(isinstance(v, WeightView) and v.weight.uses_context for v in scanned)
+
+    def layer_of(context: Context, state: list[Any], slices: list[Any]) -> list[Any]:
+        inside = _merge_carry(constant, kept_carry, state, len(carry))
+        layer = [rebuild(one) for rebuild, one in zip(rebuilds, slices, strict=True)]
+        return interpreter.within(context).run(body, [*consts, *inside, *layer])
+
+    if any(isinstance(v, WeightView) and v.weight.keeps_state for v in scanned):
+        outside.state = {**outside.state, **unseen_state(outside, layer_of, [carry[i] for i in kept_carry], mapped)}
     shared = outside.state if over_layers else {}
 
     def step(carried: tuple[list[Any], Any], slices: list[Any]) -> Any:
         state, shared = carried
-        context = Context({**outside.state, **shared}, {}, outside.collect)
-        inner = interpreter.within(context)
-        inside = _merge_carry(constant, kept_carry, state, len(carry))
-        layer = [rebuild(one) for rebuild, one in zip(rebuilds, slices, strict=True)]
-        out = inner.run(body, [*consts, *inside, *layer])
+        context = outside.of({**outside.state, **shared})
+        out = layer_of(context, state, slices)
         new_state = [interpreter.form(out[i], "scan carry") for i in kept_carry]
         stacked = [
             interpreter.form(v, "scan output") for i, v in enumerate(out) if i >= len(carry) and i not in restacked
@@ -186,7 +191,7 @@ def _while(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any]
 
     def keep_going(state: list[Any]) -> Any:
         inside = _merge_carry(constant, kept, state, len(carry))
-        inner = interpreter.at(0).within(Context(dict(interpreter.context.state)))
+        inner = interpreter.at(0).within(interpreter.context.inner())
         return inner.run(test, [*test_consts, *inside])[0]
 
     def step(state: list[Any]) -> list[Any]:

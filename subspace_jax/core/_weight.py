@@ -46,7 +46,8 @@ class Weight(abc.ABC):
     `spread` names, by field, an axis that is as long as the weight's own and is split over mesh axes that are left
     over; `regenerated` names the data fields that follow from the static ones, which files then leave out; `divisible`
     names the sides, "in" and "out", along which a part of the array is that of parts of the fields; `uses_context`
-    says that the weight reads or writes the operation's context, so that a scan over it is one over layers.
+    says that the weight reads or writes the operation's context, so that a scan over it is one over layers;
+    `keeps_state` that what it writes lasts over such a scan from zeros.
 
     Attributes:
       role: which axes are stacked, contracted and produced.
@@ -68,6 +69,7 @@ class Weight(abc.ABC):
     mergeable: ClassVar[bool] = True
     divisible: ClassVar[tuple[str, ...]] = ()
     uses_context: ClassVar[bool] = False
+    keeps_state: ClassVar[bool] = False
     regenerated: ClassVar[tuple[str, ...]] = ()
     classes: ClassVar[dict[str, type[Weight]]] = {}
 

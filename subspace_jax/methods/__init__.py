@@ -16,6 +16,7 @@ from subspace_jax.methods.low_rank import matryoshka as matryoshka
 from subspace_jax.methods.low_rank import orthogonal_adaptation as orthogonal_adaptation
 from subspace_jax.methods.low_rank import pego as pego
 from subspace_jax.methods.low_rank import pissa as pissa
+from subspace_jax.methods.low_rank import queryable_lora as queryable_lora
 from subspace_jax.methods.low_rank import svfit as svfit
 from subspace_jax.methods.merging import do_merging as do_merging
 from subspace_jax.methods.merging import orthomerge as orthomerge
@@ -72,6 +73,7 @@ __all__ = [
     "osf",
     "pego",
     "pissa",
+    "queryable_lora",
     "randlora",
     "root",
     "s2ft",

@@ -73,8 +73,8 @@ METHODS = (
     Case("s2ft_in", lambda rank: sj.s2ft(0.5), refuses=("conv_strided", "conv_dilated", "conv_grouped"), whole=True),
     Case("s2ft_out", lambda rank: sj.s2ft(0.5, side="out", parameterization="in_place"), whole=True),
     Case("sara", lambda _: sj.methods.sara.sara(0.3, slots=60)),
-    Case("spt", lambda rank: _sensitive(rank, alpha=10.0), whole=True),
-    Case("spt_entries", lambda rank: _sensitive(rank, alpha=1e-9)),
+    Case("spt", lambda rank: _sensitive(sj.methods.spt.spt, rank, alpha=10.0), whole=True),
+    Case("spt_entries", lambda rank: _sensitive(sj.methods.spt.spt, rank, alpha=1e-9)),
     Case("snell", lambda rank: sj.methods.snell.snell(2 * rank, sparsity=0.4), start=2e-2, whole=True),
     Case("snell_rbf", lambda rank: _snell(rank, sparsity=0.3, kernel="rbf", rule="hard", pieces=1), start=3.0),
     # All that is its own is the kernel matrix; the rest is the weight of snell.
@@ -122,16 +122,16 @@ def _with_gradient(method: sj.Method) -> sj.Method:
     return sj.Method(method.name, init)
 
 
-def _sensitive(rank: int, alpha: float) -> sj.Method:
+def _sensitive(method: Any, rank: int, alpha: float) -> sj.Method:
     """SPT with some gradient in place of a captured one; a battery decides leaf by leaf."""
 
     def init(key, array, role, stats):
         square = np.random.default_rng(9).random(array.shape)
         stats = {"w": Statistics(squared_gradient=square.astype(np.float32))}
-        spt, options = sj.methods.spt, {"roles": {"w": role}, "rank": rank, "step": 1, "alpha": alpha}
+        options = {"roles": {"w": role}, "rank": rank, "step": 1, "alpha": alpha}
         total = rank * sum(role.sizes(array.shape)) * int(np.prod(role.stack_shape(array.shape)))
-        found = spt.allocate(stats, total if alpha > 1 else 9, **options)
-        make = spt.spt(found, dropout=0.3).plan(key, {"w": Leaf(array, role)})["w"]
+        found = sj.methods.spt.allocate(stats, total if alpha > 1 else 9, **options)
+        make = method(found, dropout=0.3).plan(key, {"w": Leaf(array, role)})["w"]
         return make(key, array, role, None)
 
     return sj.Method("spt", init)

@@ -235,7 +235,8 @@ def test_every_weight_class_is_in_the_battery():
     covered = {name for case in METHODS for weight in fresh(case).values() for name in classes(weight)}
     observing = {"Probed", "Compared", "Observed"}
     # These stand for a bias, or for what no array stands for: test_ssf.py, test_spt.py, tests/banks, tests/modules.
-    beside = {"ShiftedBias", "ScaledShifted", "AdapterBank", "Bottleneck", "KeptInput", "LayerAdapter", "MixedAdapter"}
+    beside = {"ShiftedBias", "ScaledShifted", "AdapterBank", "Bottleneck", "KeptInput"}
+    beside |= {"LayerAdapter", "MixedAdapter", "QueryableLowRank"}
     library = {
         name
         for name, cls in Weight.classes.items()

@@ -13,7 +13,7 @@ import subspace_jax as sj
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A method under test, on three blocks of a transformer's MLP.
+    """A method under test, on five blocks of a transformer's MLP.
 
     Attributes:
       name: name in the test's id.
@@ -26,13 +26,19 @@ class Case:
     pattern: str = "**/{fc1,fc2}/kernel"
 
 
+SMALL = {"atoms": 3, "kept": 2, "width": 5, "head": "**/fc1/kernel"}
 MODULES = (
     Case("bottleneck", lambda: sj.bottleneck(3, activation="gelu"), "**/fc2/{kernel,bias}"),
     Case("bottleneck_parallel", lambda: sj.bottleneck(3, placement="parallel", reads="fc1", scale=0.1)),
     Case("mosa", lambda: sj.methods.mosa.mosa(4, parts=2, share="none"), "**/fc2/{kernel,bias}"),
+    Case("queryable_lora", lambda: sj.methods.queryable_lora.queryable_lora(4, **SMALL, blocks=("blocks/**",))),
+    Case(
+        "queryable_lora_wide",
+        lambda: sj.methods.queryable_lora.queryable_lora(4, **SMALL, blocks=("blocks/**",), layers_per_block=2),
+    ),
     Case("mosa_parallel", lambda: sj.methods.mosa.mosa(4, placement="parallel", reads="fc1", scale=0.1)),
 )
-LAYERS = 3
+LAYERS = 5
 
 
 def make_params(dtype: Any = jnp.float32) -> Any:

@@ -11,6 +11,7 @@ from subspace_jax.methods.low_rank import matryoshka as matryoshka
 from subspace_jax.methods.low_rank import orthogonal_adaptation as orthogonal_adaptation
 from subspace_jax.methods.low_rank import pego as pego
 from subspace_jax.methods.low_rank import pissa as pissa
+from subspace_jax.methods.low_rank import queryable_lora as queryable_lora
 from subspace_jax.methods.low_rank import svfit as svfit
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "orthogonal_adaptation",
     "pego",
     "pissa",
+    "queryable_lora",
     "svfit",
 ]
