@@ -73,6 +73,11 @@ def pego(rank: int, modules: int) -> Products:
     return count
 
 
+def complement(rank: int, protected: int) -> Products:
+    """LoRA whose factors are projected off so many directions of either side, forward and backward."""
+    return lambda k: lora(rank)(k) + 2 * 2 * 2.0 * protected * rank * (k.inputs + k.outputs)
+
+
 def dora(rank: int) -> Products:
     """LoRA, and the cross term of the squared lengths of columns, which are not differentiated."""
     return lambda k: lora(rank)(k) + 2.0 * k.inputs * k.outputs * rank

@@ -19,6 +19,7 @@ from benchmarks._models import Plain, StepConfig, cross_entropy, linen
 from benchmarks._variants import Variant, of_tree
 from experiments.runner import human_bytes
 from subspace_jax.methods.low_rank.block_lora import block_lora
+from subspace_jax.methods.low_rank.comp_lora import comp_lora
 from subspace_jax.methods.low_rank.orthogonal_adaptation import orthogonal_adaptation
 from subspace_jax.methods.low_rank.pego import pego, penalty
 
@@ -89,6 +90,7 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
     rank = config.rank
     square, share = round((trained / kernels) ** 0.5), trained // kernels
     blocked = 4 * rank // 3 // 2 * 2  # of two blocks, at as many values
+    guarded = config.width // 8  # directions that Comp-LoRA keeps out of
     of_rank, of_width = arithmetic.lora(rank), arithmetic.diagonal(config.width)
     found = {
         "lora": Arm(sj.lora(rank), of_rank),
@@ -97,6 +99,7 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
         "corda": Arm(sj.corda(rank), of_rank, statistics="gram"),
         "matryoshka": Arm(sj.matryoshka(sj.lora(rank)), of_rank),
         "orthogonal_adaptation": Arm(orthogonal_adaptation(2 * rank, concept=0), arithmetic.output_factor(2 * rank)),
+        "comp_lora": Arm(comp_lora(rank, protect=guarded), arithmetic.complement(rank, guarded)),
         "block_lora": Arm(block_lora(blocked, alpha=blocked**0.5), arithmetic.lora(blocked // 2)),
         "pego": Arm(pego(rank // 4), arithmetic.pego(rank // 4, 4), penalty=_pego, note=PEGO_NOTE),
         "flora": Arm(sj.flora(rank), arithmetic.tucker(rank)),

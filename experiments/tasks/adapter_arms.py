@@ -11,6 +11,7 @@ import optax
 import subspace_jax as sj
 from experiments.tasks.text_job import KERNELS
 from subspace_jax.methods.low_rank.block_lora import block_lora
+from subspace_jax.methods.low_rank.comp_lora import comp_lora
 from subspace_jax.methods.low_rank.orthogonal_adaptation import orthogonal_adaptation
 from subspace_jax.methods.low_rank.pego import pego
 
@@ -64,6 +65,7 @@ ARMS: dict[str, Arm] = {
     "lora_xs": Arm(_kernels(lambda: sj.methods.lora_sb.lora_xs(64)), 3e-3),
     "matryoshka": Arm(_kernels(lambda: sj.matryoshka(sj.lora(4))), 1e-3),
     "orthogonal_adaptation": Arm(_kernels(lambda: orthogonal_adaptation(8, concept=0)), 3e-3),
+    "comp_lora": Arm(_kernels(lambda: comp_lora(4, alpha=2.0)), 3e-3),
     "block_lora": Arm(_kernels(lambda: block_lora(6, alpha=6**0.5)), 3e-3),
     "pego": Arm(_kernels(lambda: pego(1, modules=4)), 3e-3),
     "flora": Arm(_kernels(lambda: sj.flora(4)), 1e-2),

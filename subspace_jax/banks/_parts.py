@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.core import RankError, StructureError, Weight, is_tracer
+from subspace_jax.methods.low_rank.comp_lora import ComplementLowRank
 from subspace_jax.methods.low_rank.dora import Magnitude
 from subspace_jax.methods.low_rank.matryoshka import NestedLowRank
 from subspace_jax.weights import AsLowRank, LowRank, LowRankCore
@@ -58,7 +59,7 @@ def part_of(path: str, weight: Any, base: Any, what: str) -> Part:
         part = part_of(path, weight.direction, base, what)
         learns, own = part.learns and type(weight.direction) is LowRank, weight.magnitude
         return dataclasses.replace(part, gain=weight.factors(), magnitude=own, has_magnitude=True, learns=learns)
-    if isinstance(weight, (NestedLowRank, AsLowRank)):
+    if isinstance(weight, (NestedLowRank, ComplementLowRank, AsLowRank)):
         return dataclasses.replace(part_of(path, weight.plain(), base, what), learns=False)
     if isinstance(weight, LowRankCore) and weight.base is not None:
         _check_base(path, weight.base, base, what)

@@ -6,6 +6,7 @@ from subspace_jax.methods.continual import gpm as gpm
 from subspace_jax.methods.continual import o_lora as o_lora
 from subspace_jax.methods.continual import osf as osf
 from subspace_jax.methods.low_rank import block_lora as block_lora
+from subspace_jax.methods.low_rank import comp_lora as comp_lora
 from subspace_jax.methods.low_rank import corda as corda
 from subspace_jax.methods.low_rank import dora as dora
 from subspace_jax.methods.low_rank import loldu as loldu
@@ -45,6 +46,7 @@ from subspace_jax.methods.systems import gcr as gcr
 __all__ = [
     "aro",
     "block_lora",
+    "comp_lora",
     "corda",
     "coso",
     "dct_lowrank",

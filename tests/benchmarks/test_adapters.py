@@ -22,6 +22,7 @@ MOST = {
     "loldu": 1.02,
     "orthogonal_adaptation": 1.02,
     "block_lora": 1.02,
+    "comp_lora": 1.02,
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import subspace_jax as sj
 from subspace_jax.core import Leaf, Statistics
 from subspace_jax.methods.low_rank.block_lora import block_lora
+from subspace_jax.methods.low_rank.comp_lora import comp_lora, confine
 from subspace_jax.methods.low_rank.orthogonal_adaptation import orthogonal_adaptation
 
 from .kernels import KERNELS, make_inputs, make_params, model
@@ -97,6 +98,8 @@ METHODS = (
     Case("orthogonal_adaptation", lambda rank: orthogonal_adaptation(rank, concept=0, dropout=0.3), whole=True),
     Case("block_lora", lambda rank: block_lora(2 * rank, dropout=0.3, arm_dropout=0.2), whole=True),
     Case("dora_block_lora", lambda rank: sj.dora(block_lora(2 * rank)), start=1e-6),
+    Case("comp_lora", lambda rank: comp_lora(rank, protect=1, dropout=0.3), whole=True),
+    Case("comp_o_lora", lambda rank: confine(sj.o_lora(rank, tasks=2), protect=1)),
     Case("pego", lambda rank: sj.methods.pego.pego(rank, modules=2)),
     Case("o_lora", lambda rank: sj.o_lora(rank, tasks=2, alpha=3.0)),
     Case("loca", lambda rank: sj.loca(5 * rank, alpha=0.5), whole=True),

@@ -1,6 +1,7 @@
 """Low-rank adapters."""
 
 from subspace_jax.methods.low_rank import block_lora as block_lora
+from subspace_jax.methods.low_rank import comp_lora as comp_lora
 from subspace_jax.methods.low_rank import corda as corda
 from subspace_jax.methods.low_rank import dora as dora
 from subspace_jax.methods.low_rank import loldu as loldu
@@ -16,6 +17,7 @@ from subspace_jax.methods.low_rank import svfit as svfit
 
 __all__ = [
     "block_lora",
+    "comp_lora",
     "corda",
     "dora",
     "loldu",

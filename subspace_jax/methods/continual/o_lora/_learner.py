@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import optax
 
 from subspace_jax.continual import Learner, LearnerState, Loss, Selector, check_tasks, make_learner, rules_of
-from subspace_jax.core import Role, adapt
+from subspace_jax.core import Method, Role, adapt
 from subspace_jax.methods.continual.o_lora._method import next_task, o_lora, penalty
 
 
@@ -24,6 +24,7 @@ def learner(
     dropout: float = 0.0,
     overlap_weight: float = 0.5,
     norm_weight: float = 0.0,
+    within: Callable[[Method], Method] | None = None,
     rules: Any = None,
     roles: Mapping[str, Role] | None = None,
 ) -> Learner:
@@ -42,6 +43,8 @@ def learner(
       dropout: probability of dropping an input of the adapter that learns; published: 0.1.
       overlap_weight: weight of the overlap with earlier tasks' input sides.
       norm_weight: weight of the factors' norms.
+      within: changes the adapters' method, such as `lambda m: sj.methods.comp_lora.confine(m, protect=4)`, which keeps
+        every task's adapter out of the weights' principal directions.
       rules: what else learns, heads for instance, as rules of `adapt`.
       roles: how the model uses arrays with more than two axes, from `sj.roles`.
 
@@ -62,6 +65,7 @@ def learner(
     check_tasks("o_lora.learner", tasks)
     # The task that runs has a pair of its own, so that room is needed for those before the last.
     method = o_lora(rank, tasks=max(tasks - 1, 1), alpha=alpha, dropout=dropout)
+    method = method if within is None else within(method)
 
     def start(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
         return state._replace(adapted=next_task(state.adapted, task - 1, key=key)) if task else state

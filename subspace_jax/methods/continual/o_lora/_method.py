@@ -172,10 +172,12 @@ def next_task(adapted: Params, task: Any, *, key: jax.Array) -> Params:
         if not _is_ours(weight):
             return weight
         first = task * weight.rank
+        # Of a confined weight the projected ones: the frozen pair has no projection of its own.
+        a, b = (v.astype(weight.base.a.dtype) for v in weight.original_factors())
         base = dataclasses.replace(
             weight.base,
-            a=lax.dynamic_update_slice_in_dim(weight.base.a, weight.a, first, axis=-1),
-            b=lax.dynamic_update_slice_in_dim(weight.base.b, weight.b, first, axis=-2),
+            a=lax.dynamic_update_slice_in_dim(weight.base.a, a, first, axis=-1),
+            b=lax.dynamic_update_slice_in_dim(weight.base.b, b, first, axis=-2),
         )
         own = key_for(key, path)
         drawn = _draw(own, weight.a.shape, weight.a.dtype)
