@@ -138,7 +138,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="frank_wolfe_dictionary",
-    claim="Averaged Frank-Wolfe steps find an orthogonal dictionary from single samples; without averaging they do not.",
+    claim="Averaged Frank-Wolfe steps find an orthogonal dictionary from single samples; unaveraged ones do not.",
     config=DictionaryConfig,
     run=run,
     rows=rows,

@@ -1,4 +1,4 @@
-"""Frank-Wolfe dictionary: learns an orthogonal dictionary from a stream, by steps that stay inside the spectral ball."""
+"""Frank-Wolfe dictionary: learns an orthogonal dictionary from a stream, by steps inside the spectral ball."""
 
 from subspace_jax.core import register
 from subspace_jax.methods.optimizers.frank_wolfe_dictionary._dictionary import DictionaryState as DictionaryState

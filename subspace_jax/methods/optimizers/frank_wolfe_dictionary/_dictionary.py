@@ -69,8 +69,8 @@ def step(
     \(G = -\frac{p}{b} \sum y\,(|z|^{p-2} z)^T\), \(H \leftarrow (1 - \rho_t) H + \rho_t G\),
     \(S = -\mathrm{polar}(H)\), \(D \leftarrow (1 - \gamma_t) D + \gamma_t S\),
 
-    with \(\rho_t = t^{-1/2}\) and \(\gamma_t = (t + 1)^{-3/4}\), which give the stated rate \(O(\ln t / t^{1/4})\) of the
-    gap. Without the averaging single samples do not converge.
+    with \(\rho_t = t^{-1/2}\) and \(\gamma_t = (t + 1)^{-3/4}\), which give the gap its stated rate
+    \(O(\ln t / t^{1/4})\). Without the averaging single samples do not converge.
 
     Args:
       state: consumed.

@@ -26,9 +26,10 @@ def scale_by_spectral_frank_wolfe(
 ) -> optax.GradientTransformation:
     r"""Points from a matrix away from the extreme point of the spectral ball that its averaged gradient leads to.
 
-    \(H \leftarrow (1 - \rho_t) H + \rho_t G\), \(\rho_t = t^{-1/2}\), and the direction is \(W + r\,\mathrm{polar}(H)\):
-    a step \(-\gamma\) along it is \((1 - \gamma) W - \gamma\,r\,\mathrm{polar}(H)\), which stays in the ball of radius
-    \(r\) for \(\gamma \le 1\). Muon with decoupled weight decay is the same: \(r = 1 / \lambda\), \(\gamma = \eta \lambda\).
+    \(H \leftarrow (1 - \rho_t) H + \rho_t G\), \(\rho_t = t^{-1/2}\), and the direction is
+    \(W + r\,\mathrm{polar}(H)\): a step \(-\gamma\) along it is \((1 - \gamma) W - \gamma\,r\,\mathrm{polar}(H)\),
+    which stays in the ball of radius \(r\) for \(\gamma \le 1\). Muon with decoupled weight decay is the same, with
+    \(r = 1 / \lambda\) and \(\gamma = \eta \lambda\).
     Everything that is no matrix has Adam's direction.
 
     Args:
