@@ -189,6 +189,12 @@ def on_grassmannian(learning_rate):
     return with_manifolds(optimizer, learning_rate)
 
 
+def signs():
+    """Signs of matrices, the plainest optimizer that treats them as one thing."""
+    step = lambda gradient, parts, at: (jnp.sign(gradient), parts)
+    return sj.optim.scale_matrices(lambda zeros, path: {}, step, largest=100, b1=0.9, b2=0.95, eps=1e-8, roles=ROLES)
+
+
 CASES = (
     Case("project_before_sgd", lambda rate: optax.chain(projection(), momentum(rate)), "complement", variant=True),
     Case("project_before_adam", lambda rate: optax.chain(projection(), adam(rate)), None, variant=True),
@@ -243,9 +249,21 @@ CASES = (
     ),
     Case(
         "spectral_frank_wolfe",
-        lambda rate: sj.methods.frank_wolfe_dictionary.spectral_frank_wolfe(rate, roles=ROLES),
+        lambda rate: optax.chain(
+            sj.methods.frank_wolfe_dictionary.scale_by_spectral_frank_wolfe(roles=ROLES),
+            optax.scale_by_learning_rate(rate),
+        ),
         None,
         converges=False,
+    ),
+    Case(
+        "spectral_frank_wolfe_with_its_rate",
+        lambda rate: sj.methods.frank_wolfe_dictionary.spectral_frank_wolfe(rate, 2.0),
+        None,
+        converges=False,
+        leaves=("matrix", "vector"),
+        absent="matrix",
+        variant=True,
     ),
     Case("aro", lambda rate: sj.methods.aro.aro(rate, beta=0.5, weight_decay=0.0, roles=ROLES), None, converges=False),
     Case(
@@ -308,6 +326,10 @@ ALIASES = (
     ),
     (lambda rate, decay: sj.methods.root.root(rate, weight_decay=decay), lambda: sj.methods.root.scale_by_root()),
     (lambda rate, decay: sj.methods.aro.aro(rate, weight_decay=decay), lambda: sj.methods.aro.scale_by_aro()),
+    (
+        lambda rate, decay: sj.optim.with_rate(signs(), rate, decay),
+        lambda: signs(),
+    ),
     (lambda rate, decay: sj.trion(rate, 2, weight_decay=decay), lambda: sj.methods.dct_lowrank.scale_by_trion(2)),
     (
         lambda rate, decay: sj.lora_pro(rate, weight_decay=decay, adapted=adapted()),
