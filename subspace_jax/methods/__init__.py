@@ -19,6 +19,7 @@ from subspace_jax.methods.low_rank import pego as pego
 from subspace_jax.methods.low_rank import pissa as pissa
 from subspace_jax.methods.low_rank import queryable_lora as queryable_lora
 from subspace_jax.methods.low_rank import svfit as svfit
+from subspace_jax.methods.merging import capvector as capvector
 from subspace_jax.methods.merging import do_merging as do_merging
 from subspace_jax.methods.merging import orthomerge as orthomerge
 from subspace_jax.methods.optimizers import aro as aro
@@ -46,6 +47,7 @@ from subspace_jax.methods.systems import gcr as gcr
 __all__ = [
     "aro",
     "block_lora",
+    "capvector",
     "comp_lora",
     "corda",
     "coso",

@@ -1,0 +1,26 @@
+"""CapVector: adds what an auxiliary objective taught one training to others, and keeps them from undoing it."""
+
+from subspace_jax.core import register
+from subspace_jax.methods.merging.capvector._penalty import avoid_directions as avoid_directions
+from subspace_jax.methods.merging.capvector._penalty import capability_penalty as capability_penalty
+from subspace_jax.methods.merging.capvector._penalty import factor_penalty as factor_penalty
+from subspace_jax.methods.merging.capvector._penalty import input_directions as input_directions
+from subspace_jax.methods.merging.capvector._vector import add_capability as add_capability
+from subspace_jax.methods.merging.capvector._vector import capability_vector as capability_vector
+
+__all__ = [
+    "add_capability",
+    "avoid_directions",
+    "capability_penalty",
+    "capability_vector",
+    "factor_penalty",
+    "input_directions",
+]
+
+register(
+    __name__,
+    title="CapVector: Learning Transferable Capability Vectors in Parametric Space for Vision-Language-Action Models",
+    authors="Song, Zhao, Li et al.",
+    year=2026,
+    kinds=("merger", "penalty"),
+)
