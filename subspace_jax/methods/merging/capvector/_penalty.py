@@ -22,10 +22,11 @@ def capability_penalty(params: Params, start: Params, vector: Params, kind: Kind
 
     With \(\Delta = \theta - \theta_{meta}\): "abs_inner" \(\sum_l |\langle \gamma_l, \Delta_l \rangle|\), "sq_inner"
     \(\sum_l \langle \gamma_l, \Delta_l \rangle^2\), "abs_elem" \(\sum_i |\gamma_i \Delta_i|\), "cosine"
-    \(\sum_l (\langle \gamma_l, \Delta_l \rangle / (\|\gamma_l\| \|\Delta_l\| + 10^{-8}))^2\). The publication's own
-    form was not to be had. Only "sq_inner" is smooth; the gradient of "cosine" grows as the inverse of the change, so it
-    is dear at the start. A LoRA on the start's array enters by its factors, of which the product is not formed for inner
-    products. Add it to the loss with a weight of about 1e-3.
+    \(\sum_l (\langle \gamma_l, \Delta_l \rangle / (\|\gamma_l\| \|\Delta_l\| + 10^{-8}))^2\).
+
+    The publication's own form was not to be had. Only "sq_inner" is smooth; the gradient of "cosine" grows as the
+    inverse of the change, so it is dear at the start. A LoRA on the start's array enters by its factors, of which the
+    product is not formed for inner products. Add it to the loss with a weight of about 1e-3.
 
     Args:
       params: \(\theta\), arrays or stand-in weights.
