@@ -1,5 +1,6 @@
 """Published methods, one home each: `sj.methods.<slug>` has all public names of one."""
 
+from subspace_jax.methods.analysis import gist as gist
 from subspace_jax.methods.analysis import intruder_dimensions as intruder_dimensions
 from subspace_jax.methods.continual import coso as coso
 from subspace_jax.methods.continual import gpm as gpm
@@ -58,6 +59,7 @@ __all__ = [
     "frank_wolfe_dictionary",
     "galore",
     "gcr",
+    "gist",
     "gpm",
     "intruder_dimensions",
     "lambda_orthogonality",

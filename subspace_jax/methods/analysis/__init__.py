@@ -1,7 +1,9 @@
 """Published analyses of what training does to a model."""
 
+from subspace_jax.methods.analysis import gist as gist
 from subspace_jax.methods.analysis import intruder_dimensions as intruder_dimensions
 
 __all__ = [
+    "gist",
     "intruder_dimensions",
 ]
