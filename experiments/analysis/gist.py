@@ -1,19 +1,19 @@
 """GIST on digits with noisy labels: examples of a target picked by the gradients of a few clean ones.
 
 A weak network 64-64-10 with LoRA of rank 8 on both kernels; a pool of 1,200 digits of which 30 % have a wrong label;
-the target is to read threes and eights, given eight clean digits of each. After a warm-up of 80 steps on 60 digits of the
-pool, 5 % of it are selected, and the adapter is trained anew on them. Measured: the share of selected digits that are
-clean and of the target, accuracy on the target's test digits after training, and what is kept of an example.
+the target is to read threes and eights, given eight clean digits of each. After a warm-up of 80 steps on 60 digits of
+the pool, 5 % of it are selected, and the adapter is trained anew on them. Measured: the share of selected digits that
+are clean and of the target, accuracy on the target's test digits after training, and what is kept of an example.
 
     python -m experiments run gist
 
 Measured over four seeds: of what GIST selects 88 ± 10 % is clean and of the target, where the pool has 12 %, and it
 keeps 5 numbers of 1,616 of an example, 0.32 %. Whole gradients select 95 %, random projections 97 % from 25 times as
 many numbers. Trained on 5 % of the pool the target is read at 95.7 ± 2.9 %, from random digits at 59 ± 12, from whole
-gradients at 97.5 ± 1.7; after Adam's division 90 ± 11, and LESS-like 83 ± 18, which select nearly one class alone at some
-seeds. Nothing here says that GIST selects better than the others; it selects about as well from far less. The second
-moment of LoRA's gradients has 94 % of its energy off the diagonal. Its time beside LESS was not compared: at this size
-both are gradients.
+gradients at 97.5 ± 1.7; after Adam's division 90 ± 11, and LESS-like 83 ± 18, which select nearly one class alone at
+some seeds. Nothing here says that GIST selects better than the others; it selects about as well from far less. The
+second moment of LoRA's gradients has 94 % of its energy off the diagonal. Its time beside LESS was not compared: at
+this size both are gradients.
 
 LESS is here its mechanism, random signs in place of the subspace, on gradients divided by the roots of Adam's second
 moments at the warm-up's end, with 128 directions; the cosine of whole gradients has no projection.
