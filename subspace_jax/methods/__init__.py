@@ -21,6 +21,7 @@ from subspace_jax.methods.optimizers import dct_lowrank as dct_lowrank
 from subspace_jax.methods.optimizers import galore as galore
 from subspace_jax.methods.optimizers import lora_pro as lora_pro
 from subspace_jax.methods.regularized import lambda_orthogonality as lambda_orthogonality
+from subspace_jax.methods.sparse import composable_sft as composable_sft
 from subspace_jax.methods.sparse import lift as lift
 from subspace_jax.methods.sparse import mosa as mosa
 from subspace_jax.methods.sparse import s2ft as s2ft
@@ -37,6 +38,7 @@ from subspace_jax.methods.structured import ssf as ssf
 from subspace_jax.methods.systems import gcr as gcr
 
 __all__ = [
+    "composable_sft",
     "corda",
     "coso",
     "dct_lowrank",
