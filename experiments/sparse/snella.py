@@ -9,7 +9,20 @@ which a tenth of the entries is not zero.
 
     python -m experiments run snella
 
-MEASURED
+Measured over five seeds, each arm at the best of five rates, in percent:
+
+| changed layers | loss left, SNELLA | loss left, even | SNELLA's budget for them | for the weaker one |
+| --- | --- | --- | --- | --- |
+| first | 3.3 ± 1.8 | 3.7 ± 1.7 | 100 ± 0 | |
+| second | 1.9 ± 0.8 | 1.9 ± 0.8 | 100 ± 0 | |
+| third | 3.0 ± 0.8 | 2.7 ± 0.4 | 100 ± 0 | |
+| first and second | 6.5 ± 1.0 | 5.6 ± 1.0 | 100 ± 0 | 30.7 ± 7.2 |
+| second and third | 5.7 ± 1.0 | 4.9 ± 1.0 | 100 ± 0 | 25.5 ± 7.5 |
+
+So the competition finds the layers that have to change, without fail. That the loss falls further for it does not
+reproduce: even shares, a third of the entries in each layer, leave as little, and a point less where two layers change.
+
+On the sparse matrix the mixed kernel leaves 0.0229 ± 0.0035 and the distance kernel 0.0290 ± 0.0029 (means of squares).
 """
 
 from __future__ import annotations
@@ -185,7 +198,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="snella",
-    claim="Layers that have to change win the budget of entries, and the loss falls further than with even shares.",
+    claim="Layers that have to change win the budget of entries; even shares fit as well here.",
     config=SnellaConfig,
     run=run,
     rows=rows,

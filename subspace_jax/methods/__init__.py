@@ -30,6 +30,7 @@ from subspace_jax.methods.optimizers import galore as galore
 from subspace_jax.methods.optimizers import lora_pro as lora_pro
 from subspace_jax.methods.optimizers import root as root
 from subspace_jax.methods.regularized import lambda_orthogonality as lambda_orthogonality
+from subspace_jax.methods.sparse import composable_sft as composable_sft
 from subspace_jax.methods.sparse import lift as lift
 from subspace_jax.methods.sparse import mosa as mosa
 from subspace_jax.methods.sparse import s2ft as s2ft
@@ -50,6 +51,7 @@ __all__ = [
     "block_lora",
     "capvector",
     "comp_lora",
+    "composable_sft",
     "corda",
     "coso",
     "dct_lowrank",

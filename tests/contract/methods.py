@@ -80,6 +80,7 @@ METHODS = (
     Case("snell_rbf", lambda rank: _snell(rank, sparsity=0.3, kernel="rbf", rule="hard", pieces=1), start=3.0),
     # All that is its own is the kernel matrix; the rest is the weight of snell.
     Case("snella", lambda rank: sj.methods.snella.snella(2 * rank, sparsity=0.3), start=1e-1),
+    Case("composable_sft", lambda rank: _chosen(sj.methods.composable_sft.composable_sft, 5 * rank)),
     Case("loldu", lambda rank: sj.loldu(rank, sigma=0.5), start=1e-5),
     Case("loldu_whole", lambda _: sj.loldu(), start=1e-5),
     Case("corda", lambda rank: _with_gram(sj.corda(rank, alpha=3.0)), start=1e-5),
@@ -138,6 +139,17 @@ def _sensitive(method: Any, rank: int, alpha: float) -> sj.Method:
         return make(key, array, role, None)
 
     return sj.Method("spt", init)
+
+
+def _chosen(method: Any, count: int) -> sj.Method:
+    """Composable fine-tuning of some entries in place of those that training changed; leaf by leaf."""
+
+    def init(key, array, role, stats):
+        scores = {"w": np.random.default_rng(9).random(array.shape)}
+        selection = sj.methods.composable_sft.Selection(sj.weights.largest_of_all(scores, count))
+        return method(selection).plan(key, {"w": Leaf(array, role)})["w"](key, array, role, None)
+
+    return sj.Method("composable_sft", init)
 
 
 def _snell(rank: int, **options: Any) -> sj.Method:

@@ -89,7 +89,16 @@ def test_every_merger_is_in_the_battery_of_mergers(source):
 def test_entries_come_by_family_and_name():
     names = [(source.family, source.slug) for source in SOURCES]
     assert names == sorted(set(names))
-    assert [s.slug for s in sj.catalogue("sparse")] == ["lift", "mosa", "s2ft", "sara", "snell", "snella", "spt"]
+    assert [s.slug for s in sj.catalogue("sparse")] == [
+        "composable_sft",
+        "lift",
+        "mosa",
+        "s2ft",
+        "sara",
+        "snell",
+        "snella",
+        "spt",
+    ]
 
 
 def test_bad_entries_are_refused():
