@@ -46,7 +46,7 @@ class CapVectorConfig:
     extraction: int = 1500
     steps: int = 600
     demonstrations: int = 100
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     weights: tuple[float, ...] = (1e-3, 1e-2)
     worlds: tuple[int, ...] = (0, 1, 2)
     tasks: int = 3

@@ -30,6 +30,7 @@ from subspace_jax.methods.optimizers import galore as galore
 from subspace_jax.methods.optimizers import lora_pro as lora_pro
 from subspace_jax.methods.optimizers import root as root
 from subspace_jax.methods.regularized import lambda_orthogonality as lambda_orthogonality
+from subspace_jax.methods.regularized import orthogonal_conv as orthogonal_conv
 from subspace_jax.methods.sparse import composable_sft as composable_sft
 from subspace_jax.methods.sparse import lift as lift
 from subspace_jax.methods.sparse import mosa as mosa
@@ -77,6 +78,7 @@ __all__ = [
     "o_lora",
     "oft",
     "orthogonal_adaptation",
+    "orthogonal_conv",
     "orthomerge",
     "osf",
     "pego",

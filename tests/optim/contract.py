@@ -228,6 +228,13 @@ CASES = (
         leaves=("conv", "bfloat16", "full", "low_rank", "vector"),  # at an orthogonal matrix its direction is rounding
         absent="full",
     ),
+    Case(
+        "add_orthogonality",
+        lambda rate: optax.chain(sj.methods.orthogonal_conv.add_orthogonality(0.1, {"conv": 1}), adam(rate)),
+        converges=False,
+        leaves=("conv", "full", "vector"),
+        absent="full",
+    ),
     Case("lift_adam", lambda rate: sj.methods.lift.lift_adam(rate)),
     Case(
         "sara_adam",

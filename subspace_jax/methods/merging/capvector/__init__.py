@@ -22,5 +22,5 @@ register(
     title="CapVector: Learning Transferable Capability Vectors in Parametric Space for Vision-Language-Action Models",
     authors="Song, Zhao, Li et al.",
     year=2026,
-    kinds=("merger", "penalty"),
+    kinds=("penalty",),
 )
