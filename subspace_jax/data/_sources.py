@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import MappingProxyType
 
-from subspace_jax.data import _images, _languages, _orange, _pde, _sentiment, _spam
-from subspace_jax.data._records import ImageRecord, OperatorRecord, TextRecord
+from subspace_jax.data import _emoji, _images, _languages, _orange, _pde, _sentiment, _spam
+from subspace_jax.data._records import ImageRecord, OperatorRecord, PairRecord, TextRecord
 
 RECORDS_VERSION = "1.0.0"
 """Version of the prepared datasets; raise it whenever a reader yields other records."""
@@ -75,7 +75,28 @@ class OperatorSource:
     output_shape: tuple[int, ...]
 
 
-Source = TextSource | ImageSource | OperatorSource
+@dataclasses.dataclass(frozen=True)
+class PairSource:
+    """A packaged dataset of images with captions.
+
+    Attributes:
+        name: name of the dataset.
+        asset: the asset that carries it.
+        read: yields its records.
+        description: one line.
+        side: height and width in pixels.
+        category_names: names of the categories.
+    """
+
+    name: str
+    asset: str
+    read: Callable[[], Iterator[PairRecord]]
+    description: str
+    side: int = _emoji.SIDE
+    category_names: tuple[str, ...] = _emoji.CATEGORIES
+
+
+Source = TextSource | ImageSource | OperatorSource | PairSource
 
 _VADER_TEXTS = {
     "tweets": "tweets",
@@ -138,9 +159,15 @@ _OPERATOR = (
     OperatorSource("burgers", "neuraloperator", _pde.burgers, "Burgers' equation", (16,), (17, 16)),
 )
 
+_PAIR = (
+    PairSource("emoji_google", "emoji-google", _emoji.google, "emoji as Google draws them, with their names"),
+    PairSource("emoji_twitter", "emoji-twitter", _emoji.twitter, "the same emoji as Twitter draws them"),
+)
+
 TEXT_SOURCES = MappingProxyType({source.name: source for source in _TEXT})
 IMAGE_SOURCES = MappingProxyType({source.name: source for source in _IMAGE})
 OPERATOR_SOURCES = MappingProxyType({source.name: source for source in _OPERATOR})
+PAIR_SOURCES = MappingProxyType({source.name: source for source in _PAIR})
 
 
 def text_tasks() -> tuple[str, ...]:
@@ -171,3 +198,13 @@ def operator_tasks() -> tuple[str, ...]:
         ('darcy16', 'darcy32', 'burgers')
     """
     return tuple(OPERATOR_SOURCES)
+
+
+def pair_tasks() -> tuple[str, ...]:
+    """Returns the names of the packaged image-text tasks.
+
+    Example:
+        >>> pair_tasks()
+        ('emoji_google', 'emoji_twitter')
+    """
+    return tuple(PAIR_SOURCES)

