@@ -34,22 +34,18 @@ def _all_optimizations(request):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _free_compiled_programs():
-    """Frees what a module compiled: thousands of small programs would fill the memory of a laptop."""
-    yield
-    _free()
-
-
 @pytest.fixture(autouse=True)
 def _stay_small():
-    """Frees compiled programs in the middle of a module where they grow beyond what a laptop has to spare."""
+    """Frees compiled programs where thousands of them grow beyond what a laptop has to spare.
+
+    Not after each module: what is freed then, the small programs of ordinary operations, is compiled again in the next.
+    """
     yield
     if _resident_bytes() > LARGEST:
         _free()
 
 
-LARGEST = 1.6e9
+LARGEST = 1.5e9
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 
 

@@ -6,6 +6,14 @@ loss; their difference is the vector. New tasks have 100 demonstrations and a fr
 start and what is added to the loss; each has the best of its learning rates.
 
     python -m experiments run capvector
+
+Measured on three tasks in each of three worlds, spread of the worlds' means: error by the variance of actions 0.292 ±
+0.016 with the vector, 0.312 ± 0.036 from the pretrained encoder, 0.322 ± 0.024 from the plain training, 0.344 ± 0.026
+with the auxiliary loss on the 100 demonstrations themselves, 0.355 ± 0.033 with a random vector of that size. So the
+vector is ahead in the mean, within two spreads; at one small rate for all, as in the specification of the experiment,
+it is not (0.447 against 0.431 at 1e-3, where all are still far from done). The penalty keeps the vector: at a weight of
+1e-3 the inner product falls from 9.0 to 0.43, at no cost. That a longer training without it loses the ability does not
+show at this size.
 """
 
 from __future__ import annotations
