@@ -19,6 +19,8 @@ from subspace_jax.core import (
     map_with_paths,
     resolve_links,
 )
+from subspace_jax.methods.low_rank.orthogonal_adaptation import ConceptLowRank
+from subspace_jax.methods.low_rank.pego import GroupLowRank
 from subspace_jax.weights import AdapterBank, LowRank, LowRankCore, map_weights
 
 
@@ -173,6 +175,8 @@ def pad_rank(adapted: Params, rank: int) -> Params:
 
     def factors(path: str, weight: LowRank) -> LowRank:
         count = missing(path, weight)
+        if count and isinstance(weight, (ConceptLowRank, GroupLowRank)):
+            weight = weight.plain()  # zeros belong to no column of a basis, and to no group
         sides = {"a": -1, "b": -2, "start_a": -1, "start_b": -2, "gains": -1}
         found = {n: getattr(weight, n, None) for n in sides}
         return dataclasses.replace(weight, **{n: pad(v, sides[n], count) for n, v in found.items() if v is not None})

@@ -45,6 +45,7 @@ def merged(tree):
 def test_protected_triples_stay_triples(shape, sides):
     w, p = normal(*shape), 3
     tree = moved(comp_lora(4, alpha=6.0, protect=p, sides=sides), w)
+    assert tree["w"].method == "comp_lora" + ("" if sides == "both" else f"[{sides}]")
     after, (u, s, vt) = merged(tree), np.linalg.svd(w.astype(np.float64), full_matrices=False)
     delta = after - w
     size = 1e-5 * np.abs(delta).max()

@@ -180,6 +180,10 @@ def test_it_is_served_merged_and_saved_as_one_low_rank_weight(tmp_path):
     half = sj.merging.task_arithmetic([tree], params, weights=0.5)
     assert half["w"].a.shape == (6, 6)
     np.testing.assert_allclose(sj.merge(half)["w"], w + 0.5 * (dense - w), atol=1e-5)
+    padded = sj.banks.pad_rank(tree, 9)
+    np.testing.assert_allclose(sj.merge(padded)["w"], dense, atol=1e-6)
+    with pytest.raises(StructureError, match="no weight of pego"):  # its groups are not told apart any more
+        penalty(padded)
     sj.save_adapter(tmp_path / "one", tree)
     back = sj.load_adapter(tmp_path / "one", params)
     assert isinstance(back["w"], GroupLowRank)

@@ -58,7 +58,8 @@ def comp_lora(
     Note:
       A step has \(4 r p\,(d_{in} + d_{out})\) operations more than LoRA's for the projections, forward, and as many
       backward, whatever the number of rows. `dora(comp_lora(...))` scales whole columns, protected directions included.
-      A fused kernel of query, key and value is to be split first, or its directions are those of all three.
+      A fused kernel of query, key and value is to be split first, or its directions are those of all three. Files of
+      `save_adapter` hold the directions, \(p\,(d_{in} + d_{out})\) values; those of `comp_lora.to_lora` do not.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -74,7 +75,8 @@ def comp_lora(
         inner = lora(rank, alpha=alpha, rank_stabilized=rank_stabilized, dropout=dropout, dtype=dtype)
     except ValueError as error:
         raise type(error)(str(error).replace("lora:", "comp_lora:", 1)) from error
-    return confine(inner, protect=protect, energy=energy, sides=sides)._replace(name="comp_lora")
+    name = "comp_lora" if sides == "both" else f"comp_lora[{sides}]"  # reports say which guarantee holds
+    return confine(inner, protect=protect, energy=energy, sides=sides)._replace(name=name)
 
 
 def confine(method: Method, *, protect: Protect = None, energy: float = 0.5, sides: Sides = "both") -> Method:
@@ -122,7 +124,8 @@ def confine(method: Method, *, protect: Protect = None, energy: float = 0.5, sid
         return {path: functools.partial(make, init) for path, init in inner(key, leaves).items()}
 
     planned = method.plan and functools.partial(plan, method.plan)
-    return Method(f"comp({method.name})", functools.partial(make, method.init), method.needs, planned)
+    name = "comp" if sides == "both" else f"comp[{sides}]"
+    return Method(f"{name}({method.name})", functools.partial(make, method.init), method.needs, planned)
 
 
 def reproject(adapted: Params) -> Params:
