@@ -48,7 +48,7 @@ class QueryableConfig:
     examples: int = 4096
     noise: tuple[float, ...] = (0.3, 0.6)
     steps: int = 1500
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from subspace_jax.weights import placed_as
+
 Kernel = Literal["distance", "linear", "sigmoid", "rbf"]
 Rule = Literal["soft", "hard"]
 
@@ -112,11 +114,18 @@ def _distances_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
     """The gradient, made of squares anew; 0 where two rows are equal, which have none."""
     a, b = saved
     squares = _squares(a, b)
-    weights = jnp.where(squares > 0, cotangent * lax.rsqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
-    exact = lax.Precision.HIGHEST
-    a_cotangent = a * jnp.sum(weights, axis=-1)[..., None] - jnp.matmul(weights, b, precision=exact)
-    columns = jnp.einsum("...io,...iw->...ow", weights, a, precision=exact)  # the weights are not turned in memory
-    return a_cotangent, b * jnp.sum(weights, axis=-2)[..., None] - columns
+    weights = jnp.where(squares > 0, cotangent * lax.rsqrt(squares), 0.0)
+
+    def of_inputs(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return a * jnp.sum(weights, axis=-1)[..., None] - jnp.matmul(weights, b, precision=lax.Precision.HIGHEST)
+
+    def of_outputs(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        # The weights are not turned in memory.
+        turned = jnp.einsum("...io,...iw->...ow", weights, a, precision=lax.Precision.HIGHEST)
+        return b * jnp.sum(weights, axis=-2)[..., None] - turned
+
+    # Sums over an axis that a mesh splits: each gradient lies as its factor does.
+    return placed_as(of_inputs, a)(weights, a, b), placed_as(of_outputs, b)(weights, a, b)
 
 
 _distances.defvjp(_distances_forward, _distances_backward)
