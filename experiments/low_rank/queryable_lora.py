@@ -19,10 +19,10 @@ Measured over three seeds, each arm at the best of five rates, error in percent 
 | LoRA, rank 12 | 2,304 | 55.9 ± 6.1 | | 15.4 ± 0.1 |
 | LoRA, rank 16 | 3,072 | 55.3 ± 6.2 | 58.5 ± 6.4 | 11.8 ± 0.2 |
 
-Where the operator can be seen in the bottleneck, routed atoms leave a sixth of what LoRA leaves with more values, and one
-atom as much as LoRA: it is the routing. Where an instruction alone tells it, the prior leaves 0.8 ± 0.1, and 72.1 ± 6.7
-at strength 0. On a target without operators there is no gain: the width of the bottleneck counts, and LoRA, which
-spends its values on it, is ahead. The published results could not be read, so nothing is compared with them.
+Where the operator can be seen in the bottleneck, routed atoms leave a sixth of what LoRA leaves with more values, and
+one atom as much as LoRA: it is the routing. Where an instruction alone tells it, the prior leaves 0.8 ± 0.1, and
+72.1 ± 6.7 at strength 0. On a target without operators there is no gain: the width of the bottleneck counts, and LoRA,
+which spends its values on it, is ahead. The published results could not be read, so nothing is compared with them.
 """
 
 from __future__ import annotations
