@@ -138,6 +138,11 @@ def kernelized(rank: int) -> Products:
     return lambda k: full(k) + 4 * 2.0 * rank * k.inputs * k.outputs
 
 
+def routed(rank: int, atoms: int) -> Products:
+    """LoRA with every row's product with every atom, forward and two backward; the router itself is left out."""
+    return lambda k: lora(rank)(k) + 3 * atoms * k.factor(rank, rank)
+
+
 def elementwise(kernel: Kernel) -> float:
     """What learns takes no product."""
     return kernel.frozen

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from rich.console import Console
 
@@ -134,6 +135,24 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
             arithmetic.kernelized(rank),
             note="the sorting of magnitudes is no product",
         ),
+        "snella": Arm(
+            sj.methods.snella.snella(rank, sparsity=0.9, dropout=0.0, drop_path=0.0),
+            arithmetic.kernelized(rank),
+            lambda _: sj.methods.snella.with_importance(optax.adam(RATE)),
+            note="the sorting of magnitudes is no product",
+        ),
+        "queryable_lora": Arm(
+            sj.methods.queryable_lora.queryable_lora(rank, blocks=blocks(config.layers), head="**/query/kernel"),
+            arithmetic.routed(rank, 8),
+            note="the router is not among the products",
+        ),
+        "composable_sft": Arm(
+            None,
+            arithmetic.full,
+            statistics="gradient",
+            of_statistics=lambda stats, _: _composable(stats, trained),
+            note="its second phase; entries of the largest gradients of a batch of random tokens",
+        ),
         "s2ft": Arm(None, rules=S2FT, note="rows of the attention's and the MLP's outputs, whatever others adapt"),
         "ssf": Arm(sj.ssf(), arithmetic.elementwise, pattern="*", note="kernels and biases, norms left out"),
         "osf": Arm(sj.osf(0.5), optimizer=_osf, note="half of all singular triples learn, far more values than LoRA's"),
@@ -143,6 +162,11 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
     if unknown:
         raise SystemExit(f"methods={','.join(unknown)}: choose from {', '.join(found)}.")
     return {name: arm for name, arm in found.items() if not config.methods or name in ("lora", *config.methods)}
+
+
+def blocks(layers: int) -> tuple[str, ...]:
+    """Globs of the layers in the order in which they run, the model's head with the last of them."""
+    return (*(f"layer_{i}/**" for i in range(layers - 1)), f"{{layer_{layers - 1},head}}/**")
 
 
 def _alternating(tree: Any) -> optax.GradientTransformation:
@@ -155,12 +179,20 @@ def _sara(tree: Any) -> optax.GradientTransformation:
 
 
 def _spt(stats: Any, roles: Any, config: Config, trained: int) -> Mapping[Any, Any]:
-    found = sj.methods.spt.allocate(stats, trained, roles=roles, rank=config.rank, step=2_000)
+    found = sj.methods.spt.allocate(stats, trained, roles=roles, rank=config.rank, step=20_000, most=10**9)
     return {found.paths: sj.methods.spt.spt(found)}
 
 
 def _pego(tree: Any) -> jax.Array:
     return 1e-3 * penalty(tree)
+
+
+def _composable(stats: Any, trained: int) -> Mapping[Any, Any]:
+    sft = sj.methods.composable_sft
+    found = sft.Selection(
+        sj.weights.largest_of_all({p: abs(np.asarray(s.gradient)) for p, s in stats.items()}, trained)
+    )
+    return {found.paths: sft.composable_sft(found)}
 
 
 def _osf(tree: Any) -> optax.GradientTransformation:

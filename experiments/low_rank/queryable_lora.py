@@ -10,7 +10,19 @@ rates, of which the best by the error counts: that on 2,048 test examples withou
 
     python -m experiments run queryable_lora
 
-MEASURED
+Measured over three seeds, each arm at the best of five rates, error in percent of the base's:
+
+| arm | values | visible, noise 0.3 | noise 0.6 | generic |
+| --- | --- | --- | --- | --- |
+| Queryable LoRA | 2,608 | 9.5 ± 3.0 | 11.5 ± 2.1 | 24.6 ± 0.5 |
+| one atom | 2,048 | 57.0 ± 6.2 | | 23.8 ± 0.3 |
+| LoRA, rank 12 | 2,304 | 55.9 ± 6.1 | | 15.4 ± 0.1 |
+| LoRA, rank 16 | 3,072 | 55.3 ± 6.2 | 58.5 ± 6.4 | 11.8 ± 0.2 |
+
+Where the operator can be seen in the bottleneck, routed atoms leave a sixth of what LoRA leaves with more values, and
+one atom as much as LoRA: it is the routing. Where an instruction alone tells it, the prior leaves 0.8 ± 0.1, and
+72.1 ± 6.7 at strength 0. On a target without operators there is no gain: the width of the bottleneck counts, and LoRA,
+which spends its values on it, is ahead. The published results could not be read, so nothing is compared with them.
 """
 
 from __future__ import annotations
@@ -48,7 +60,7 @@ class QueryableConfig:
     examples: int = 4096
     noise: tuple[float, ...] = (0.3, 0.6)
     steps: int = 1500
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

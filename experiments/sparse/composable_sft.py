@@ -56,7 +56,7 @@ class ComposableConfig:
     pixels: int = 24
     languages: int = 3
     steps: int = 400
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 

@@ -7,7 +7,18 @@ that any product of the rank leaves. Then the numerical rank of both kernels, be
 
     python -m experiments run snell
 
-MEASURED
+Measured over five seeds, each arm at the best of five rates, mean squared error and its ratio to the best of rank 8:
+
+| target | distance kernel | ratio | linear kernel | ratio |
+| --- | --- | --- | --- | --- |
+| 64 x 64 | 0.545 ± 0.010 | 0.88 ± 0.01 | 0.622 ± 0.008 | 1.00 |
+| 64 x 64, sparse | 0.027 ± 0.003 | 0.50 ± 0.03 | 0.055 ± 0.004 | 1.00 |
+| 128 x 128 | 0.740 ± 0.006 | 0.94 ± 0.00 | 0.786 ± 0.006 | 1.00 |
+| 128 x 128, sparse | 0.054 ± 0.003 | 0.71 ± 0.03 | 0.076 ± 0.003 | 1.00 |
+
+So the claim shows: with as many values the distance kernel fits what no product of that rank can, and a sparse matrix
+of side 64 with half the error. Its numerical rank is that of the array, 96 for factors of width 8, and the linear
+kernel's is 8.
 """
 
 from __future__ import annotations

@@ -270,6 +270,29 @@ def test_the_balance_is_the_divergence_of_mean_use_from_even_use():
     assert float(queryable.balance(reports)) == pytest.approx(expected, rel=1e-4)
 
 
+def test_layers_of_one_block_share_a_routing_and_stacks_count_on():
+    """Four scanned layers in two blocks, behind a kernel that is a block of its own."""
+    tree = {"first": jnp.asarray(draw((SIZE, SIZE))), "layers": jnp.asarray(draw((4, SIZE, SIZE), 1) / 3)}
+    role = {"layers": sj.Role.dense((1,), (2,), (0,))}
+    method = queryable.queryable_lora(RANK, blocks=("first", "layers"), head="*", layers_per_block=2)
+    adapted = moved(sj.adapt(tree, {"*": method}, key=jax.random.key(0), roles=role))
+    assert adapted["layers"].block.tolist() == [1, 1, 2, 2]
+    assert adapted["first"].blocks.shape == (3, 16)
+
+    def forward(p, x):
+        return jax.lax.scan(lambda h, k: (h + jnp.tanh(h @ k), None), x @ p["first"], p["layers"])[0]
+
+    y, reports = jax.jit(sj.with_adapters(forward, collect=True))(adapted, X)
+    weights = np.asarray(reports["layers"]["weights"])
+    np.testing.assert_array_equal(weights[0], weights[1])
+    np.testing.assert_array_equal(weights[2], weights[3])
+    assert not np.allclose(weights[0], weights[2])
+    frozen = queryable.freeze_routing(forward, adapted, [X])
+    assert frozen.weights.shape == (3, 8)
+    np.testing.assert_allclose(frozen.weights[2], weights[2].mean(axis=(0, 1)), rtol=1e-4)
+    assert np.isfinite(np.asarray(y)).all()
+
+
 def test_dropout_is_of_the_update_and_not_of_the_routing():
     adapted = moved(adapt(dropout=0.5))
     first = sj.with_adapters(lambda p, x: x @ p["one"]["up"]["kernel"], collect=True)

@@ -127,9 +127,9 @@ def brute_force(tau, rank, alpha, beta, include_norm):
     return parts, counted, trained
 
 
-@pytest.mark.parametrize("include_norm", [False, True])
-def test_allocation_is_that_of_brute_force_over_the_sweep(include_norm):
-    rank, alpha, beta = 1, 3.0, 1.5
+@pytest.mark.parametrize(("include_norm", "alpha", "beta"), [(False, 3.0, 1.5), (True, 2.75, 2.0)])
+def test_allocation_is_that_of_brute_force_over_the_sweep(include_norm, alpha, beta):
+    rank = 1  # at 2.75 four entries of eleven are just enough for a module
     sweep = {tau: brute_force(tau, rank, alpha, beta, include_norm) for tau in range(1, 66)}
     for budget in (10, 23, 35):
         best = min(abs(counted - budget) for _, counted, _ in sweep.values())
@@ -165,6 +165,16 @@ def test_what_a_module_costs():
     stack = scored(w=draw((2, 6, 5)) ** 2)
     with pytest.raises(ValueError, match="from 66 to"):
         spt.allocate(stack, 1, step=60, most=60, alpha=1e9, rank=3, roles={"w": sj.Role.dense((1,), (2,), (0,))})
+
+
+def test_just_enough_sensitive_entries_make_a_module_or_a_whole_vector():
+    one = {"alpha": 11.0, "rank": 1, "step": 1, "most": 1}  # a module of 6 x 5 costs 11: one entry in eleven
+    stats = scored(w=np.eye(6, 5) * np.eye(6, 5)[:, :1])
+    assert spt.allocate(stats, 11, **one).leaves["w"].part == "module"
+    assert spt.allocate(stats, 1, **{**one, "alpha": 10.9}).leaves["w"].part == "entries"
+    vector = scored(b=np.array([1.0, 0.0, 0.0, 0.0]))
+    assert spt.allocate(vector, 4, **one, beta=4.0).leaves["b"].part == "whole"
+    assert spt.allocate(vector, 1, **one, beta=3.9, include_norm=True).leaves["b"].part == "entries"
 
 
 def test_true_entries_of_a_linear_model_are_found():

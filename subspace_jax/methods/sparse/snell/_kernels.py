@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from subspace_jax.weights import placed_as
+
 Kernel = Literal["distance", "linear", "sigmoid", "rbf"]
 Rule = Literal["soft", "hard"]
 
@@ -78,11 +80,11 @@ def compete(matrix: jax.Array, order: jax.Array, rule: Rule) -> jax.Array:
       >>> compete(jnp.array([[1.0, -2.0], [3.0, 4.0]]), jnp.array(2), "soft").tolist()
       [[0.0, -0.0], [3.0, 8.0]]
     """
-    magnitudes = lax.stop_gradient(jnp.abs(matrix))
-    limit = jnp.vectorize(_ordered, signature="(m,n),()->()")(magnitudes, order)[..., None, None]
+    fixed = lax.stop_gradient(matrix)
+    limit = jnp.vectorize(_ordered, signature="(m,n),()->()")(fixed, order)[..., None, None]
     if rule == "soft":
-        return matrix * jnp.maximum(magnitudes - limit, 0.0)
-    return matrix * jnp.where(magnitudes > limit, magnitudes, 0.0)
+        return matrix * jnp.maximum(jnp.abs(fixed) - limit, 0.0)
+    return matrix * jnp.where(jnp.abs(fixed) > limit, jnp.abs(fixed), 0.0)
 
 
 def threshold_order(share: float, size: int, rule: Rule) -> int:
@@ -112,11 +114,18 @@ def _distances_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
     """The gradient, made of squares anew; 0 where two rows are equal, which have none."""
     a, b = saved
     squares = _squares(a, b)
-    weights = jnp.where(squares > 0, cotangent * lax.rsqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
-    exact = lax.Precision.HIGHEST
-    a_cotangent = a * jnp.sum(weights, axis=-1)[..., None] - jnp.matmul(weights, b, precision=exact)
-    columns = jnp.einsum("...io,...iw->...ow", weights, a, precision=exact)  # the weights are not turned in memory
-    return a_cotangent, b * jnp.sum(weights, axis=-2)[..., None] - columns
+    weights = jnp.where(squares > 0, cotangent * lax.rsqrt(squares), 0.0)
+
+    def of_inputs(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return a * jnp.sum(weights, axis=-1)[..., None] - jnp.matmul(weights, b, precision=lax.Precision.HIGHEST)
+
+    def of_outputs(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        # The weights are not turned in memory.
+        turned = jnp.einsum("...io,...iw->...ow", weights, a, precision=lax.Precision.HIGHEST)
+        return b * jnp.sum(weights, axis=-2)[..., None] - turned
+
+    # Sums over an axis that a mesh splits: each gradient lies as its factor does.
+    return placed_as(of_inputs, a)(weights, a, b), placed_as(of_outputs, b)(weights, a, b)
 
 
 _distances.defvjp(_distances_forward, _distances_backward)
@@ -132,13 +141,17 @@ def _squares(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.maximum(lengths - 2.0 * _products(a, b), 0.0)
 
 
-def _ordered(magnitudes: jax.Array, order: jax.Array) -> jax.Array:
-    """The magnitude of an order, counted from 1, by bisection on bits: non-negative floats are ordered as they are."""
-    bits = lax.bitcast_convert_type(magnitudes.astype(jnp.float32), jnp.int32)
+def _ordered(matrix: jax.Array, order: jax.Array) -> jax.Array:
+    """The magnitude of an order, counted from 1, by bisection on bits: non-negative floats are ordered as they are.
+
+    The comparison looks at the matrix on both sides of zero: magnitudes would be an array of their own, and a copy.
+    """
 
     def narrow(step: jax.Array, found: jax.Array) -> jax.Array:
         tried = found | (jnp.ones((), jnp.int32) << (30 - step).astype(jnp.int32))
-        return jnp.where(jnp.sum(bits < tried, dtype=jnp.int32) < order, tried, found)
+        limit = lax.bitcast_convert_type(tried, jnp.float32).astype(matrix.dtype)
+        below = jnp.sum((matrix < limit) & (matrix > -limit), dtype=jnp.int32)
+        return jnp.where(below < order, tried, found)
 
     found = lax.fori_loop(0, 31, narrow, jnp.zeros((), jnp.int32))
     return lax.bitcast_convert_type(found, jnp.float32)
