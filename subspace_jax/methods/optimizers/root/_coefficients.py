@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import scipy.optimize
 
 from subspace_jax.core import check_choice, check_int
 
@@ -136,6 +135,8 @@ def calibrate(
             if not np.isfinite(peak) or peak > LARGEST - 0.05:  # a finer grid, below, finds a little more
                 return 1e3 + (float(peak) if np.isfinite(peak) else 1e6)
             return mixed(triple)
+
+    import scipy.optimize  # here, since it takes a tenth of a second that most users do not need
 
     near = min(PUBLISHED, key=lambda key: abs(key[1] / key[0] - longer / shorter))
     starts = [MUON, PUBLISHED[near]]
