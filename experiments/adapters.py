@@ -115,7 +115,7 @@ def _adapt(config: AdaptersConfig, job: TextJob, name: str, seed: int) -> tuple[
     batch = next(iter(job.batches(seed)))
     # Found by one abstract trace; the biases and norms of ssf need it.
     roles = sj.roles(job.model, params, batch)
-    rules = {"classifier/*": sj.full(), **arm.rules()}
+    rules = {"classifier/*": sj.full(), **(arm.rules() if arm.rules_of is None else arm.rules_of(stats, roles))}
     adapted = sj.adapt(params, rules, key=jax.random.key(1000 + seed), stats=stats, roles=roles)
     return params, jax.block_until_ready(adapted), time.perf_counter() - started
 

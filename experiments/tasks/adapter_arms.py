@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import optax
 
 import subspace_jax as sj
@@ -24,12 +25,14 @@ class Arm:
       rules: makes the rules, the head's left out.
       rate: peak learning rate, chosen on the validation split.
       needs: statistics of the training data that the method starts from.
+      rules_of: makes the rules of what was gathered, where the method chooses by it; `rules` is not used then.
       optimizer: makes the method's own optimizer of a schedule; AdamW without decay if None.
     """
 
     rules: Callable[[], Mapping[str, Any]]
     rate: float
     needs: str | None = None
+    rules_of: Callable[[Any, Any], Mapping[Any, Any]] | None = None
     optimizer: Callable[[optax.Schedule, int], optax.GradientTransformation] | None = None
 
 
@@ -51,6 +54,25 @@ def _loca(schedule: optax.Schedule, steps: int) -> optax.GradientTransformation:
 def _lift(schedule: optax.Schedule, steps: int) -> optax.GradientTransformation:
     del steps
     return sj.methods.lift.lift_adam(schedule)
+
+
+def _budget(stats: Any, roles: Any) -> int:
+    """Values of LoRA of rank 4."""
+    arrays = {path: one.gradient if one.gradient is not None else one.squared_gradient for path, one in stats.items()}
+    return 4 * sum(sum(roles[path].sizes(array.shape)) for path, array in arrays.items())
+
+
+def _spt(stats: Any, roles: Any) -> Mapping[Any, Any]:
+    found = sj.methods.spt.allocate(stats, _budget(stats, roles), roles=roles, rank=4, most=10**9)
+    return {found.paths: sj.methods.spt.spt(found)}
+
+
+def _composable(stats: Any, roles: Any) -> Mapping[Any, Any]:
+    # The gradients of a few batches stand for the changes of full fine-tuning, which would be another run.
+    sft = sj.methods.composable_sft
+    scores = {path: abs(np.asarray(one.gradient)) for path, one in stats.items()}
+    found = sft.Selection(sj.weights.largest_of_all(scores, _budget(stats, roles)))
+    return {found.paths: sft.composable_sft(found)}
 
 
 # s2ft's two shares: one of 12 heads, and 36 of 1536 channels, of every layer on average.
@@ -83,5 +105,11 @@ ARMS: dict[str, Arm] = {
         },
         1e-2,
     ),
+    # SaRA's entries alone: its penalty and second selection are those of an optimizer that knows the tree.
+    "sara": Arm(_kernels(lambda: sj.methods.sara.sara(9.618e-4)), 1e-3),
+    "spt": Arm(dict, 3e-3, needs="squared_gradient", rules_of=_spt),
+    "snell": Arm(_kernels(lambda: sj.methods.snell.snell(4, sparsity=0.9)), 1e-2),
+    "snella": Arm(_kernels(lambda: sj.methods.snella.snella(4, sparsity=0.9)), 1e-2),
+    "composable_sft": Arm(dict, 1e-3, needs="gradient", rules_of=_composable),
     "ssf": Arm(lambda: {"backbone/encoder/**": sj.ssf()}, 3e-3),
 }
