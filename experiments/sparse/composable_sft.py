@@ -8,12 +8,25 @@ vocabulary. 10 % of the hidden layers' scalars are chosen, for languages and for
 
 "composed" adds the task's vector and the language's: of the largest changes, of random entries, or whole differences of
 full fine-tuning. "sequential" fine-tunes everything on the language, then on the task; "task alone" adds no language.
-"language" rows are the language itself, digits in it with 3 % of the entries. All arms have the same data, steps and
+"language" rows are the language itself, digits in it, with 3 % of the entries. All arms have the same data, steps and
 grid of rates for task and language alike, of which the best by accuracy counts.
 
     python -m experiments run composable_sft
 
-MEASURED
+Measured over five seeds and three languages each, each arm at the best of six rates, accuracy in percent:
+
+| task in an unseen language | | language itself | |
+| --- | --- | --- | --- |
+| composed, tickets | 95.3 ± 1.5 | full | 98.3 ± 0.2 |
+| composed, random entries | 94.4 ± 1.0 | ticket, 3 % | 97.0 ± 0.6 |
+| composed, full differences | 95.3 ± 1.2 | random, 3 % | 97.0 ± 0.2 |
+| sequential fine-tuning | 92.6 ± 1.5 | untuned | 65.1 ± 14.4 |
+| task alone | 81.9 ± 3.6 | | |
+
+So vectors that never met add up: 13 points above the task alone, and 3 above sequential fine-tuning, which forgets the
+language. A tenth of the entries carries all that whole differences do. That chosen entries beat random ones does not
+reproduce where each has its own rate (0.9 of a point for composed vectors, less than a spread, and nothing for
+languages); at a rate of 3e-3 for both they are ahead by 2.6 and 5.6 points. Nor is sparse better than dense here.
 """
 
 from __future__ import annotations
@@ -56,7 +69,7 @@ class ComposableConfig:
     pixels: int = 24
     languages: int = 3
     steps: int = 400
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
