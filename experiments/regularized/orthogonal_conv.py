@@ -32,7 +32,7 @@ from subspace_jax.methods.regularized.orthogonal_conv import (
 )
 
 # Window, inputs, outputs and stride of each layer.
-LAYERS = (("first", 3, 1, 16, 2), ("second", 3, 16, 32, 1), ("third", 3, 32, 32, 2))
+LAYERS = (("first", 3, 1, 8, 2), ("second", 3, 8, 16, 1), ("third", 3, 16, 16, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,10 @@ class ConvConfig:
       seeds: one network each.
     """
 
-    weights: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    steps: int = 500
-    batch_size: int = 64
+    weights: tuple[float, ...] = (0.0, 1e-2, 1e-1, 1.0)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    steps: int = 300
+    batch_size: int = 32
     radius: float = 0.05
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -80,7 +80,7 @@ def _start(seed: int) -> Any:
         return jnp.asarray(rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[:-1])), jnp.float32)
 
     params = {n: {"kernel": draw(k, k, c, m), "bias": jnp.zeros(m)} for n, k, c, m, _ in LAYERS}
-    return params | {"head": {"kernel": draw(7 * 7 * 32, 10), "bias": jnp.zeros(10)}}
+    return params | {"head": {"kernel": draw(7 * 7 * 16, 10), "bias": jnp.zeros(10)}}
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "batch_size"))
