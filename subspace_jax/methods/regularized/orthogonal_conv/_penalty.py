@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from subspace_jax.core import RoleError, check_choice, check_int
-from subspace_jax.linalg import wide_dtype
+from subspace_jax.linalg import whole_matrices, wide_dtype
 
 Strides = int | Sequence[int]
 
@@ -84,7 +84,7 @@ def self_convolution(kernel: jax.Array, strides: Strides = 1) -> jax.Array:
       [1.0, 2.0, 1.0]
     """
     sizes = sizes_of(kernel.shape, strides)
-    kernel = kernel.astype(wide_dtype(kernel.dtype))
+    kernel = whole_matrices(kernel.astype(wide_dtype(kernel.dtype)))  # small, and a convolution does not say its layout
     padding = [(q * s, q * s) for q, s in zip(sizes.reach, sizes.strides, strict=True)]
     letters = "XYZ"[: len(sizes.window)]
     numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
