@@ -2,11 +2,18 @@
 
 First the penalty is minimized from random kernels of shapes for which orthogonal ones exist, and of one for which none
 does. Then the spectrum of one nearly orthogonal kernel on images of 8 to 64 pixels. Last a network of three circular
-convolutions without normalization learns 4,000 images of Fashion-MNIST, with the penalty on the second and third kernel
-at several weights and each weight the best of its learning rates: accuracy on 2,000 test images, the product of the
-layers' Lipschitz constants, and accuracy after one signed gradient step of a twentieth of the range of pixels.
+convolutions without normalization learns 4,000 images of Fashion-MNIST, with the penalty on the second and third
+kernel at several weights and each weight the best of its learning rates: accuracy on 2,000 test images, the product of
+the layers' Lipschitz constants, and accuracy after one signed gradient step of a twentieth of the range of pixels.
 
     python -m experiments run orthogonal_conv
+
+Measured over three seeds, each weight at the best of four rates: the product of Lipschitz constants falls from 46 ± 6
+to 10.6, 6.1 and 5.2 at weights 0.01, 0.1 and 1, accuracy after the signed step rises from 28.6 ± 0.7 % to 37.9 ± 2.7,
+38.6 ± 1.2 and 37.5 ± 3.0, and accuracy itself falls from 81.2 ± 0.5 to 79.2 ± 2.0, 79.5 ± 0.7 and 79.0 ± 1.6. Of five
+starts the penalty is minimized to below 1e-4 where orthogonal kernels exist, but for square shapes, where some starts
+end in a local minimum of 0.1, and to 1.0, as the mathematics says, where none exists. The spectrum of a nearly
+orthogonal kernel is off by 0.0109 to 0.0111 on images of 8 to 64 pixels: the size makes no difference.
 """
 
 from __future__ import annotations
@@ -182,7 +189,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
             [name, "", "exists" if one["exists"] else "none exists", "", "", f"{one['best']:.1e} to {one['worst']:.1e}"]
         )
     for size, values in results["spectra"].items():
-        table.append([f"max |sigma^2 - 1| on {size} x {size}", "", "", "", f"{np.mean(values):.4f}", ""])
+        table.append([f"largest distance of sigma^2 from 1, {size} x {size}", "", "", "", f"{np.mean(values):.4f}", ""])
     return table
 
 
