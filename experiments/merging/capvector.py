@@ -46,7 +46,7 @@ class CapVectorConfig:
       demonstrations: points of a new task.
       rates: learning rates tried for every arm on new tasks.
       weights: of the penalty.
-      worlds: seeds of observations and encoders.
+      seeds: of observations and encoders, a world each.
       tasks: new tasks in each.
     """
 
@@ -56,7 +56,7 @@ class CapVectorConfig:
     demonstrations: int = 100
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     weights: tuple[float, ...] = (1e-3, 1e-2)
-    worlds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
     tasks: int = 3
 
 
@@ -175,7 +175,7 @@ def arms(config: CapVectorConfig) -> dict[str, tuple[str, float, bool]]:
 def run(config: CapVectorConfig, context: Context) -> dict[str, Any]:
     """Makes the starts of every world, then trains every arm on its new tasks."""
     runs = []
-    worlds = {seed: _starts(config, seed) for seed in context.track(config.worlds, "capability vectors")}
+    worlds = {seed: _starts(config, seed) for seed in context.track(config.seeds, "capability vectors")}
     jobs = [(name, rate) for name in arms(config) for rate in config.rates]
     for name, rate in context.track(jobs, "new tasks"):
         start, weight, auxiliary = arms(config)[name]
