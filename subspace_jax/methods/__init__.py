@@ -21,6 +21,7 @@ from subspace_jax.methods.low_rank import pissa as pissa
 from subspace_jax.methods.low_rank import queryable_lora as queryable_lora
 from subspace_jax.methods.low_rank import svfit as svfit
 from subspace_jax.methods.merging import capvector as capvector
+from subspace_jax.methods.merging import concrete as concrete
 from subspace_jax.methods.merging import do_merging as do_merging
 from subspace_jax.methods.merging import orthomerge as orthomerge
 from subspace_jax.methods.optimizers import aro as aro
@@ -53,6 +54,7 @@ __all__ = [
     "capvector",
     "comp_lora",
     "composable_sft",
+    "concrete",
     "corda",
     "coso",
     "dct_lowrank",
