@@ -6,6 +6,12 @@ see test digits without their labels, as in the publication; accuracy is the mea
 the coefficients are the best of a grid by the mean over seeds.
 
     python -m experiments run concrete
+
+Measured over three seeds: task arithmetic at 0.3 reads 91.6 ± 2.0 % of the shifted digits in their groups, with a
+learned mask 97.1 ± 1.7 %, and entropy falls from 0.124 to 0.010. AdaMerging reads 96.6 ± 3.0 % by task and 98.8 ± 0.6
+% by layer, with a mask 98.0 ± 1.9 and 98.1 ± 1.8 %: that a mask helps coefficients that are learned by layer does not
+show here. At a rate of 1 coefficients that are learned end at 47 to 57 %, below task arithmetic, while their loss
+falls on: entropy tells certain predictions, not right ones. The rate of 10 was run apart and put into the record.
 """
 
 from __future__ import annotations
@@ -47,7 +53,7 @@ class ConcreteConfig:
     """
 
     steps: int = 200
-    rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
     coefficient: float = 0.3
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -147,7 +153,9 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
     for name, mine in best_runs(results["runs"], "accuracy").items():
         entropy = with_spread([r["entropy"] for r in mine], 3, 1.0)
         table.append([name, f"{mine[0]['learning_rate']:g}", with_spread([r["accuracy"] for r in mine]), entropy])
-    table.append(["experts alone", "", with_spread([r["experts"] for r in fixed if r["method"] == "base"]), ""])
+    table.append(
+        ["one expert on all tasks", "", with_spread([r["experts"] for r in fixed if r["method"] == "base"]), ""]
+    )
     return table
 
 
