@@ -96,7 +96,7 @@ class AdapterBank(Weight):
         gains = self.gains()
 
         def added(x: jax.Array) -> jax.Array:
-            if isinstance(operation, Lookup) and len(self.role.in_axes) == 1 and not self.role.stack_axes:
+            if isinstance(operation, Lookup) and operation.contracts_inputs and not self.role.stack_axes:
                 return self._look_up(x, operation)
             return self.one(self.row).contract(x, operation)
 

@@ -293,3 +293,13 @@ def test_a_table_in_a_bank_is_read_where_it_is_and_not_copied_for_each_row():
             np.testing.assert_array_equal(jnp.isnan(found[i : i + 1]), jnp.isnan(alone))
         memory = run.lower(bank, rows, index).compile().memory_analysis()
         assert memory.temp_size_in_bytes < words * rank * 4  # less than one table of one adapter
+
+
+def test_a_lookup_along_the_outputs_of_a_kernel_is_each_adapters_own():
+    params, index = {"w": jax.random.normal(KEY, (6, 5))}, jnp.array([[0, 4], [2, 2], [1, 3]])
+    made = [filled(sj.adapt(params, {"w": sj.lora(2)}, key=KEY), i) for i in range(2)]
+    fn = lambda p, i: jnp.take(p["w"], i, axis=1)
+    found = sj.per_row(fn, out_axes=1)(sj.bank(params, made), jnp.array([2, 0, 1]), index)
+    for i, row in enumerate((2, 0, 1)):
+        alone = fn(params if row == 0 else sj.merge(made[row - 1]), index[i : i + 1])
+        assert_rounding(found[:, i : i + 1], alone, size=32)
