@@ -9,6 +9,7 @@ from subspace_jax.merging._change import check_base as check_base
 from subspace_jax.merging._change import formed as formed
 from subspace_jax.merging._change import read_change as read_change
 from subspace_jax.merging._change import register_form as register_form
+from subspace_jax.merging._change import wide_array as wide_array
 from subspace_jax.merging._dare import Merger as Merger
 from subspace_jax.merging._dare import dare as dare
 from subspace_jax.merging._dare import with_changes as with_changes
@@ -70,6 +71,7 @@ __all__ = [
     "ties",
     "to_low_rank",
     "tsv_m",
+    "wide_array",
     "with_changes",
     "write",
 ]

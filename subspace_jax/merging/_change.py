@@ -135,6 +135,12 @@ def formed(change: Change, base: Any) -> jax.Array:
     return _form(change, base if change.gain is not None else None, tuple(base.shape))
 
 
+def wide_array(leaf: Any) -> jax.Array:
+    """Returns a leaf, an array or a weight that stands for one, as an array in at least float32."""
+    wide = wide_dtype(leaf.dtype)
+    return leaf.materialize(wide) if isinstance(leaf, Weight) else jnp.asarray(leaf).astype(wide)
+
+
 def check_base(path: str, inner: Any, base: Any) -> None:
     """Refuses an adapter whose frozen array is not the base's.
 

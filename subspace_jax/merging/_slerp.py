@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import Params, StructureError, Weight, check_choice, check_number
-from subspace_jax.linalg import wide_dtype
-from subspace_jax.merging._change import Change, Dense, Factored
+from subspace_jax.merging._change import Change, Dense, Factored, wide_array
 from subspace_jax.merging._linear import concatenated
 from subspace_jax.merging._site import Site
 from subspace_jax.merging._walk import Selector, merge_leaves
@@ -71,18 +70,13 @@ def slerp(
         if of == "changes":
             return _of_changes(site, t)
         first, second = site.arrays()
-        return Dense(array=_arc(first, second, _wide(site.base), t))
+        return Dense(array=_arc(first, second, wide_array(site.base), t))
 
     return merge_leaves(experts, base, rule, select=select)
 
 
 def _leaves(tree: Params) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=lambda v: isinstance(v, Weight))
-
-
-def _wide(base: Any) -> jax.Array:
-    wide = wide_dtype(base.dtype)
-    return base.materialize(wide) if isinstance(base, Weight) else jnp.asarray(base).astype(wide)
 
 
 @jax.jit

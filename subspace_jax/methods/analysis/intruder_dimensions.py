@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from subspace_jax.core import Params, Role, Weight, check_choice, check_int, check_number, map_with_paths, register
 from subspace_jax.linalg import wide_dtype, wide_matmul
-from subspace_jax.merging import Selector, Site, sites
+from subspace_jax.merging import Selector, Site, sites, wide_array
 
 __all__ = [
     "Intruders",
@@ -219,11 +219,7 @@ def _matrices(before: Params, after: Params, select: Any, roles: Mapping[str, Ro
 def _pair(site: Site) -> tuple[jax.Array, jax.Array]:
     """Base and tuned matrices `[*stack, in, out]`, in at least float32."""
     assert site.role is not None
-    leaf = site.leaves[0]
-    wide = wide_dtype(site.base.dtype)
-    tuned = leaf.materialize(wide) if isinstance(leaf, Weight) else jnp.asarray(leaf, wide)
-    base = site.base.materialize(wide) if isinstance(site.base, Weight) else jnp.asarray(site.base, wide)
-    return site.role.matrix(base), site.role.matrix(tuned)
+    return site.role.matrix(wide_array(site.base)), site.role.matrix(wide_array(site.leaves[0]))
 
 
 def _lead(u: jax.Array, vt: jax.Array, side: Side) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from subspace_jax.core import Params, StructureError, check_choice, check_rank, leaves_with_paths, map_with_paths
 from subspace_jax.linalg import truncated_svd, wide_matmul
-from subspace_jax.methods.merging.capvector._vector import formed
+from subspace_jax.merging import wide_array
 from subspace_jax.weights import LowRank
 
 Kind = Literal["abs_inner", "sq_inner", "abs_elem", "cosine"]
@@ -69,7 +69,7 @@ def _of_leaf(leaf: Any, start: Any, gamma: jax.Array, kind: Kind) -> jax.Array:
         onto = wide_matmul(one.role.matrix(gamma), jnp.swapaxes(one.b, -1, -2))
         inner = jnp.sum(onto * one.a) * one.scale
     else:
-        change = formed(leaf) - jax.lax.stop_gradient(formed(start))
+        change = wide_array(leaf) - jax.lax.stop_gradient(wide_array(start))
         if kind == "abs_elem":
             return jnp.sum(jnp.abs(gamma * change))
         inner = jnp.sum(gamma * change)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import (
     Params,
     PatternError,
     StructureError,
-    Weight,
     leaves_with_paths,
     map_with_paths,
     matches,
@@ -20,8 +18,7 @@ from subspace_jax.core import (
     resolve_links,
     select_paths,
 )
-from subspace_jax.linalg import wide_dtype
-from subspace_jax.merging import Selector
+from subspace_jax.merging import Selector, wide_array
 
 
 def capability_vector(auxiliary: Params, plain: Params, *, select: Selector | None = None) -> Params:
@@ -62,7 +59,7 @@ def capability_vector(auxiliary: Params, plain: Params, *, select: Selector | No
                 f"{path}: capability_vector: the plain training has shape {tuple(leaf.shape)} here, the auxiliary one "
                 f"{came}. Both start from the same model; leave a leaf of one alone out by select=."
             )
-        return formed(other[path]) - formed(leaf)
+        return wide_array(other[path]) - wide_array(leaf)
 
     return map_with_paths(one, resolve_links(plain))
 
@@ -119,7 +116,7 @@ def add_capability(
                 raise StructureError(f"{path}: a vector has shape {tuple(change.shape)}, the leaf {tuple(leaf.shape)}.")
             amount = _strength(strength, path) * change
             total = amount if total is None else total + amount
-        return leaf if total is None else (formed(leaf) + total).astype(leaf.dtype)
+        return leaf if total is None else (wide_array(leaf) + total).astype(leaf.dtype)
 
     return map_with_paths(add, params)
 
@@ -128,12 +125,6 @@ def _strength(alpha: Any, path: str) -> Any:
     if not isinstance(alpha, Mapping):
         return alpha
     return next((value for pattern, value in alpha.items() if matches(pattern, path)), 0.0)
-
-
-def formed(leaf: Any) -> jax.Array:
-    """Returns a leaf as an array in at least float32."""
-    wide = wide_dtype(leaf.dtype)
-    return leaf.materialize(wide) if isinstance(leaf, Weight) else jnp.asarray(leaf, wide)
 
 
 def is_floating(leaf: Any) -> bool:

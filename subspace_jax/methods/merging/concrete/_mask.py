@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import Params, StructureError, check_number, leaves_with_paths, map_with_paths
-from subspace_jax.methods.merging.concrete._vectors import is_masked
 
 # Log of the smallest mean that a mask is divided by.
 _SMALLEST = 1e-8
@@ -124,7 +123,7 @@ def add_masked(base: Params, vectors: Sequence[Params], coefficients: Any, mask:
     masks = {} if mask is None else dict(leaves_with_paths(mask))
 
     def one(path: str, leaf: Any) -> Any:
-        if not is_masked(by_path[0].get(path)):
+        if by_path[0].get(path) is None:
             return leaf
         given = coefficients[path] if isinstance(coefficients, dict) else coefficients
         weights = jnp.broadcast_to(jnp.asarray(given, jnp.float32), (len(vectors),))

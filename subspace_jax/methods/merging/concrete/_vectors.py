@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Params, Weight, map_with_paths
-from subspace_jax.linalg import wide_dtype
+from subspace_jax.core import Params, map_with_paths
 from subspace_jax.merging import Selector, sites
 
 
@@ -41,14 +38,3 @@ def task_vectors(experts: Sequence[Params], base: Params, *, select: Selector | 
         return map_with_paths(lambda path, _: found[path][i].astype(jnp.float32) if path in found else None, base)
 
     return [vector(i) for i in range(len(experts))]
-
-
-def formed(leaf: Any) -> jax.Array:
-    """Returns a leaf as an array in at least float32."""
-    wide = wide_dtype(leaf.dtype)
-    return leaf.materialize(wide) if isinstance(leaf, Weight) else jnp.asarray(leaf, wide)
-
-
-def is_masked(vector: Any) -> bool:
-    """Tells whether a leaf of a task vector takes part."""
-    return vector is not None

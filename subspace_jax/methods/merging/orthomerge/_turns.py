@@ -8,9 +8,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Weight
-from subspace_jax.linalg import wide_dtype, wide_matmul
-from subspace_jax.merging import Change, Dense, Site, formed
+from subspace_jax.linalg import wide_matmul
+from subspace_jax.merging import Change, Dense, Site, formed, wide_array
 from subspace_jax.methods.merging.orthomerge._group import (
     TINY,
     Aggregate,
@@ -92,9 +91,7 @@ class Turns:
         return self._mean
 
     def _start(self) -> jax.Array:
-        base = self.site.base
-        wide = wide_dtype(base.dtype)
-        return self._matrix(base.materialize(wide) if isinstance(base, Weight) else jnp.asarray(base).astype(wide))
+        return self._matrix(wide_array(self.site.base))
 
     def _matrix(self, array: jax.Array) -> jax.Array:
         matrix = self.site.matrix_of(array)
