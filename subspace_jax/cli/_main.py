@@ -11,8 +11,19 @@ from subspace_jax.errors import AssetMissingError, FetchError, SubspaceError
 
 from ._errors import UserError
 
-# Module and one line of help. A module has a function of its command's name, or a dict COMMANDS of functions by name.
-COMMANDS: Mapping[str, tuple[str, str]] = {}
+# Module and one line of help. A module has `command(program, arguments)`, a dict COMMANDS of functions by name, or a
+# function `run` whose parameters are the options.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "finetune": ("subspace_jax.cli.finetune", "fine-tune a pretrained model on your own data"),
+    "evaluate": ("subspace_jax.cli.evaluate", "judge a run's adapter on other data"),
+    "generate": ("subspace_jax.cli.generate", "continue prompts with a run's adapter"),
+    "chat": ("subspace_jax.cli.chat", "talk with a run's adapter"),
+    "export": ("subspace_jax.cli.export", "write a run's adapter for PEFT or the whole model for Hugging Face"),
+    "merge": ("subspace_jax.cli.merge", "merge one run's adapter into its weights, or several runs into one model"),
+    "explain": ("subspace_jax.cli.explain", "tell what a run's method made of every leaf, and why"),
+    "list": ("subspace_jax.cli.list_methods", "show the methods and models by name"),
+    "doctor": ("subspace_jax.cli.doctor", "show versions, devices and what is missing"),
+}
 
 USAGE = "usage: subspace-jax COMMAND ... [--debug]\n\nAdapt pretrained models to your own data.\n\n"
 
@@ -51,10 +62,12 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     loaded = importlib.import_module(module)
     program = f"subspace-jax {name}"
     functions: dict[str, Callable[..., Any]] | None = getattr(loaded, "COMMANDS", None)
-    if functions is not None:
+    if hasattr(loaded, "command"):
+        loaded.command(program, arguments)
+    elif functions is not None:
         tyro.extras.subcommand_cli_from_dict(functions, prog=program, description=summary, args=list(arguments))
     else:
-        tyro.cli(getattr(loaded, name.replace("-", "_")), prog=program, args=list(arguments))
+        tyro.cli(loaded.run, prog=program, args=list(arguments))
 
 
 def _overview() -> str:

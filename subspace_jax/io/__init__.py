@@ -22,6 +22,8 @@ from subspace_jax.io.peft import NameMap as NameMap
 from subspace_jax.io.peft import NameRule as NameRule
 from subspace_jax.io.peft import bert_names as bert_names
 from subspace_jax.io.peft import dinov2_names as dinov2_names
+from subspace_jax.io.peft import export_tensors as export_tensors
+from subspace_jax.io.peft import import_tensors as import_tensors
 from subspace_jax.io.peft import llama_names as llama_names
 from subspace_jax.io.peft import load_peft as load_peft
 from subspace_jax.io.peft import save_peft as save_peft
@@ -38,6 +40,8 @@ __all__ = [
     "bert_names",
     "describe",
     "dinov2_names",
+    "export_tensors",
+    "import_tensors",
     "latest_step",
     "llama_names",
     "load_adapter",

@@ -9,7 +9,13 @@ from ._blocks import unpack_q4_1 as unpack_q4_1
 from ._blocks import unpack_q8_0 as unpack_q8_0
 from ._cache import KVCache as KVCache
 from ._cache import init_cache as init_cache
+from ._causal_examples import CausalEncoder as CausalEncoder
+from ._causal_examples import CausalExample as CausalExample
+from ._chat import TEMPLATES as TEMPLATES
+from ._chat import ChatTemplate as ChatTemplate
+from ._chat import TemplateError as TemplateError
 from ._classifiers import BertClassifier as BertClassifier
+from ._classifiers import LlamaClassifier as LlamaClassifier
 from ._classifiers import VitClassifier as VitClassifier
 from ._classifiers import mean_pool as mean_pool
 from ._classifiers import pool_tokens as pool_tokens
@@ -22,6 +28,8 @@ from ._layers import unstack_layers as unstack_layers
 from ._llama import Llama as Llama
 from ._llama_config import LlamaConfig as LlamaConfig
 from ._llama_config import small_llama as small_llama
+from ._load import CARRIED as CARRIED
+from ._load import load as load
 from ._minilm import load_minilm as load_minilm
 from ._onnx import OnnxGraph as OnnxGraph
 from ._onnx import OnnxNode as OnnxNode
@@ -29,6 +37,7 @@ from ._onnx import read_onnx as read_onnx
 from ._position import cubic_resize_matrix as cubic_resize_matrix
 from ._position import resize_positions as resize_positions
 from ._pretrained import PretrainedModel as PretrainedModel
+from ._pretrained import TextFormat as TextFormat
 from ._pretrained import add_classifier as add_classifier
 from ._rotary import apply_rotary as apply_rotary
 from ._rotary import rotary_tables as rotary_tables
@@ -43,17 +52,25 @@ from ._vit import small_vit as small_vit
 from ._vit_small import load_vit_small as load_vit_small
 
 __all__ = [
+    "CARRIED",
+    "TEMPLATES",
     "Bert",
     "BertClassifier",
     "BertConfig",
+    "CausalEncoder",
+    "CausalExample",
+    "ChatTemplate",
     "GgufFile",
     "GgufTensor",
     "KVCache",
     "Llama",
+    "LlamaClassifier",
     "LlamaConfig",
     "OnnxGraph",
     "OnnxNode",
     "PretrainedModel",
+    "TemplateError",
+    "TextFormat",
     "Vit",
     "VitClassifier",
     "VitConfig",
@@ -65,6 +82,7 @@ __all__ = [
     "encode_texts",
     "greedy_decode",
     "init_cache",
+    "load",
     "load_minilm",
     "load_smollm2",
     "load_tokenizer",

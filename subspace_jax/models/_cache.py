@@ -57,13 +57,16 @@ class LayerView(NamedTuple):
     offset: jax.Array
 
 
-def view_sequence(config: LlamaConfig, real: jax.Array, cache: KVCache | None) -> tuple[LayerView, KVCache | None]:
+def view_sequence(
+    config: LlamaConfig, real: jax.Array, cache: KVCache | None, segments: jax.Array | None = None
+) -> tuple[LayerView, KVCache | None]:
     """Makes rotary tables and mask for new tokens, and marks their slots of the cache as used.
 
     Args:
         config: of the model.
         real: `[batch, length]` bool, true at real tokens.
         cache: tokens before these, or None.
+        segments: `[batch, length]`, which sequence each token is of, where several share a row.
 
     Returns:
         The view, and the cache whose keys and values are still those from before.
@@ -73,6 +76,12 @@ def view_sequence(config: LlamaConfig, real: jax.Array, cache: KVCache | None) -
     """
     length = real.shape[1]
     positions = jnp.cumsum(real, axis=1) - 1
+    together = jnp.ones((), bool)
+    if segments is not None:
+        starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        # The count of real tokens before the segment's first one, carried along it.
+        positions -= jax.lax.cummax(jnp.where(starts, positions + 1 - real, 0), axis=1)
+        together = (segments[:, :, None] == segments[:, None, :])[:, None]
     if cache is None:
         offset, valid = jnp.zeros((), jnp.int32), real
         ahead = jnp.arange(length)[None, :] <= jnp.arange(length)[:, None]
@@ -86,4 +95,4 @@ def view_sequence(config: LlamaConfig, real: jax.Array, cache: KVCache | None) -
         ahead = jnp.arange(capacity)[None, :] <= offset + jnp.arange(length)[:, None]
         cache = cache._replace(valid=valid, length=offset + length)
     sin, cos = rotary_tables(jnp.maximum(positions, 0), config.head_dim, config.rope_base)
-    return LayerView(sin, cos, ahead[None, None] & valid[:, None, None, :], offset), cache
+    return LayerView(sin, cos, ahead[None, None] & valid[:, None, None, :] & together, offset), cache

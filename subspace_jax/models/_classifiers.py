@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from ._bert import Bert, BertConfig
 from ._config import require_choice
+from ._llama import Llama
+from ._llama_config import LlamaConfig
 from ._vit import Vit, VitConfig
 
 TEXT_POOLINGS = ("mean", "cls")
@@ -110,6 +112,47 @@ class BertClassifier(nn.Module):
         pooled = hidden[:, 0] if self.pooling == "cls" else mean_pool(hidden, mask)
         pooled = nn.Dropout(self.config.dropout, deterministic=deterministic)(pooled)
         return _head(self.config, self.num_classes)(pooled).astype(jnp.float32)
+
+
+class LlamaClassifier(nn.Module):
+    """`Llama`, its hidden state at the last real token, and a linear head without bias.
+
+    The form in which causal language models are fine-tuned to classify: the last token has seen the whole text.
+    Parameters: `backbone/...` as `Llama` has them without a head, `classifier/kernel` `(width, num_classes)`.
+
+    Attributes:
+        config: of the backbone; its embeddings are tied here, since logits of tokens are never made.
+        num_classes: number of logits.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from subspace_jax.models import small_llama
+        >>> model = LlamaClassifier(small_llama(), num_classes=3)
+        >>> tokens = jnp.ones((2, 5), jnp.int32)
+        >>> params = model.init(jax.random.key(0), tokens)["params"]
+        >>> model.apply({"params": params}, tokens).shape
+        (2, 3)
+    """
+
+    config: LlamaConfig
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Returns logits `[batch, num_classes]` in float32; arguments as those of `Llama`, padding anywhere."""
+        hidden = Llama(self.config, name="backbone")(tokens, mask, return_hidden=True)
+        real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        last = tokens.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+        pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        head = nn.Dense(
+            self.num_classes,
+            use_bias=False,
+            dtype=self.config.dtype,
+            param_dtype=self.config.param_dtype,
+            kernel_init=nn.initializers.normal(0.02),
+            name="classifier",
+        )
+        return head(pooled).astype(jnp.float32)
 
 
 class VitClassifier(nn.Module):

@@ -125,14 +125,28 @@ class Llama(nn.Module):
     config: LlamaConfig
 
     @overload
-    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None, cache: None = None) -> jax.Array: ...
+    def __call__(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array | None = None,
+        cache: None = None,
+        *,
+        segments: jax.Array | None = None,
+        return_hidden: bool = False,
+    ) -> jax.Array: ...
 
     @overload
     def __call__(self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache) -> tuple[jax.Array, KVCache]: ...
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None = None, cache: KVCache | None = None
+        self,
+        tokens: jax.Array,
+        mask: jax.Array | None = None,
+        cache: KVCache | None = None,
+        *,
+        segments: jax.Array | None = None,
+        return_hidden: bool = False,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Returns logits of the next token at every place.
 
@@ -141,18 +155,25 @@ class Llama(nn.Module):
             mask: `[batch, length]`, true or non-zero at real tokens; all real by default. Padding may stand
               anywhere: it is not attended to and takes no position.
             cache: tokens before these; they are attended to, and these are added.
+            segments: `[batch, length]` integers where several sequences are packed into a row: a token attends to
+              those of its own number, and each segment's positions start at zero. Not with a cache.
+            return_hidden: return the normalized hidden states in place of logits. Not with a cache.
 
         Returns:
-            `[batch, length, vocab_size]` float32 logits; with a cache, the pair of these and the new cache.
+            `[batch, length, vocab_size]` float32 logits, or `[batch, length, width]` hidden states; with a cache,
+            the pair of logits and the new cache.
 
         Raises:
-            ValueError: `tokens` has not two axes, or more tokens than the cache could ever hold.
+            ValueError: `tokens` has not two axes, more tokens than the cache could ever hold, or a cache together
+              with what it excludes.
         """
         config = self.config
         if tokens.ndim != 2:
             raise ValueError(f"Llama: {tokens.shape=}; expected (batch, length)")
+        if cache is not None and (segments is not None or return_hidden):
+            raise ValueError("Llama: segments= and return_hidden= are for whole sequences; leave cache= out.")
         real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-        view, cache = view_sequence(config, real, cache)
+        view, cache = view_sequence(config, real, cache, segments)
         embedding = nn.Embed(
             config.vocab_size,
             config.width,
@@ -164,6 +185,8 @@ class Llama(nn.Module):
         layer_cache = None if cache is None else (cache.keys, cache.values)
         x, layer_cache = LlamaDecoder(config, name="decoder")(embedding(tokens), view, layer_cache)
         x = _norm(config, "norm")(x)
+        if return_hidden:
+            return x
         if config.tie_embeddings:
             logits = embedding.attend(x)
         else:

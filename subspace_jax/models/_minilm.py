@@ -10,6 +10,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from subspace_jax.io import bert_names
+
 from ._bert import Bert, BertConfig
 from ._pretrained import (
     PretrainedModel,
@@ -107,7 +109,7 @@ def load_minilm(path: str | Path | None = None, **overrides: Any) -> PretrainedM
         read_safetensors(file), bert_rules(full, keep), str(file), ignorable=_IGNORABLE.__contains__
     )
     tokenizer = functools.partial(load_tokenizer, file.with_name("tokenizer.json"))
-    return PretrainedModel(Bert(config), finish_params(params, config), config, tokenizer)
+    return PretrainedModel(Bert(config), finish_params(params, config), config, tokenizer, bert_names())
 
 
 def read_safetensors(file: Path) -> dict[str, np.ndarray]:

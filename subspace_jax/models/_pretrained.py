@@ -13,11 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.core import WeightFileError
+from subspace_jax.io import NameMap
 
 from ._bert import Bert
-from ._classifiers import BertClassifier, VitClassifier
+from ._classifiers import BertClassifier, LlamaClassifier, VitClassifier
 from ._layers import stack_layers
+from ._llama import Llama
 from ._vit import Vit
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFormat:
+    """What a causal language model's texts begin and end with.
+
+    Attributes:
+        end_tokens: ids that end what the model writes; the first is the one that training appends.
+        bos_token: id that starts every sequence; None for models that have none.
+        chat_template: Jinja source of the model's own template; None for models without one.
+        special_tokens: what the template may call `bos_token`, `eos_token` and so on.
+    """
+
+    end_tokens: tuple[int, ...]
+    bos_token: int | None = None
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +48,16 @@ class PretrainedModel:
         params: its parameters, as `module.apply({"params": params}, ...)` takes them.
         config: the module's configuration.
         load_tokenizer: makes the tokenizer; None for models without one.
+        names: what the module's parts are called in PyTorch, for `save_peft` and `load_peft`; None where unknown.
+        text_format: of a causal language model; None for others.
     """
 
     module: nn.Module
     params: dict[str, Any]
     config: Any
     load_tokenizer: Callable[[], Any] | None = None
+    names: NameMap | None = None
+    text_format: TextFormat | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +174,14 @@ def add_classifier(
     """Puts a fresh linear head on a pretrained encoder.
 
     Args:
-        pretrained: a `Bert` or a `Vit`.
+        pretrained: a `Bert`, a `Vit` or a `Llama`.
         num_classes: number of logits.
         key: random key of the head's kernel; the key is consumed.
         pooling: see the classifier; its own default if None.
 
     Returns:
-        A `BertClassifier` or `VitClassifier` with the given parameters under `backbone`.
+        A `BertClassifier`, `VitClassifier` or `LlamaClassifier` with the given parameters under `backbone`; a head
+        over tokens of a `Llama` is dropped.
 
     Raises:
         TypeError: another module.
@@ -173,19 +197,27 @@ def add_classifier(
         (1, 5)
     """
     options: dict[str, Any] = {} if pooling is None else {"pooling": pooling}
-    config = pretrained.config
+    config, backbone = pretrained.config, pretrained.params
     if isinstance(pretrained.module, Bert):
         module = BertClassifier(config, num_classes, **options)
         inputs = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     elif isinstance(pretrained.module, Vit):
         module = VitClassifier(config, num_classes, **options)
         inputs = jax.ShapeDtypeStruct((1, config.patch_size, config.patch_size, 3), jnp.float32)
+    elif isinstance(pretrained.module, Llama):
+        if pooling is not None:
+            raise ValueError(f"add_classifier: pooling={pooling!r}; a Llama is read at its last token, leave it out.")
+        module = LlamaClassifier(config, num_classes)
+        inputs = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        backbone = {name: node for name, node in backbone.items() if name != "head"}
     else:
-        raise TypeError(f"add_classifier: {type(pretrained.module).__name__}; expected a Bert or a Vit")
+        raise TypeError(f"add_classifier: {type(pretrained.module).__name__}; expected a Bert, a Vit or a Llama")
     head = jax.eval_shape(module.init, key, inputs)["params"]["classifier"]
     kernel = nn.initializers.normal(0.02)(key, head["kernel"].shape, head["kernel"].dtype)
-    classifier = {"kernel": kernel, "bias": jnp.zeros(head["bias"].shape, head["bias"].dtype)}
-    params = {"backbone": pretrained.params, "classifier": classifier}
+    classifier = {"kernel": kernel}
+    if "bias" in head:
+        classifier["bias"] = jnp.zeros(head["bias"].shape, head["bias"].dtype)
+    params = {"backbone": backbone, "classifier": classifier}
     return dataclasses.replace(pretrained, module=module, params=params)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from subspace_jax.io import llama_names
 
 from ._gguf import GgufTensor, read_gguf
 from ._llama import Llama
@@ -14,6 +17,7 @@ from ._llama_config import LlamaConfig
 from ._pretrained import (
     PretrainedModel,
     TensorRule,
+    TextFormat,
     assemble_params,
     checked_depth,
     finish_params,
@@ -64,6 +68,30 @@ def llama_config(metadata: dict[str, Any], source: str) -> LlamaConfig:
     if rotated != config.head_dim:
         raise ValueError(f"{source}: {rotated} rotated dimensions of {config.head_dim}; only all of them is read")
     return config
+
+
+def gguf_text_format(metadata: Mapping[str, Any]) -> TextFormat:
+    """Returns what a GGUF file says of a model's first and last tokens and of its chat template.
+
+    Args:
+        metadata: of the file.
+
+    Returns:
+        The format; only a model whose file asks for it gets a first token.
+    """
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    special = {
+        f"{'unk' if name == 'unknown' else 'pad' if name == 'padding' else name}_token": tokens[number]
+        for name, number in ids.items()
+        if number is not None
+    }
+    return TextFormat(
+        end_tokens=() if ids["eos"] is None else (int(ids["eos"]),),
+        bos_token=ids["bos"] if metadata.get("tokenizer.ggml.add_bos_token", False) else None,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        special_tokens=special,
+    )
 
 
 def unpermute_rotary(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -169,7 +197,14 @@ def load_smollm2(num_layers: int | None = None, path: str | Path | None = None, 
     config = override_config(full, {"num_layers": keep, **overrides}, ("num_layers", *_FREE))
     params = assemble_params(gguf.tensors, llama_rules(full, keep), str(file), read=GgufTensor.dequantize)
     tokenizer = functools.partial(tokenizer_from_gguf, gguf.metadata, str(file))
-    return PretrainedModel(Llama(config), finish_params(params, config), config, tokenizer)
+    return PretrainedModel(
+        Llama(config),
+        finish_params(params, config),
+        config,
+        tokenizer,
+        llama_names(tie_embeddings=config.tie_embeddings),
+        gguf_text_format(gguf.metadata),
+    )
 
 
 def chat_prompt(message: str, system: str = DEFAULT_SYSTEM) -> str:

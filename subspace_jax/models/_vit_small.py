@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from subspace_jax.io import dinov2_names
+
 from ._onnx import OnnxGraph, read_onnx
 from ._pretrained import (
     PretrainedModel,
@@ -154,4 +156,4 @@ def load_vit_small(num_blocks: int = 9, path: str | Path | None = None, **overri
     embeddings["position"] = np.concatenate(halves, axis=1)
     if not config.final_norm:
         del params["norm"]
-    return PretrainedModel(Vit(config), finish_params(params, config), config)
+    return PretrainedModel(Vit(config), finish_params(params, config), config, names=dinov2_names())

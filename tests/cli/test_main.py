@@ -25,7 +25,7 @@ def commands(monkeypatch):
         print(name.upper() if loud else name)
 
     one, many = ModuleType("one"), ModuleType("many")
-    one.greet = greet
+    one.run = greet
     many.COMMANDS = {"greet": greet}
     monkeypatch.setitem(sys.modules, "one", one)
     monkeypatch.setitem(sys.modules, "many", many)

@@ -103,3 +103,29 @@ def test_more_tokens_than_the_cache_holds_are_refused():
 def test_impossible_configurations_are_refused(fields):
     with pytest.raises(ValueError, match="LlamaConfig"):
         LlamaConfig(**fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"scan_layers": True}])
+def test_packed_segments_equal_each_sequence_alone(fields):
+    model, _ = tiny("llama", **fields)
+    sequences = [[5, 7, 9, 11], [3], [8, 2, 6]]
+    row = jnp.array([[*sequences[0], *sequences[1], *sequences[2], 0, 0]])
+    segments = jnp.array([[1, 1, 1, 1, 2, 3, 3, 3, 0, 0]])
+    params = random_params(model, row)
+    found = model.apply({"params": params}, row, row > 0, segments=segments)
+    start = 0
+    for sequence in sequences:
+        alone = model.apply({"params": params}, jnp.array([sequence]))
+        np.testing.assert_allclose(found[0, start : start + len(sequence)], alone[0], atol=1e-5)
+        start += len(sequence)
+
+
+def test_hidden_states_times_the_table_are_the_logits():
+    model, tokens = tiny("llama")
+    params = random_params(model, tokens)
+    hidden = model.apply({"params": params}, tokens, return_hidden=True)
+    np.testing.assert_allclose(
+        hidden @ params["embedding"]["embedding"].T, model.apply({"params": params}, tokens), atol=1e-5
+    )
+    with pytest.raises(ValueError, match="leave cache= out"):
+        model.apply({"params": params}, tokens, None, init_cache(model.config, *tokens.shape), segments=tokens)

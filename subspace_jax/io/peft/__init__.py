@@ -7,5 +7,17 @@ from subspace_jax.io.peft._folder import load_peft as load_peft
 from subspace_jax.io.peft._folder import save_peft as save_peft
 from subspace_jax.io.peft._names import NameMap as NameMap
 from subspace_jax.io.peft._names import NameRule as NameRule
+from subspace_jax.io.peft._whole import export_tensors as export_tensors
+from subspace_jax.io.peft._whole import import_tensors as import_tensors
 
-__all__ = ["NameMap", "NameRule", "bert_names", "dinov2_names", "llama_names", "load_peft", "save_peft"]
+__all__ = [
+    "NameMap",
+    "NameRule",
+    "bert_names",
+    "dinov2_names",
+    "export_tensors",
+    "import_tensors",
+    "llama_names",
+    "load_peft",
+    "save_peft",
+]

@@ -63,6 +63,12 @@ def dinov2_names(transformers: Literal[4, 5] = 5) -> NameMap:
     return NameMap(
         (
             NameRule("embeddings/patch", "embeddings.patch_embeddings.projection", "conv"),
+            NameRule(
+                "embeddings",
+                "embeddings",
+                "array",
+                leaves=(("cls", "cls_token"), ("position", "position_embeddings")),
+            ),
             *_layers("encoder", "encoder.layer", rules),
             NameRule("norm", "layernorm", "vector"),
         )

