@@ -12,7 +12,9 @@ from subspace_jax.errors import AssetMissingError, FetchError, SubspaceError
 from ._errors import UserError
 
 # Module and one line of help. A module has a function of its command's name, or a dict COMMANDS of functions by name.
-COMMANDS: Mapping[str, tuple[str, str]] = {}
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "anomaly": ("subspace_jax.cli.anomaly", "finds what is unusual in images, from a few normal ones"),
+}
 
 USAGE = "usage: subspace-jax COMMAND ... [--debug]\n\nAdapt pretrained models to your own data.\n\n"
 

@@ -1,5 +1,13 @@
 """Real data from ordinary packages, and any prepared tfds dataset, as arrays in memory."""
 
+from ._anomaly_folder import AnomalyFolder as AnomalyFolder
+from ._anomaly_folder import anomaly_categories as anomaly_categories
+from ._anomaly_folder import is_anomaly_folder as is_anomaly_folder
+from ._anomaly_folder import load_anomaly_folder as load_anomaly_folder
+from ._image_folder import ImageFolder as ImageFolder
+from ._image_folder import load_image_folder as load_image_folder
+from ._image_folder import read_image as read_image
+from ._image_folder import unreadable as unreadable
 from ._image_task import ImageSplit as ImageSplit
 from ._image_task import ImageTask as ImageTask
 from ._image_task import load_image_task as load_image_task
@@ -18,8 +26,13 @@ from ._text_task import TextSplit as TextSplit
 from ._text_task import TextTask as TextTask
 from ._text_task import load_text_task as load_text_task
 from ._text_task import tokenize as tokenize
+from ._textures import TextureTask as TextureTask
+from ._textures import load_texture_task as load_texture_task
+from ._textures import textures as textures
 
 __all__ = [
+    "AnomalyFolder",
+    "ImageFolder",
     "ImageSplit",
     "ImageTask",
     "OperatorSplit",
@@ -28,14 +41,23 @@ __all__ = [
     "PairTask",
     "TextSplit",
     "TextTask",
+    "TextureTask",
+    "anomaly_categories",
     "image_tasks",
+    "is_anomaly_folder",
+    "load_anomaly_folder",
+    "load_image_folder",
     "load_image_task",
     "load_operator_task",
     "load_pair_task",
     "load_text_task",
+    "load_texture_task",
     "operator_tasks",
     "pair_tasks",
     "prepare",
+    "read_image",
     "text_tasks",
+    "textures",
     "tokenize",
+    "unreadable",
 ]

@@ -2,6 +2,7 @@
 
 from subspace_jax.methods.analysis import gist as gist
 from subspace_jax.methods.analysis import intruder_dimensions as intruder_dimensions
+from subspace_jax.methods.analysis import subspace_ad as subspace_ad
 from subspace_jax.methods.continual import coso as coso
 from subspace_jax.methods.continual import gpm as gpm
 from subspace_jax.methods.continual import o_lora as o_lora
@@ -95,5 +96,6 @@ __all__ = [
     "soka",
     "spt",
     "ssf",
+    "subspace_ad",
     "svfit",
 ]
