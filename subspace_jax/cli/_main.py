@@ -14,6 +14,7 @@ from ._errors import UserError
 # Module and one line of help. A module has a function of its command's name, or a dict COMMANDS of functions by name.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "anomaly": ("subspace_jax.cli.anomaly", "finds what is unusual in images, from a few normal ones"),
+    "cluster": ("subspace_jax.cli.cluster", "groups images or features that lie near subspaces, without labels"),
 }
 
 USAGE = "usage: subspace-jax COMMAND ... [--debug]\n\nAdapt pretrained models to your own data.\n\n"

@@ -47,6 +47,7 @@ from subspace_jax.methods.structured import oft as oft
 from subspace_jax.methods.structured import randlora as randlora
 from subspace_jax.methods.structured import soka as soka
 from subspace_jax.methods.structured import ssf as ssf
+from subspace_jax.methods.systems import deep_subspace_clustering as deep_subspace_clustering
 from subspace_jax.methods.systems import gcr as gcr
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "corda",
     "coso",
     "dct_lowrank",
+    "deep_subspace_clustering",
     "do_merging",
     "dora",
     "flora",

@@ -1,6 +1,7 @@
 """Scores that compare methods over ranks, tasks and representations."""
 
 from subspace_jax.metrics._aurac import aurac as aurac
+from subspace_jax.metrics._clustering import clustering_accuracy as clustering_accuracy
 from subspace_jax.metrics._continual import MultiDomainScores as MultiDomainScores
 from subspace_jax.metrics._continual import accuracy_curve as accuracy_curve
 from subspace_jax.metrics._continual import average_accuracy as average_accuracy
@@ -29,6 +30,7 @@ __all__ = [
     "average_accuracy",
     "backward_transfer",
     "class_means",
+    "clustering_accuracy",
     "f1_max",
     "forgetting",
     "forward_transfer",
