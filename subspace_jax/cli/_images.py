@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from subspace_jax.data import DataError, Rows, check_classes, list_images, read_image, split_rows, square_image
+from subspace_jax.data import DataError, Rows, check_classes, load_image_folder, read_image, split_rows
 
 from ._backbone import Backbone
 from ._console import track
@@ -89,14 +89,14 @@ _Images = tuple[list[str], list[str], list[np.ndarray]]
 
 def _read(folder: Path, side: int) -> _Images:
     """Names, classes and pixels of a folder's images; all that cannot be read are named at once."""
-    files = list_images(folder)
+    files = load_image_folder(folder).paths
     stray = [str(file) for file in files if len(file.relative_to(folder).parts) < 2]
     if stray:
         raise DataError(f"{folder}: images outside the folders of classes:", stray)
     pixels, bad = [], []
     for file in track(files, f"reading {folder.name}/"):
         try:
-            pixels.append(square_image(read_image(file), side))
+            pixels.append(middle_square(read_image(file), side))
         except DataError as error:
             bad.append(str(error))
     if bad:
@@ -115,3 +115,16 @@ def _examples(part: _Images, index: Sequence[int], classes: tuple[Any, ...]) -> 
     }
     details = tuple({"row": names[i], "label": labels[i]} for i in index)
     return Examples(arrays, tuple((i + 1,) for i in index), details)
+
+
+def middle_square(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Scales the shorter side of an image to a length and cuts out the middle square.
+
+    Args:
+      pixels: uint8 `[height, width, 3]`.
+      side: of the square, in pixels.
+    """
+    from PIL import Image, ImageOps
+
+    fitted = ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.BICUBIC)
+    return np.asarray(fitted, np.uint8)

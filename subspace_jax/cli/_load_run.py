@@ -15,9 +15,10 @@ from subspace_jax.models import CausalEncoder
 from ._backbone import Backbone, load_backbone
 from ._encode import causal_encoder
 from ._errors import UserError
+from ._files import read_json
 from ._options import FinetuneOptions, options_from
 from ._problem import Batch, Problem, make_problem
-from ._run_folder import FORMAT, read_json
+from ._run_folder import FORMAT
 
 
 @dataclasses.dataclass(frozen=True)

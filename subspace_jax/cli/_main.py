@@ -23,6 +23,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "explain": ("subspace_jax.cli.explain", "tell what a run's method made of every leaf, and why"),
     "list": ("subspace_jax.cli.list_methods", "show the methods and models by name"),
     "doctor": ("subspace_jax.cli.doctor", "show versions, devices and what is missing"),
+    "anomaly": ("subspace_jax.cli.anomaly", "finds what is unusual in images, from a few normal ones"),
+    "cluster": ("subspace_jax.cli.cluster", "groups images or features that lie near subspaces, without labels"),
 }
 
 USAGE = "usage: subspace-jax COMMAND ... [--debug]\n\nAdapt pretrained models to your own data.\n\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -16,35 +15,12 @@ import subspace_jax as sj
 from subspace_jax.io import replacing
 
 from ._errors import UserError
+from ._files import read_json
 from ._options import FinetuneOptions
 
 FORMAT = 1
 # Options that a resumed run may change: they decide nothing about what is learned.
 FREE = ("resume", "dry_run", "out", "merged", "compare", "method")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    with replacing(path) as file:
-        file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes JSON lines whole or not at all."""
-    with replacing(path) as file:
-        file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file of a run.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); is this the folder of a finished run?") from error
 
 
 def settings_of(options: FinetuneOptions, method: str, digests: Mapping[str, str]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from ._console import console
 from ._encode import encode_examples
 from ._errors import UserError
 from ._evaluate import evaluate_model
+from ._files import write_json, write_lines
 from ._load_run import load_run
-from ._run_folder import write_json, write_lines
 
 
 def run(

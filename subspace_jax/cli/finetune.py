@@ -14,13 +14,14 @@ import subspace_jax as sj
 from ._backbone import Backbone, load_backbone
 from ._console import console
 from ._errors import UserError
+from ._files import write_json, write_lines
 from ._methods import find_adapter, method_rules
 from ._options import FinetuneOptions, parse_options
 from ._peft import save_peft_folder
 from ._prepare import Prepared, prepare_data
 from ._problem import Problem, make_problem
 from ._progress import RunProgress
-from ._run_folder import check_folder, draw_losses, settings_of, write_how_to, write_json, write_lines
+from ._run_folder import check_folder, draw_losses, settings_of, write_how_to
 from ._show import show_comparison, show_data, show_estimates, show_example, show_leaves
 from ._train import Job, Result, resident_bytes
 

@@ -2,6 +2,7 @@
 
 from subspace_jax.methods.analysis import gist as gist
 from subspace_jax.methods.analysis import intruder_dimensions as intruder_dimensions
+from subspace_jax.methods.analysis import subspace_ad as subspace_ad
 from subspace_jax.methods.continual import coso as coso
 from subspace_jax.methods.continual import gpm as gpm
 from subspace_jax.methods.continual import o_lora as o_lora
@@ -46,6 +47,7 @@ from subspace_jax.methods.structured import oft as oft
 from subspace_jax.methods.structured import randlora as randlora
 from subspace_jax.methods.structured import soka as soka
 from subspace_jax.methods.structured import ssf as ssf
+from subspace_jax.methods.systems import deep_subspace_clustering as deep_subspace_clustering
 from subspace_jax.methods.systems import gcr as gcr
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "corda",
     "coso",
     "dct_lowrank",
+    "deep_subspace_clustering",
     "do_merging",
     "dora",
     "flora",
@@ -95,5 +98,6 @@ __all__ = [
     "soka",
     "spt",
     "ssf",
+    "subspace_ad",
     "svfit",
 ]

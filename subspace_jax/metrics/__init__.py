@@ -1,6 +1,7 @@
 """Scores that compare methods over ranks, tasks and representations."""
 
 from subspace_jax.metrics._aurac import aurac as aurac
+from subspace_jax.metrics._clustering import clustering_accuracy as clustering_accuracy
 from subspace_jax.metrics._continual import MultiDomainScores as MultiDomainScores
 from subspace_jax.metrics._continual import accuracy_curve as accuracy_curve
 from subspace_jax.metrics._continual import average_accuracy as average_accuracy
@@ -12,6 +13,9 @@ from subspace_jax.metrics._continual import intransigence as intransigence
 from subspace_jax.metrics._continual import learning_accuracy as learning_accuracy
 from subspace_jax.metrics._continual import multi_domain_scores as multi_domain_scores
 from subspace_jax.metrics._continual import normalized_accuracy as normalized_accuracy
+from subspace_jax.metrics._detection import aupro as aupro
+from subspace_jax.metrics._detection import auroc as auroc
+from subspace_jax.metrics._detection import f1_max as f1_max
 from subspace_jax.metrics._retrieval import RetrievalScores as RetrievalScores
 from subspace_jax.metrics._retrieval import class_means as class_means
 from subspace_jax.metrics._retrieval import retrieval_scores as retrieval_scores
@@ -20,10 +24,14 @@ __all__ = [
     "MultiDomainScores",
     "RetrievalScores",
     "accuracy_curve",
+    "aupro",
     "aurac",
+    "auroc",
     "average_accuracy",
     "backward_transfer",
     "class_means",
+    "clustering_accuracy",
+    "f1_max",
     "forgetting",
     "forward_transfer",
     "incremental_accuracy",

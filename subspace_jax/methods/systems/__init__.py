@@ -1,7 +1,9 @@
 """Whole systems: a model part with its own training."""
 
+from subspace_jax.methods.systems import deep_subspace_clustering as deep_subspace_clustering
 from subspace_jax.methods.systems import gcr as gcr
 
 __all__ = [
+    "deep_subspace_clustering",
     "gcr",
 ]
