@@ -4,6 +4,7 @@ from subspace_jax.methods.analysis import gist as gist
 from subspace_jax.methods.analysis import intruder_dimensions as intruder_dimensions
 from subspace_jax.methods.continual import coso as coso
 from subspace_jax.methods.continual import gpm as gpm
+from subspace_jax.methods.continual import igsp as igsp
 from subspace_jax.methods.continual import o_lora as o_lora
 from subspace_jax.methods.continual import osf as osf
 from subspace_jax.methods.low_rank import block_lora as block_lora
@@ -66,6 +67,7 @@ __all__ = [
     "gcr",
     "gist",
     "gpm",
+    "igsp",
     "intruder_dimensions",
     "lambda_orthogonality",
     "lift",
