@@ -31,6 +31,7 @@ from subspace_jax.methods.optimizers import frank_wolfe_dictionary as frank_wolf
 from subspace_jax.methods.optimizers import galore as galore
 from subspace_jax.methods.optimizers import lora_pro as lora_pro
 from subspace_jax.methods.optimizers import root as root
+from subspace_jax.methods.regularized import dr_tune as dr_tune
 from subspace_jax.methods.regularized import lambda_orthogonality as lambda_orthogonality
 from subspace_jax.methods.regularized import orthogonal_conv as orthogonal_conv
 from subspace_jax.methods.sparse import composable_sft as composable_sft
@@ -61,6 +62,7 @@ __all__ = [
     "dct_lowrank",
     "do_merging",
     "dora",
+    "dr_tune",
     "flora",
     "frank_wolfe_dictionary",
     "galore",
