@@ -5,6 +5,7 @@ from subspace_jax.methods.analysis import intruder_dimensions as intruder_dimens
 from subspace_jax.methods.analysis import subspace_ad as subspace_ad
 from subspace_jax.methods.continual import coso as coso
 from subspace_jax.methods.continual import gpm as gpm
+from subspace_jax.methods.continual import igsp as igsp
 from subspace_jax.methods.continual import o_lora as o_lora
 from subspace_jax.methods.continual import osf as osf
 from subspace_jax.methods.low_rank import block_lora as block_lora
@@ -31,6 +32,7 @@ from subspace_jax.methods.optimizers import frank_wolfe_dictionary as frank_wolf
 from subspace_jax.methods.optimizers import galore as galore
 from subspace_jax.methods.optimizers import lora_pro as lora_pro
 from subspace_jax.methods.optimizers import root as root
+from subspace_jax.methods.regularized import dr_tune as dr_tune
 from subspace_jax.methods.regularized import lambda_orthogonality as lambda_orthogonality
 from subspace_jax.methods.regularized import orthogonal_conv as orthogonal_conv
 from subspace_jax.methods.sparse import composable_sft as composable_sft
@@ -63,12 +65,14 @@ __all__ = [
     "deep_subspace_clustering",
     "do_merging",
     "dora",
+    "dr_tune",
     "flora",
     "frank_wolfe_dictionary",
     "galore",
     "gcr",
     "gist",
     "gpm",
+    "igsp",
     "intruder_dimensions",
     "lambda_orthogonality",
     "lift",

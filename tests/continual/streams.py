@@ -66,6 +66,9 @@ LEARNERS = {
     "osf importance": lambda: sj.methods.osf.learner(
         loss, "kernel", optax.adam(0.02), tasks=TASKS, preserved="importance", target=0.5, rules=HEADS
     ),
+    "igsp": lambda: sj.methods.igsp.learner(
+        loss, "kernel", optax.adam(0.05), tasks=TASKS, steps=5, size=8, scale=1.0, rules=HEADS
+    ),
     "coso": lambda: sj.methods.coso.learner(
         loss, "kernel", coso(0.02), energy_threshold=2.0, rules=HEADS, rules_optimizer=optax.adam(0.02)
     ),
@@ -73,8 +76,11 @@ LEARNERS = {
 
 
 def kernel_of(learner, state):
+    kernel = learner.params(state)["kernel"]
+    if not getattr(kernel, "mergeable", True):  # what it makes of inputs of length one
+        return np.asarray(sj.with_adapters(lambda params: jnp.eye(WIDTH) @ params["kernel"])({"kernel": kernel}))
     return np.asarray(sj.merge(learner.params(state))["kernel"])
 
 
 def heads_of(learner, state):
-    return np.asarray(sj.merge(learner.params(state))["heads"])
+    return np.asarray(sj.merge({"heads": learner.params(state)["heads"]})["heads"])

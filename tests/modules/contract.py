@@ -36,6 +36,7 @@ MODULES = (
         "queryable_lora_wide",
         lambda: sj.methods.queryable_lora.queryable_lora(4, **SMALL, blocks=("blocks/**",), layers_per_block=2),
     ),
+    Case("igsp", lambda: sj.methods.igsp.igsp(3, tasks=2, reads="fc1", noise=False)),
     Case("mosa_parallel", lambda: sj.methods.mosa.mosa(4, placement="parallel", reads="fc1", scale=0.1)),
 )
 LAYERS = 5

@@ -2,12 +2,14 @@
 
 from subspace_jax.methods.continual import coso as coso
 from subspace_jax.methods.continual import gpm as gpm
+from subspace_jax.methods.continual import igsp as igsp
 from subspace_jax.methods.continual import o_lora as o_lora
 from subspace_jax.methods.continual import osf as osf
 
 __all__ = [
     "coso",
     "gpm",
+    "igsp",
     "o_lora",
     "osf",
 ]
