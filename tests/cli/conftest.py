@@ -27,7 +27,9 @@ tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
 _SPECIAL = "<pad> <end> <bos> <unk> : \n user assistant system User Assistant"
-_PLAIN = "the film was good bad fine dull what is next one two three four five six seven eight nine ten a very not it and"
+_PLAIN = (
+    "the film was good bad fine dull what is next one two three four five six seven eight nine ten a very not it and"
+)
 WORDS = [*_SPECIAL.split(" "), *_PLAIN.split(" ")]
 
 
