@@ -24,6 +24,10 @@ import pytest
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+# Tracing makes objects by the million, nearly all of which live: looking for garbage less often saves a tenth.
+gc.set_threshold(100_000, 50, 100)
+
+
 @pytest.fixture(autouse=True)
 def _all_optimizations(request):
     """Compiles with all optimizations for tests marked `optimized`, which look at the compiled program."""
