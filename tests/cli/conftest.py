@@ -76,7 +76,7 @@ def load_vit(**overrides):
 def _tiny_models():
     with pytest.MonkeyPatch.context() as patch:
         for name, loader in (("tiny-bert", load_bert), ("tiny-llama", load_llama), ("tiny-vit", load_vit)):
-            patch.setitem(CARRIED, name, (loader, "tiny"))
+            patch.setitem(CARRIED, name, (loader, "minilm"))
         patch.setattr("subspace_jax.cli._backbone.is_available", lambda asset: True)
         yield
 
@@ -130,7 +130,7 @@ def talker(shell, tmp_path_factory):
     data = write_chats(folder)
     done = shell(
         "finetune", data, "--model", "tiny-llama", "--out", folder / "run", "--method", "full", "--batch", 4,
-        "--accumulate", 2, "--steps", 120, "--evaluate-every", 60, "--learning-rate", 0.003, "--max-length", 48,
+        "--accumulate", 2, "--steps", 300, "--evaluate-every", 150, "--learning-rate", 0.003, "--max-length", 48,
     )  # fmt: skip
     assert done.code == 0, done.err
     return folder / "run", done.out, data
