@@ -51,6 +51,7 @@ from subspace_jax.methods.structured import soka as soka
 from subspace_jax.methods.structured import ssf as ssf
 from subspace_jax.methods.systems import deep_subspace_clustering as deep_subspace_clustering
 from subspace_jax.methods.systems import gcr as gcr
+from subspace_jax.methods.systems import lemon as lemon
 
 __all__ = [
     "aro",
@@ -75,6 +76,7 @@ __all__ = [
     "igsp",
     "intruder_dimensions",
     "lambda_orthogonality",
+    "lemon",
     "lift",
     "loca",
     "loldu",

@@ -50,6 +50,7 @@ FEW = ("wide", "heads_in", "conv_strided", "tied", "stacked", "bfloat16")
 METHODS = (
     Case("full", lambda rank: sj.full(), whole=True),
     Case("lora", lambda rank: sj.lora(rank, alpha=3.0, dropout=0.3), whole=True),
+    Case("lemon_lora", lambda rank: sj.methods.lemon.lemon_lora(rank, 2.0)),
     Case("rslora", lambda rank: sj.lora(rank, alpha=3.0, rank_stabilized=True)),
     Case("pissa", lambda rank: sj.pissa(rank), start=1e-5),
     Case("pissa_exact", lambda rank: sj.pissa(rank, alpha=3.0, svd="exact"), start=1e-5),
