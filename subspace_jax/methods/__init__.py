@@ -35,6 +35,7 @@ from subspace_jax.methods.optimizers import root as root
 from subspace_jax.methods.regularized import dr_tune as dr_tune
 from subspace_jax.methods.regularized import lambda_orthogonality as lambda_orthogonality
 from subspace_jax.methods.regularized import orthogonal_conv as orthogonal_conv
+from subspace_jax.methods.regularized import orthoreg as orthoreg
 from subspace_jax.methods.sparse import composable_sft as composable_sft
 from subspace_jax.methods.sparse import lift as lift
 from subspace_jax.methods.sparse import mosa as mosa
@@ -89,6 +90,7 @@ __all__ = [
     "orthogonal_adaptation",
     "orthogonal_conv",
     "orthomerge",
+    "orthoreg",
     "osf",
     "pego",
     "pissa",
