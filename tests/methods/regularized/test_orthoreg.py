@@ -146,6 +146,10 @@ def test_low_rank_updates_by_their_factors(shape):
     formed = f"f32[{','.join(map(str, shape))}] = dot_general"
     assert formed not in str(jax.make_jaxpr(lambda t: penalty(t, params))(moved))
     assert formed in str(jax.make_jaxpr(lambda t: penalty(sj.merge(t), params, roles=role))(moved))
+    frozen = {"w": dataclasses.replace(moved["w"], trainable=("b",))}
+    slope = jax.grad(lambda t: penalty(t, params))(frozen)["w"]
+    assert not np.any(slope.a)
+    assert np.any(slope.b)
     orthonormal = low_rank_penalty(jnp.eye(6)[:, :3], jnp.eye(9)[:3], squared=True)
     assert float(orthonormal) == 3  # m - r, which no update of this rank goes below
 
