@@ -52,6 +52,7 @@ from subspace_jax.methods.structured import soka as soka
 from subspace_jax.methods.structured import ssf as ssf
 from subspace_jax.methods.systems import deep_subspace_clustering as deep_subspace_clustering
 from subspace_jax.methods.systems import gcr as gcr
+from subspace_jax.methods.systems import hypernetwork as hypernetwork
 
 __all__ = [
     "aro",
@@ -73,6 +74,7 @@ __all__ = [
     "gcr",
     "gist",
     "gpm",
+    "hypernetwork",
     "igsp",
     "intruder_dimensions",
     "lambda_orthogonality",

@@ -2,8 +2,10 @@
 
 from subspace_jax.methods.systems import deep_subspace_clustering as deep_subspace_clustering
 from subspace_jax.methods.systems import gcr as gcr
+from subspace_jax.methods.systems import hypernetwork as hypernetwork
 
 __all__ = [
     "deep_subspace_clustering",
     "gcr",
+    "hypernetwork",
 ]
