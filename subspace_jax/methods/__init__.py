@@ -35,6 +35,7 @@ from subspace_jax.methods.optimizers import root as root
 from subspace_jax.methods.regularized import dr_tune as dr_tune
 from subspace_jax.methods.regularized import lambda_orthogonality as lambda_orthogonality
 from subspace_jax.methods.regularized import orthogonal_conv as orthogonal_conv
+from subspace_jax.methods.regularized import orthoreg as orthoreg
 from subspace_jax.methods.sparse import composable_sft as composable_sft
 from subspace_jax.methods.sparse import lift as lift
 from subspace_jax.methods.sparse import mosa as mosa
@@ -51,6 +52,7 @@ from subspace_jax.methods.structured import soka as soka
 from subspace_jax.methods.structured import ssf as ssf
 from subspace_jax.methods.systems import deep_subspace_clustering as deep_subspace_clustering
 from subspace_jax.methods.systems import gcr as gcr
+from subspace_jax.methods.systems import hypernetwork as hypernetwork
 from subspace_jax.methods.systems import lemon as lemon
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "gcr",
     "gist",
     "gpm",
+    "hypernetwork",
     "igsp",
     "intruder_dimensions",
     "lambda_orthogonality",
@@ -91,6 +94,7 @@ __all__ = [
     "orthogonal_adaptation",
     "orthogonal_conv",
     "orthomerge",
+    "orthoreg",
     "osf",
     "pego",
     "pissa",
