@@ -10,6 +10,7 @@ from subspace_jax.io._export import register_library_for_export as register_libr
 from subspace_jax.io._rebuild import rebuild as rebuild
 from subspace_jax.io._safetensors import read_safetensors as read_safetensors
 from subspace_jax.io._safetensors import write_safetensors as write_safetensors
+from subspace_jax.io._tensor_files import TensorFiles as TensorFiles
 from subspace_jax.io.adapter import load_adapter as load_adapter
 from subspace_jax.io.adapter import save_adapter as save_adapter
 from subspace_jax.io.checkpoint import Checkpoint as Checkpoint
@@ -27,6 +28,7 @@ from subspace_jax.io.peft import import_tensors as import_tensors
 from subspace_jax.io.peft import llama_names as llama_names
 from subspace_jax.io.peft import load_peft as load_peft
 from subspace_jax.io.peft import save_peft as save_peft
+from subspace_jax.io.peft import vit_names as vit_names
 
 __all__ = [
     "AdapterFileError",
@@ -36,6 +38,7 @@ __all__ = [
     "ManifestError",
     "NameMap",
     "NameRule",
+    "TensorFiles",
     "abstract_checkpoint",
     "bert_names",
     "describe",
@@ -55,5 +58,6 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "save_peft",
+    "vit_names",
     "write_safetensors",
 ]

@@ -23,6 +23,7 @@ from ._decode import greedy_decode as greedy_decode
 from ._gguf import GgufFile as GgufFile
 from ._gguf import GgufTensor as GgufTensor
 from ._gguf import read_gguf as read_gguf
+from ._hf import load_hf as load_hf
 from ._hidden_states import hidden_states as hidden_states
 from ._hidden_states import patch_features as patch_features
 from ._layers import stack_layers as stack_layers
@@ -41,6 +42,7 @@ from ._position import resize_positions as resize_positions
 from ._pretrained import PretrainedModel as PretrainedModel
 from ._pretrained import TextFormat as TextFormat
 from ._pretrained import add_classifier as add_classifier
+from ._rotary import RopeScaling as RopeScaling
 from ._rotary import apply_rotary as apply_rotary
 from ._rotary import rotary_tables as rotary_tables
 from ._smollm2 import chat_prompt as chat_prompt
@@ -71,6 +73,7 @@ __all__ = [
     "OnnxGraph",
     "OnnxNode",
     "PretrainedModel",
+    "RopeScaling",
     "TemplateError",
     "TextFormat",
     "Vit",
@@ -86,6 +89,7 @@ __all__ = [
     "hidden_states",
     "init_cache",
     "load",
+    "load_hf",
     "load_minilm",
     "load_smollm2",
     "load_tokenizer",

@@ -26,6 +26,8 @@ class BertConfig:
         max_positions: longest sequence.
         num_token_types: number of segment ids.
         epsilon: of every layer norm.
+        padding_position: RoBERTa's way of counting: real tokens from one above this, padding at it; None counts places
+          from zero.
         dropout: rate on embeddings, attention probabilities and both residual branches.
         scan_layers: keep the layers' parameters stacked and loop with `nn.scan`.
         remat: recompute each layer in the backward pass.
@@ -41,6 +43,7 @@ class BertConfig:
     max_positions: int = 512
     num_token_types: int = 2
     epsilon: float = 1e-12
+    padding_position: int | None = None
     dropout: float = 0.0
     scan_layers: bool = False
     remat: bool = False
@@ -61,6 +64,11 @@ class BertConfig:
         require_divisible(self, "width", "num_heads")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"BertConfig.dropout={self.dropout}; expected 0 <= dropout < 1")
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a sequence."""
+        return self.max_positions - (0 if self.padding_position is None else self.padding_position + 1)
 
 
 def small_bert(**overrides: Any) -> BertConfig:
@@ -125,11 +133,14 @@ class BertEmbeddings(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, token_types: jax.Array) -> jax.Array:
-        """Embeds `tokens` `[batch, length]`; returns `[batch, length, width]`."""
+    def __call__(self, tokens: jax.Array, token_types: jax.Array, mask: jax.Array) -> jax.Array:
+        """Embeds `tokens` `[batch, length]`, real where `mask` is true; returns `[batch, length, width]`."""
         config = self.config
         words = _embed(config, config.vocab_size, "word")(tokens)
-        positions = _embed(config, config.max_positions, "position")(jnp.arange(tokens.shape[-1]))
+        places = jnp.arange(tokens.shape[-1])
+        if config.padding_position is not None:
+            places = config.padding_position + jnp.cumsum(mask, axis=1) * mask
+        positions = _embed(config, config.max_positions, "position")(places)
         types = _embed(config, config.num_token_types, "token_type")(token_types)
         x = _norm(config, "norm")(words + positions + types)
         return nn.Dropout(config.dropout, deterministic=self.deterministic)(x)
@@ -264,12 +275,12 @@ class Bert(nn.Module):
         Raises:
             ValueError: the sequence is longer than `max_positions`.
         """
-        if tokens.ndim != 2 or tokens.shape[1] > self.config.max_positions:
+        if tokens.ndim != 2 or tokens.shape[1] > self.config.longest:
             raise ValueError(
-                f"Bert: {tokens.shape=}; expected (batch, length) with length <= "
-                f"max_positions={self.config.max_positions}: truncate the texts"
+                f"Bert: {tokens.shape=}; expected (batch, length) with length <= {self.config.longest}: truncate the "
+                "texts"
             )
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = BertEmbeddings(self.config, deterministic, name="embeddings")(tokens, token_types)
+        x = BertEmbeddings(self.config, deterministic, name="embeddings")(tokens, token_types, mask)
         return BertEncoder(self.config, deterministic, name="encoder")(x, mask[:, None, None, :])

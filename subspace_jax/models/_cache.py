@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._llama_config import LlamaConfig
-from ._rotary import rotary_tables
+from ._rotary import RopeScaling, rotary_tables
 
 
 class KVCache(NamedTuple):
@@ -49,12 +49,24 @@ def init_cache(config: LlamaConfig, batch: int, capacity: int) -> KVCache:
 
 
 class LayerView(NamedTuple):
-    """What all layers share about the sequence: rotary tables, mask, and where new keys are written."""
+    """What all layers share about the sequence: rotary tables, mask, and where new keys are written.
+
+    Where layers differ, `near` has tables and mask of those with the window.
+    """
 
     sin: jax.Array
     cos: jax.Array
     mask: jax.Array
     offset: jax.Array
+    near: tuple[jax.Array, jax.Array, jax.Array] | None = None
+
+    def at(self, windowed: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns sines, cosines and mask of a layer, which has the window where `windowed` is true."""
+        everywhere = (self.sin, self.cos, self.mask)
+        if windowed is None or self.near is None:
+            return everywhere
+        sin, cos, mask = (jnp.where(windowed, near, far) for near, far in zip(self.near, everywhere, strict=True))
+        return sin, cos, mask
 
 
 def view_sequence(
@@ -84,7 +96,7 @@ def view_sequence(
         together = (segments[:, :, None] == segments[:, None, :])[:, None]
     if cache is None:
         offset, valid = jnp.zeros((), jnp.int32), real
-        ahead = jnp.arange(length)[None, :] <= jnp.arange(length)[:, None]
+        back = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     else:
         capacity = cache.valid.shape[1]
         if length > capacity:
@@ -92,7 +104,21 @@ def view_sequence(
         offset = cache.length
         positions = positions + cache.valid.sum(axis=1, keepdims=True)
         valid = jax.lax.dynamic_update_slice(cache.valid, real, (0, offset))
-        ahead = jnp.arange(capacity)[None, :] <= offset + jnp.arange(length)[:, None]
+        back = offset + jnp.arange(length)[:, None] - jnp.arange(capacity)[None, :]
         cache = cache._replace(valid=valid, length=offset + length)
-    sin, cos = rotary_tables(jnp.maximum(positions, 0), config.head_dim, config.rope_base)
-    return LayerView(sin, cos, ahead[None, None] & valid[:, None, None, :] & together, offset), cache
+    places = jnp.maximum(positions, 0)
+    mask = (back >= 0)[None, None] & valid[:, None, None, :] & together
+    # Real tokens of a row stand side by side, so slots apart are tokens apart.
+    near_mask = mask if config.window is None else mask & (back < config.window)[None, None]
+    base = config.rope_base if config.window_rope_base is None else config.window_rope_base
+    near_tables = rotary_tables(places, config.head_dim, base, _near_scaling(config))
+    if config.window_everywhere:
+        return LayerView(*near_tables, near_mask, offset), cache
+    tables = rotary_tables(places, config.head_dim, config.rope_base, config.rope_scaling)
+    near = (*near_tables, near_mask) if config.mixes_windows else None
+    return LayerView(*tables, mask, offset, near), cache
+
+
+def _near_scaling(config: LlamaConfig) -> RopeScaling | None:
+    """Frequencies of their own are not scaled; those that all layers share are."""
+    return config.rope_scaling if config.window_rope_base is None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import flax.linen as nn
 import jax
@@ -14,38 +14,64 @@ from ._llama_config import LlamaConfig
 from ._rotary import apply_rotary
 
 
-def _norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
-    return nn.RMSNorm(epsilon=config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+def _norm(config: LlamaConfig, name: str) -> nn.Module:
+    norm = UnitOffsetNorm if config.unit_offset else nn.RMSNorm
+    return norm(epsilon=config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+class UnitOffsetNorm(nn.Module):
+    """`x / rms(x) * (1 + scale)`, in float32: Gemma's norm, whose scale starts from zeros."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes the last axis."""
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * inverse * (1.0 + scale.astype(jnp.float32))).astype(self.dtype)
 
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention with bias-free `nn.DenseGeneral` projections."""
+    """Grouped-query attention with `nn.DenseGeneral` projections."""
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, view: LayerView, cache: tuple | None) -> tuple[jax.Array, tuple | None]:
+    def __call__(
+        self, x: jax.Array, view: LayerView, cache: tuple | None, windowed: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple | None]:
         """Attends from `x` `[batch, length, width]` to itself or, with a cache, to that and itself."""
         config = self.config
-        options = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.param_dtype}
+        options = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        sin, cos, mask = view.at(windowed)
 
         def heads(count, name):
-            return nn.DenseGeneral((count, config.head_dim), name=name, **options)(x)
+            split = nn.DenseGeneral((count, config.head_dim), use_bias=config.qkv_bias, name=name, **options)
+            return split(x)
 
-        query = apply_rotary(heads(config.num_heads, "query"), view.sin, view.cos)
-        key = apply_rotary(heads(config.num_kv_heads, "key"), view.sin, view.cos)
+        def turned(count, name):
+            found = heads(count, name)
+            return apply_rotary(_norm(config, f"{name}_norm")(found) if config.qk_norm else found, sin, cos)
+
+        query = turned(config.num_heads, "query")
+        key = turned(config.num_kv_heads, "key")
         value = heads(config.num_kv_heads, "value")
         if cache is not None:
             start = (0, view.offset, 0, 0)
             key = jax.lax.dynamic_update_slice(cache[0], key, start)
             value = jax.lax.dynamic_update_slice(cache[1], value, start)
             cache = (key, value)
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=view.mask)
-        return nn.DenseGeneral(config.width, axis=(-2, -1), name="output", **options)(mixed), cache
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=config.attention_scale)
+        output = nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=config.output_bias, name="output", **options)
+        return output(mixed), cache
 
 
 class LlamaMlp(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(f(gate(x)) * up(x))`."""
 
     config: LlamaConfig
 
@@ -53,10 +79,11 @@ class LlamaMlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., width]` to `[..., width]`."""
         config = self.config
-        options = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.param_dtype}
+        options = {"use_bias": config.mlp_bias, "dtype": config.dtype, "param_dtype": config.param_dtype}
         gate = nn.Dense(config.mlp_width, name="gate", **options)(x)
         up = nn.Dense(config.mlp_width, name="up", **options)(x)
-        return nn.Dense(config.width, name="down", **options)(nn.silu(gate) * up)
+        opened = nn.silu(gate) if config.activation == "silu" else nn.gelu(gate, approximate=True)
+        return nn.Dense(config.width, name="down", **options)(opened * up)
 
 
 class LlamaLayer(nn.Module):
@@ -65,12 +92,20 @@ class LlamaLayer(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, view: LayerView, cache: tuple | None = None) -> tuple[jax.Array, tuple | None]:
+    def __call__(
+        self, x: jax.Array, view: LayerView, cache: tuple | None = None, windowed: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple | None]:
         """Applies one layer; also returns the layer's updated cache."""
         config = self.config
-        attended, cache = LlamaAttention(config, name="attention")(_norm(config, "attention_norm")(x), view, cache)
-        x = x + attended
-        return x + LlamaMlp(config, name="mlp")(_norm(config, "mlp_norm")(x)), cache
+
+        def added(branch: jax.Array, name: str) -> jax.Array:
+            return _norm(config, name)(branch) if config.post_norms else branch
+
+        attention = LlamaAttention(config, name="attention")
+        attended, cache = attention(_norm(config, "attention_norm")(x), view, cache, windowed)
+        x = x + added(attended, "attention_post_norm")
+        fed = LlamaMlp(config, name="mlp")(_norm(config, "mlp_norm")(x))
+        return x + added(fed, "mlp_post_norm"), cache
 
 
 class LlamaDecoder(nn.Module):
@@ -90,12 +125,21 @@ class LlamaDecoder(nn.Module):
             num_layers=config.num_layers,
             scan_layers=config.scan_layers,
             remat=config.remat,
-            per_layer=() if cache is None else (cache,),
+            per_layer=_per_layer(config, cache),
         )
+
+
+def _per_layer(config: LlamaConfig, cache: tuple | None) -> tuple[Any, ...]:
+    """What every layer gets its slice of: the cache, and whether the window holds."""
+    if not config.mixes_windows:
+        return () if cache is None else (cache,)
+    return cache, jnp.array(config.window_layers)
 
 
 class Llama(nn.Module):
     """Causal language model: token ids to logits.
+
+    The options of its configuration make it Mistral, Qwen 2 and 3, and Gemma 3 as well.
 
     Parameters (`L` is each layer, or one `layers` with a leading axis under `scan_layers`):
 
@@ -107,6 +151,8 @@ class Llama(nn.Module):
         decoder/layer_L/mlp_norm/scale                  (width,)
         decoder/layer_L/mlp/{gate,up}/kernel            (width, mlp_width)
         decoder/layer_L/mlp/down/kernel                 (mlp_width, width)
+        decoder/layer_L/attention/{query,key}_norm/scale    (head_dim,), with `qk_norm`
+        decoder/layer_L/{attention,mlp}_post_norm/scale     (width,), with `post_norms`
         norm/scale                                      (width,)
         head/kernel                                     (width, vocab_size), without `tie_embeddings`
 
@@ -183,7 +229,10 @@ class Llama(nn.Module):
             name="embedding",
         )
         layer_cache = None if cache is None else (cache.keys, cache.values)
-        x, layer_cache = LlamaDecoder(config, name="decoder")(embedding(tokens), view, layer_cache)
+        x = embedding(tokens)
+        if config.scale_embeddings:
+            x = x * jnp.asarray(config.width**0.5, x.dtype)
+        x, layer_cache = LlamaDecoder(config, name="decoder")(x, view, layer_cache)
         x = _norm(config, "norm")(x)
         if return_hidden:
             return x

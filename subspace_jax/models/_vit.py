@@ -30,6 +30,7 @@ class VitConfig:
         mlp_width: size inside the feed-forward part.
         epsilon: of every layer norm.
         final_norm: normalize the tokens after the last block.
+        layer_scale: a learned factor per feature on what each block adds.
         scan_layers: keep the blocks' parameters stacked and loop with `nn.scan`.
         remat: recompute each block in the backward pass.
         dtype: of the computation.
@@ -44,6 +45,7 @@ class VitConfig:
     mlp_width: int = 1536
     epsilon: float = 1e-6
     final_norm: bool = True
+    layer_scale: bool = True
     scan_layers: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
@@ -194,9 +196,13 @@ class VitBlock(nn.Module):
         """Applies one block; the second result is what a scan would collect, here nothing."""
         config = self.config
         attended = VitAttention(config, name="attention")(_norm(config, "norm1")(x))
-        x = x + LayerScale(config, name="layer_scale1")(attended)
+
+        def scaled(branch: jax.Array, name: str) -> jax.Array:
+            return LayerScale(config, name=name)(branch) if config.layer_scale else branch
+
+        x = x + scaled(attended, "layer_scale1")
         mixed = VitMlp(config, name="mlp")(_norm(config, "norm2")(x))
-        return x + LayerScale(config, name="layer_scale2")(mixed), None
+        return x + scaled(mixed, "layer_scale2"), None
 
 
 class VitEncoder(nn.Module):

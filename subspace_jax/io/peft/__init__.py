@@ -3,6 +3,7 @@
 from subspace_jax.io.peft._backbones import bert_names as bert_names
 from subspace_jax.io.peft._backbones import dinov2_names as dinov2_names
 from subspace_jax.io.peft._backbones import llama_names as llama_names
+from subspace_jax.io.peft._backbones import vit_names as vit_names
 from subspace_jax.io.peft._folder import load_peft as load_peft
 from subspace_jax.io.peft._folder import save_peft as save_peft
 from subspace_jax.io.peft._names import NameMap as NameMap
@@ -20,4 +21,5 @@ __all__ = [
     "llama_names",
     "load_peft",
     "save_peft",
+    "vit_names",
 ]

@@ -8,6 +8,11 @@ from typing import Literal
 
 from subspace_jax.io.peft._names import NameMap, NameRule
 
+_PATCHES = (
+    NameRule("embeddings/patch", "embeddings.patch_embeddings.projection", "conv"),
+    NameRule("embeddings", "embeddings", "array", leaves=(("cls", "cls_token"), ("position", "position_embeddings"))),
+)
+
 
 def bert_names() -> NameMap:
     """Returns the names of `Bert` (and MiniLM) as `BertModel` has them.
@@ -62,24 +67,50 @@ def dinov2_names(transformers: Literal[4, 5] = 5) -> NameMap:
     rules = [*_dense(dense), heads, *_vectors({"norm1": "norm1", "norm2": "norm2"}), *scales]
     return NameMap(
         (
-            NameRule("embeddings/patch", "embeddings.patch_embeddings.projection", "conv"),
-            NameRule(
-                "embeddings",
-                "embeddings",
-                "array",
-                leaves=(("cls", "cls_token"), ("position", "position_embeddings")),
-            ),
+            *_PATCHES,
             *_layers("encoder", "encoder.layer", rules),
             NameRule("norm", "layernorm", "vector"),
         )
     )
 
 
-def llama_names(*, tie_embeddings: bool = True) -> NameMap:
-    """Returns the names of `Llama` (and SmolLM2) as `LlamaForCausalLM` has them.
+def vit_names(transformers: Literal[4, 5] = 5) -> NameMap:
+    """Returns the names of `Vit` without layer scales as `ViTModel` has them.
+
+    Args:
+      transformers: major version of Hugging Face's library; its fifth renamed what the layers hold, and writes files
+        with the names of the fourth.
+
+    Raises:
+      ValueError: another version.
+
+    Example:
+      >>> {rule.path: rule.module for rule in vit_names().rules}["encoder/layers/norm2"]
+      'layers.{layer}.layernorm_after'
+    """
+    if transformers not in (4, 5):
+        raise ValueError(f"vit_names: transformers={transformers!r}; the names of versions 4 and 5 are known.")
+    parts = ("query", "key", "value")
+    if transformers == 5:
+        layer, output = "layers", "attention.o_proj"
+        dense = {f"attention/{part}": f"attention.{part[0]}_proj" for part in parts}
+        dense |= {"mlp/fc1": "mlp.fc1", "mlp/fc2": "mlp.fc2"}
+    else:
+        layer, output = "encoder.layer", "attention.output.dense"
+        dense = {f"attention/{part}": f"attention.attention.{part}" for part in parts}
+        dense |= {"mlp/fc1": "intermediate.dense", "mlp/fc2": "output.dense"}
+    heads = NameRule("attention/output", output, inputs=2)
+    norms = _vectors({"norm1": "layernorm_before", "norm2": "layernorm_after"})
+    rules = [*_dense(dense), heads, *norms]
+    return NameMap((*_PATCHES, *_layers("encoder", layer, rules), NameRule("norm", "layernorm", "vector")))
+
+
+def llama_names(*, tie_embeddings: bool = True, post_norms: bool = False) -> NameMap:
+    """Returns the names of `Llama` (and SmolLM2) as `LlamaForCausalLM` has them; Mistral's, Qwen's and Gemma's too.
 
     Args:
       tie_embeddings: whether the model has the embedding's table as its head too.
+      post_norms: whether it normalizes what its layers add, as Gemma does, where the norms are called otherwise.
 
     Example:
       >>> {rule.path: rule.module for rule in llama_names().rules}["decoder/layer_{layer}/mlp/gate"]
@@ -88,6 +119,10 @@ def llama_names(*, tie_embeddings: bool = True) -> NameMap:
     dense = {f"attention/{part}": f"self_attn.{part[0]}_proj" for part in ("query", "key", "value")}
     dense |= {f"mlp/{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
     norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if post_norms:
+        norms |= {"attention_post_norm": "post_attention_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
+        norms |= {"mlp_post_norm": "post_feedforward_layernorm"}
+    norms |= {f"attention/{part}_norm": f"self_attn.{part[0]}_norm" for part in ("query", "key")}
     heads = NameRule("attention/output", "self_attn.o_proj", inputs=2)
     return NameMap(
         (
