@@ -28,7 +28,8 @@ def longest_allowed(options: FinetuneOptions, backbone: Backbone) -> int:
     Raises:
       UserError: the user asks for more than the model takes.
     """
-    most = backbone.model.config.max_positions
+    config = backbone.model.config
+    most = getattr(config, "longest", config.max_positions)
     if options.max_length is not None and options.max_length > most:
         raise UserError(f"--max-length {options.max_length}: --model {backbone.name} takes at most {most} tokens.")
     return options.max_length or min(most, DEFAULT_LENGTH)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-import subspace_jax as sj
-from subspace_jax.io import export_tensors, import_tensors, read_safetensors, replacing, write_safetensors
+from subspace_jax.io import NameMap, export_tensors, import_tensors, read_safetensors, write_safetensors
+from subspace_jax.models import TextFormat
 
 from ._backbone import Backbone
 from ._errors import UserError
+from ._files import read_json, write_json, write_text
 from ._peft import peft_names
 from ._problem import Problem
 
@@ -38,14 +38,29 @@ def write_merged(folder: Path, merged: Any, backbone: Backbone, problem: Problem
     tensors = export_tensors(merged, names)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / TENSORS, tensors, {"format": "pt"})
-    with replacing(folder / CONFIG) as file:
-        file.write_text(json.dumps(_config(backbone, problem), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, _config(backbone, problem))
+    if backbone.model.load_tokenizer is not None:
+        backbone.model.load_tokenizer().save(str(folder / "tokenizer.json"))
+    if backbone.model.text_format is not None and not problem.classifies:
+        _write_text_format(folder, backbone.model.text_format)
     return folder
 
 
+def _write_text_format(folder: Path, form: TextFormat) -> None:
+    """Writes what texts begin and end with, in the files in which Hugging Face's library looks for it."""
+    write_json(folder / "generation_config.json", {"eos_token_id": list(form.end_tokens)})
+    write_json(folder / "tokenizer_config.json", {**form.special_tokens, "add_bos_token": form.bos_token is not None})
+    if form.chat_template is not None:
+        write_text(folder / "chat_template.jinja", form.chat_template)
+
+
 def _config(backbone: Backbone, problem: Problem) -> dict[str, Any]:
-    """What Hugging Face's library needs to build the module, where the model did not come from it."""
+    """What Hugging Face's library needs to build the module: the model's own entries where it came from there."""
     config = backbone.model.config
+    if backbone.name.startswith("hf:"):
+        entries = read_json(Path(backbone.name[3:]) / CONFIG)
+        labels = {str(i): str(name) for i, name in enumerate(problem.classes)}
+        return entries | ({"id2label": labels} if labels else {})
     shared = {"num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads}
     shared |= {"hidden_size": config.width, "intermediate_size": config.mlp_width}
     if problem.classifies:
@@ -113,8 +128,7 @@ def check_export(found: Any, adapted: Any, base: Any, apply: Any, batch: Any, wh
 
 def read_merged(folder: Path, like: Any, backbone: Backbone, problem: Problem) -> Any:
     """Reads what `write_merged` has written."""
-    names = peft_names(backbone, classifies=problem.classifies)
+    names = peft_names(backbone, classifies=problem.classifies) or NameMap(())
     tensors, _ = read_safetensors(folder / TENSORS)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    assert_names = names if names is not None else sj.io.NameMap(())
-    return import_tensors(tensors.__getitem__, shapes, like, assert_names)[0]
+    return import_tensors(tensors.__getitem__, shapes, like, names)[0]

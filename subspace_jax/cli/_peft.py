@@ -24,7 +24,11 @@ def peft_names(backbone: Backbone, *, classifies: bool) -> NameMap | None:
         # The classifier has the same decoder under the same name, and no head over tokens.
         rules = (dataclasses.replace(r, path=f"backbone/{r.path}") for r in names.rules if r.module != "lm_head")
         return NameMap((*rules, NameRule("classifier", "score")))
-    module = "bert" if backbone.kind == "text encoder" else "dinov2"
+    config = backbone.model.config
+    if backbone.kind == "text encoder":
+        module = "bert" if config.padding_position is None else "roberta"
+    else:
+        module = "dinov2" if config.layer_scale else "vit"
     return names.inside("backbone", module) + NameMap((NameRule("classifier", "classifier"),))
 
 

@@ -3,12 +3,14 @@
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import subspace_jax as sj
 from subspace_jax.cli import UserError, load_run
 from subspace_jax.cli._generate import Writer
+from subspace_jax.models import load
 from tests.cli.conftest import QUICK, write_chats
 
 pytest.importorskip("matplotlib")
@@ -64,6 +66,22 @@ def test_exports_read_back_as_the_adapter(trained, shell, tmp_path, to):
         np.testing.assert_array_equal(tensors["bert.encoder.layer.1.intermediate.dense.weight"], kernel[1].T)
         config = json.loads((tmp_path / to / "config.json").read_text())
         assert config["id2label"] == {"0": "neg", "1": "pos"}
+
+
+def test_an_exported_folder_is_a_model_to_begin_with(talker, shell, tmp_path):
+    done = shell("export", talker[0], tmp_path / "model", "--to", "hf")
+    assert done.code == 0, done.err
+    model = load(f"hf:{tmp_path / 'model'}", scan_layers=True)
+    for one, other in zip(*map(jax.tree.leaves, (model.params, sj.merge(load_run(talker[0]).adapted))), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    assert model.text_format.end_tokens == (1,)
+    again = shell(
+        "finetune", talker[2], "--model", f"hf:{tmp_path / 'model'}", "--out", tmp_path / "again", "--steps", 2,
+        "--max-length", 48, *QUICK,
+    )  # fmt: skip
+    assert again.code == 0, again.err
+    first = (tmp_path / "again" / "steps.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)["loss"] < 0.5  # what was learned is there
 
 
 def test_an_export_that_lost_something_is_refused(trained, shell, tmp_path, monkeypatch):
