@@ -1,5 +1,7 @@
 """The network's symmetries, its sizes, adapters, training and meta-learning, against closed forms and differences."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,25 +111,24 @@ def shapes(config, length=4):
     return made["params"]
 
 
-def test_the_published_network_has_the_published_number_of_parameters():
-    tree = shapes(lemon.LemonConfig())
-    sizes = {k: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(v)) for k, v in tree.items()}
-    words = sizes.pop("words")
-    assert sum(sizes.values()) == 70_542_464
-    assert words == len(lemon.vocabulary()) * 512
-    assert sizes["decoder"] == 8 * 3_152_384 + 1024
-    kernels = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape
-        for p, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    from fnmatch import fnmatch
-
-    def trainable(rules):
-        hit = [s for p, s in kernels.items() if any(fnmatch(p, g.replace("**/", "*")) for g in rules)]
-        return 64 * sum(a + b for a, b in hit)
-
-    assert trainable(lemon.lora_rules()) == 13_385_856
-    assert trainable(lemon.lora_rules(official_targets=True)) == 7_618_688
+@pytest.mark.parametrize(
+    ("config", "rank", "whole", "adapters", "official"),
+    [
+        (lemon.LemonConfig(), 64, 70_542_464, 13_385_856, 7_618_688),
+        (lemon.LemonConfig(32, 64, 256, 4, (1, 1, 2, 2)), 8, 321_696, 61_968, 37_392),
+    ],
+    ids=["published", "small"],
+)
+def test_networks_have_the_published_numbers_of_parameters(config, rank, whole, adapters, official):
+    tree = shapes(config)
+    sizes = {k: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(v)) for k, v in tree.items()}
+    assert sizes.pop("words") == len(lemon.vocabulary()) * config.width
+    assert sum(sizes.values()) == whole
+    for flag, expected in ((False, adapters), (True, official)):
+        rules = lemon.lora_rules(rank, official_targets=flag)
+        adapted = jax.eval_shape(lambda p, r=rules: sj.adapt(p, r, key=jax.random.key(0)), tree)
+        trainable, _ = sj.partition(adapted)
+        assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable)) == expected
 
 
 def test_lora_starts_at_the_base_learns_alone_and_merges(params):
