@@ -9,24 +9,8 @@ import pytest
 
 import subspace_jax as sj
 from subspace_jax.methods import lemon
+from tests.methods.systems.lemon_case import MODEL, SMALL, batch, forward64
 from tests.tolerances import tolerance
-
-SMALL = lemon.LemonConfig(points=6, width=16, ffn=24, heads=2, layers=(1, 1, 1, 2))
-MODEL = lemon.Lemon(SMALL)
-
-
-def batch(count=3, length=7, seed=0):
-    rng = np.random.default_rng(seed)
-    arrays = (
-        rng.normal(size=(count, 4, 6)) + 2,
-        np.arange(4) / 4,
-        rng.normal(size=(count, 3, 6)) + 2,
-        np.array([1.0, 1.3, 1.9]),
-        rng.integers(1, 1053, (count, length)),
-        np.ones((count, length), bool),
-    )
-    dtypes = (np.float32, np.float32, np.float32, np.float32, np.int32, bool)
-    return lemon.Batch(*(jnp.asarray(a.astype(d)) for a, d in zip(arrays, dtypes, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +23,12 @@ def params():
 
 
 run = jax.jit(lambda params, b: lemon.predict(MODEL.apply, params, b))
+
+
+def test_the_network_is_the_one_written_down(params):
+    b = batch()
+    b = b._replace(mask=b.mask.at[1, 4:].set(False))
+    np.testing.assert_allclose(run(params, b), forward64(params, b), rtol=1e-4, atol=1e-4)
 
 
 def test_each_query_time_is_on_its_own(params):
@@ -163,21 +153,23 @@ def _rows(b):
 
 def test_training_is_adamw_with_warmup_clip_and_decay():
     x = jnp.asarray(np.random.default_rng(5).normal(size=(6, 3)), jnp.float32)
-    loss = lambda w, frozen, rows: jnp.sum((rows @ w - frozen) ** 2)
+    loss = lambda w, frozen, rows: 0.1 * jnp.sum((rows @ w - frozen) ** 2)
     start = jnp.ones(3)
-    found, losses = lemon.train(loss, start, 2.0, x, 25, None, jax.random.key(0), 0.05)
-    w, m, v = np.ones(3), np.zeros(3), np.zeros(3)
+    found, losses = lemon.train(loss, start, 2.0, x, 25, None, jax.random.key(0), 0.3)
+    w, m, v, norms = np.ones(3), np.zeros(3), np.zeros(3), []
     rows = np.asarray(x, np.float64)
     for t in range(25):
-        np.testing.assert_allclose(losses[t], ((rows @ w - 2) ** 2).sum(), rtol=1e-3)
-        g = 2 * rows.T @ (rows @ w - 2)
+        np.testing.assert_allclose(losses[t], 0.1 * ((rows @ w - 2) ** 2).sum(), rtol=1e-3)
+        g = 0.2 * rows.T @ (rows @ w - 2)
+        norms.append(np.linalg.norm(g))
         g = g / max(1.0, np.linalg.norm(g))
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         step = (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-6)
-        rate = 0.05 * (t / 2 if t < 2 else 0.5 * (1 + np.cos(np.pi * (t - 2) / 23)))
+        rate = 0.3 * (t / 2 if t < 2 else 0.5 * (1 + np.cos(np.pi * (t - 2) / 23)))
         w = w - rate * (step + 1e-4 * w)
     np.testing.assert_allclose(found, w, rtol=1e-3)
-    drawn, _ = lemon.train(loss, start, 2.0, x, 25, 4, jax.random.key(0), 0.05)
+    assert max(norms) > 2 > 1 > min(norms)  # else Adam would not see where gradients are clipped
+    drawn, _ = lemon.train(loss, start, 2.0, x, 25, 4, jax.random.key(0), 0.3)
     assert np.abs(drawn - found).max() > 0
 
 
