@@ -66,7 +66,7 @@ class LemonConfig:
     tuning_steps: int = 100
     rank: int = 8
     full_rates: tuple[float, ...] = (2e-4, 6e-4, 2e-3, 6e-3)
-    lora_rates: tuple[float, ...] = (1e-3, 3e-3, 8e-3, 2e-2)
+    lora_rates: tuple[float, ...] = (1e-3, 3e-3, 8e-3, 2e-2, 5e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

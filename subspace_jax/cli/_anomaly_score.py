@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax import metrics
@@ -18,6 +20,8 @@ from ._console import track
 from ._files import write_text
 from ._folders import Unfinished
 from ._vision import VisionBackbone, in_equal_batches
+
+SECONDS = 5.0  # between two notes of what is done
 
 
 def patch_scores(
@@ -32,11 +36,18 @@ def patch_scores(
     done, arrays = notes.load()
     encode = backbone.features(layers)
     found = [arrays["scores"]] if done else []
-    steps = -(-(len(images) - done) // batch)
+    steps, saved = -(-(len(images) - done) // batch), 0.0
     for part, valid in track(in_equal_batches(images.batches(batch, start=done), batch), "scoring", steps):
         found.append(np.asarray(ad.score_patches(subspace, encode(part)))[:valid])
-        notes.save(sum(map(len, found)), {"scores": np.concatenate(found)})
+        if time.monotonic() - saved > SECONDS:  # all of them are written each time
+            notes.save(sum(map(len, found)), {"scores": np.concatenate(found)})
+            saved = time.monotonic()
     return np.concatenate(found)
+
+
+def pixel_map(patches: np.ndarray, size: int) -> np.ndarray:
+    """Returns the map of one image, `[size, size]`."""
+    return np.asarray(ad.anomaly_maps(jnp.asarray(patches), (size, size)))
 
 
 def table(names: tuple[str, ...], scores: np.ndarray, limit: float, defects: tuple[str, ...] | None) -> str:
@@ -50,7 +61,9 @@ def table(names: tuple[str, ...], scores: np.ndarray, limit: float, defects: tup
     return text.getvalue()
 
 
-def measures(category: AnomalyFolder, maps: np.ndarray, scores: np.ndarray, limit: float) -> dict[str, Any]:
+def measures(
+    category: AnomalyFolder, patches: np.ndarray, size: int, scores: np.ndarray, limit: float
+) -> dict[str, Any]:
     """Returns how well scores tell defects from normal images, and maps defects from normal pixels."""
     labels, alarms = category.labels, scores > limit
     found: dict[str, Any] = {"category": category.name, "normal": int((~labels).sum()), "anomalous": int(labels.sum())}
@@ -64,29 +77,36 @@ def measures(category: AnomalyFolder, maps: np.ndarray, scores: np.ndarray, limi
             for chosen in [np.array([d in ("good", name) for d in category.defects])]
         }
     if category.has_masks:
-        masks = category.read_masks((maps.shape[1], maps.shape[2]))
+        masks = category.read_masks((size, size))
         if masks.any() and not masks.all():
+            maps = np.stack([pixel_map(part, size) for part in patches])
             found |= {"pixel_auroc": metrics.auroc(maps, masks), "pixel_f1_max": metrics.f1_max(maps, masks)}
             found["aupro_0.3"] = metrics.aupro(maps, masks)
     return found
 
 
-def draw_maps(images: ImageFolder, maps: np.ndarray, limit: float, folder: Path) -> None:
-    """Writes a picture for every image: it and its heat map side by side; the threshold is the middle of the colors."""
+def draw_maps(images: ImageFolder, patches: np.ndarray, size: int, limit: float, folder: Path) -> np.ndarray:
+    """Writes a picture for every image: it and its heat map side by side; the threshold is the middle of the colors.
+
+    Returns:
+      The score of every image; one map is in memory at a time.
+    """
     import matplotlib
     from PIL import Image
 
     colors = matplotlib.colormaps["inferno"]
-    top = 2 * limit if np.isfinite(limit) else float(maps.max()) or 1.0
-    pairs = list(zip(images.names, images.paths, maps, strict=True))
-    for name, path, heat in track(pairs, "drawing", len(pairs)):
+    scores, triples = [], list(zip(images.names, images.paths, patches, strict=True))
+    for name, path, part in track(triples, "drawing", len(triples)):
+        heat = pixel_map(part, size)
+        scores.append(float(ad.image_scores(jnp.asarray(heat))))
         picture = read_image(path)
-        glow = (255 * colors(np.clip(heat / top, 0, 1))[..., :3]).round().astype(np.uint8)
+        glow = (255 * colors(np.clip(heat / (2 * limit), 0, 1))[..., :3]).round().astype(np.uint8)
         side = (picture.shape[1], picture.shape[0])
         glow = np.asarray(Image.fromarray(glow).resize(side, Image.Resampling.BILINEAR))
         file = folder / "maps" / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.concatenate([picture, (0.3 * picture + 0.7 * glow).astype(np.uint8)], axis=1)).save(file)
+    return np.array(scores)
 
 
 def write_scores(

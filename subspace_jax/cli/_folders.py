@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from subspace_jax.data import ImageFolder, unreadable
+from subspace_jax.data import AnomalyFolder, ImageFolder, unreadable
 
 from ._errors import UserError
 from ._files import write_json
@@ -39,6 +39,17 @@ def check_images(images: ImageFolder) -> None:
         raise UserError(
             f"{images.root}: {len(lines)} of {len(images)} files are no images; mend or remove them:", lines
         )
+
+
+def check_masks(category: AnomalyFolder) -> None:
+    """Refuses masks that are no readable images, before hours are spent on what they measure.
+
+    Raises:
+      UserError: with a line for each of them.
+    """
+    lines = unreadable([path for path in category.masks if path is not None])
+    if lines:
+        raise UserError(f"{category.name}: {len(lines)} masks are no images; mend them, or remove ground_truth:", lines)
 
 
 def check_out(out: Path, resume: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -17,7 +16,7 @@ from . import _anomaly_score as scoring
 from ._console import console
 from ._errors import UserError
 from ._files import write_json
-from ._folders import Unfinished, check_images, check_out, mistakes
+from ._folders import Unfinished, check_images, check_masks, check_out, mistakes
 from ._vision import check_size, load_vision_backbone
 
 Folder = tyro.conf.Positional[Path]
@@ -101,6 +100,8 @@ def score(
         images = category.test if category else load_image_folder(folder, (size, size))
         check_out(maps, resume)
         check_images(images)
+        if category:
+            check_masks(category)
         backbone = load_vision_backbone(weights)
     if backbone.name != notes_of_model["backbone"]:
         raise UserError(
@@ -112,14 +113,12 @@ def score(
     job = {"command": "score", "model": _digest(arrays), "threshold": limit, "images": _files(images)}
     notes = Unfinished(maps, job)
     patches = scoring.patch_scores(images, subspace, backbone, notes_of_model["layers"], batch, notes)
-    heat = np.concatenate([np.asarray(ad.anomaly_maps(part[None], (size, size))) for part in patches])
-    scores = np.asarray(ad.image_scores(jnp.asarray(heat)))
-    scoring.draw_maps(images, heat, limit, maps)
+    scores = scoring.draw_maps(images, patches, size, limit, maps)
     scoring.write_scores(maps, images, scores, limit, category)
     summary: dict[str, Any] = {"images": len(images), "anomalous_images": int((scores > limit).sum())}
     summary |= {"threshold": limit, "model": notes_of_model}
     if category:
-        summary["measures"] = scoring.measures(category, heat, scores, limit)
+        summary["measures"] = scoring.measures(category, patches, size, scores, limit)
     write_json(maps / "summary.json", summary)
     notes.clear()
     for line in [*scoring.lines(summary), f"scores.csv, summary.json and maps/ are in {maps}"]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from subspace_jax import assets, cli
-from subspace_jax.cli import _anomaly_model, anomaly
+from subspace_jax.cli import _anomaly_model, _anomaly_score, anomaly
 from subspace_jax.cli._folders import Unfinished
 from subspace_jax.cli._vision import VisionBackbone, in_equal_batches
 from subspace_jax.models import PretrainedModel, Vit, small_vit
@@ -183,6 +184,34 @@ def test_files_that_are_no_images_are_listed(backbone, tmp_path, capsys):
     (tmp_path / "in/half.png").write_bytes(half)
     refused(capsys, "2 of 3 files are no images", lambda: fit(tmp_path / "in", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_masks_that_are_no_images_are_refused_before_anything_is_scored(backbone, category, model, tmp_path, capsys):
+    shutil.copytree(category, tmp_path / "stripes")
+    (tmp_path / "stripes/ground_truth/hole/3_mask.png").write_text("text")
+    call = lambda: run("score", tmp_path / "stripes", "--model", model, "--maps", tmp_path / "out")
+    refused(capsys, "1 masks are no images", call)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_scoring_goes_on_to_the_same_scores(backbone, category, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(_anomaly_score, "SECONDS", -1.0)
+    saved = Unfinished.save
+
+    def interrupted(self, done, arrays):
+        saved(self, done, arrays)
+        if done == 6:
+            raise KeyboardInterrupt
+
+    call = lambda name, *more: run("score", category, "--model", model, "--maps", tmp_path / name, "--batch", 3, *more)
+    monkeypatch.setattr(Unfinished, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call("out")
+    monkeypatch.setattr(Unfinished, "save", saved)
+    call("out", "--resume")
+    call("whole")
+    for name in ("scores.csv", "summary.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_damaged_model_or_other_weights_are_refused(backbone, category, model, tmp_path, capsys):

@@ -79,6 +79,7 @@ def test_a_flat_of_low_dimension_is_found_and_a_normal_step_scores_its_square(wi
     x, basis = patches(count, rank=5)
     found = ad.fit_subspace(jnp.asarray(x), tau=1.0)
     assert found.components.shape[1] == 5  # eigenvalues of rounding do not count
+    assert not np.asarray(found.variances)[5:].any()
     assert float(ad.score_patches(found, jnp.asarray(x)).max()) < 1e-8
     normal = np.linalg.svd(basis)[0][:, -1]
     for height in (0.1, 2.0):

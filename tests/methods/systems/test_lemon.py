@@ -1,5 +1,7 @@
 """The network's symmetries, its sizes, adapters, training and meta-learning, against closed forms and differences."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,24 +9,8 @@ import pytest
 
 import subspace_jax as sj
 from subspace_jax.methods import lemon
+from tests.methods.systems.lemon_case import MODEL, SMALL, batch, forward64
 from tests.tolerances import tolerance
-
-SMALL = lemon.LemonConfig(points=6, width=16, ffn=24, heads=2, layers=(1, 1, 1, 2))
-MODEL = lemon.Lemon(SMALL)
-
-
-def batch(count=3, length=7, seed=0):
-    rng = np.random.default_rng(seed)
-    arrays = (
-        rng.normal(size=(count, 4, 6)) + 2,
-        np.arange(4) / 4,
-        rng.normal(size=(count, 3, 6)) + 2,
-        np.array([1.0, 1.3, 1.9]),
-        rng.integers(1, 1053, (count, length)),
-        np.ones((count, length), bool),
-    )
-    dtypes = (np.float32, np.float32, np.float32, np.float32, np.int32, bool)
-    return lemon.Batch(*(jnp.asarray(a.astype(d)) for a, d in zip(arrays, dtypes, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +23,12 @@ def params():
 
 
 run = jax.jit(lambda params, b: lemon.predict(MODEL.apply, params, b))
+
+
+def test_the_network_is_the_one_written_down(params):
+    b = batch()
+    b = b._replace(mask=b.mask.at[1, 4:].set(False))
+    np.testing.assert_allclose(run(params, b), forward64(params, b), rtol=1e-4, atol=1e-4)
 
 
 def test_each_query_time_is_on_its_own(params):
@@ -109,25 +101,24 @@ def shapes(config, length=4):
     return made["params"]
 
 
-def test_the_published_network_has_the_published_number_of_parameters():
-    tree = shapes(lemon.LemonConfig())
-    sizes = {k: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(v)) for k, v in tree.items()}
-    words = sizes.pop("words")
-    assert sum(sizes.values()) == 70_542_464
-    assert words == len(lemon.vocabulary()) * 512
-    assert sizes["decoder"] == 8 * 3_152_384 + 1024
-    kernels = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape
-        for p, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    from fnmatch import fnmatch
-
-    def trainable(rules):
-        hit = [s for p, s in kernels.items() if any(fnmatch(p, g.replace("**/", "*")) for g in rules)]
-        return 64 * sum(a + b for a, b in hit)
-
-    assert trainable(lemon.lora_rules()) == 13_385_856
-    assert trainable(lemon.lora_rules(official_targets=True)) == 7_618_688
+@pytest.mark.parametrize(
+    ("config", "rank", "whole", "adapters", "official"),
+    [
+        (lemon.LemonConfig(), 64, 70_542_464, 13_385_856, 7_618_688),
+        (lemon.LemonConfig(32, 64, 256, 4, (1, 1, 2, 2)), 8, 321_696, 61_968, 37_392),
+    ],
+    ids=["published", "small"],
+)
+def test_networks_have_the_published_numbers_of_parameters(config, rank, whole, adapters, official):
+    tree = shapes(config)
+    sizes = {k: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(v)) for k, v in tree.items()}
+    assert sizes.pop("words") == len(lemon.vocabulary()) * config.width
+    assert sum(sizes.values()) == whole
+    for flag, expected in ((False, adapters), (True, official)):
+        rules = lemon.lora_rules(rank, official_targets=flag)
+        adapted = jax.eval_shape(lambda p, r=rules: sj.adapt(p, r, key=jax.random.key(0)), tree)
+        trainable, _ = sj.partition(adapted)
+        assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable)) == expected
 
 
 def test_lora_starts_at_the_base_learns_alone_and_merges(params):
@@ -162,21 +153,23 @@ def _rows(b):
 
 def test_training_is_adamw_with_warmup_clip_and_decay():
     x = jnp.asarray(np.random.default_rng(5).normal(size=(6, 3)), jnp.float32)
-    loss = lambda w, frozen, rows: jnp.sum((rows @ w - frozen) ** 2)
+    loss = lambda w, frozen, rows: 0.1 * jnp.sum((rows @ w - frozen) ** 2)
     start = jnp.ones(3)
-    found, losses = lemon.train(loss, start, 2.0, x, 25, None, jax.random.key(0), 0.05)
-    w, m, v = np.ones(3), np.zeros(3), np.zeros(3)
+    found, losses = lemon.train(loss, start, 2.0, x, 25, None, jax.random.key(0), 0.3)
+    w, m, v, norms = np.ones(3), np.zeros(3), np.zeros(3), []
     rows = np.asarray(x, np.float64)
     for t in range(25):
-        np.testing.assert_allclose(losses[t], ((rows @ w - 2) ** 2).sum(), rtol=1e-3)
-        g = 2 * rows.T @ (rows @ w - 2)
+        np.testing.assert_allclose(losses[t], 0.1 * ((rows @ w - 2) ** 2).sum(), rtol=1e-3)
+        g = 0.2 * rows.T @ (rows @ w - 2)
+        norms.append(np.linalg.norm(g))
         g = g / max(1.0, np.linalg.norm(g))
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         step = (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-6)
-        rate = 0.05 * (t / 2 if t < 2 else 0.5 * (1 + np.cos(np.pi * (t - 2) / 23)))
+        rate = 0.3 * (t / 2 if t < 2 else 0.5 * (1 + np.cos(np.pi * (t - 2) / 23)))
         w = w - rate * (step + 1e-4 * w)
     np.testing.assert_allclose(found, w, rtol=1e-3)
-    drawn, _ = lemon.train(loss, start, 2.0, x, 25, 4, jax.random.key(0), 0.05)
+    assert max(norms) > 2 > 1 > min(norms)  # else Adam would not see where gradients are clipped
+    drawn, _ = lemon.train(loss, start, 2.0, x, 25, 4, jax.random.key(0), 0.3)
     assert np.abs(drawn - found).max() > 0
 
 

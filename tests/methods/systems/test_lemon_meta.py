@@ -88,6 +88,16 @@ def test_inner_gradients_are_clamped_left_out_and_noisy_as_asked():
     each = lemon.adapt_to(square, THETA, CENTERS, {"a": 0.5, "b": 0.0}, steps=1)  # one rate a leaf, as MetaSGD
     np.testing.assert_allclose(each["a"], [2.5, 1.0])
     np.testing.assert_array_equal(each["b"], THETA["b"])
+    adam, expected = optax.adamw(0.1), THETA
+    state = adam.init(THETA)
+    for _ in range(3):
+        updates, state = adam.update(jax.grad(square)(expected, CENTERS), state, expected)
+        expected = jax.tree.map(lambda p, u: p + 0.5 * u, expected, updates)
+    found = lemon.adapt_to(square, THETA, CENTERS, 0.5, steps=3, optimizer=adam)
+    for k in THETA:
+        np.testing.assert_allclose(found[k], expected[k], rtol=1e-5)
+    with pytest.raises(ValueError, match="neither a number nor a tree"):
+        lemon.adapt_to(square, THETA, CENTERS, {"a": 0.5})
     wide = {"a": jnp.zeros(20_000)}
     noisy = lemon.adapt_to(square, wide, wide, 0.1, steps=1, temperature=0.2, key=jax.random.key(0))
     np.testing.assert_allclose(np.std(noisy["a"]), np.sqrt(2 * 0.1 * 0.2), rtol=0.02)

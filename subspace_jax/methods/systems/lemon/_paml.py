@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from subspace_jax.core import check_int, check_number
 
@@ -26,6 +27,7 @@ def adapt_to(
     first_order: bool = True,
     clamp: float | None = None,
     adapted: Callable[[str], bool] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     temperature: float = 0.0,
     key: jax.Array | None = None,
 ) -> Any:
@@ -43,6 +45,7 @@ def adapt_to(
       first_order: whether the outer gradient ignores the curvature of the inner loss.
       clamp: limit of each entry of the inner gradients; 1 in the second version of the publication, none in the first.
       adapted: tells by a leaf's path ("a/b/kernel") whether it takes part; all do by default.
+      optimizer: in place of plain descent, such as `optax.adamw(1e-3)`; its updates are multiplied by the rate.
       temperature: \(\eta\) of Langevin noise \(\sqrt{2 \alpha \eta} z\), zero for none.
       key: of the noise.
 
@@ -51,7 +54,7 @@ def adapt_to(
 
     Raises:
       RankError: `steps` is negative.
-      ValueError: a clamp that is not positive, or noise without a key.
+      ValueError: a clamp that is not positive, noise without a key, or rates that fit no parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,32 +68,43 @@ def adapt_to(
         check_number("adapt_to: clamp", clamp, above=0.0)
     if temperature and key is None:
         raise ValueError("adapt_to: noise of a temperature needs a key.")
-    chosen = rate(params, support) if callable(rate) else rate
+    leaves, structure = jax.tree.flatten(params)
+    rates = _rates(rate(params, support) if callable(rate) else rate, structure)
     found = jax.tree_util.tree_leaves_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
     which = [adapted is None or bool(adapted(path)) for path in paths]
-    leaves, structure = jax.tree.flatten(params)
-    rates = jax.tree.leaves(chosen)
-    rates = rates if jax.tree.structure(chosen) == structure else rates * len(leaves)
+    inner = optax.sgd(1.0) if optimizer is None else optimizer
     keys = jax.random.split(jax.random.key(0) if key is None else key, max(steps, 1))
 
-    def step(phi: list[jax.Array], key: jax.Array) -> tuple[list[jax.Array], None]:
+    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+        phi, state = carry
         gradient = jax.tree.leaves(jax.grad(loss)(jax.tree.unflatten(structure, phi), support))
         if first_order:
             gradient = jax.lax.stop_gradient(gradient)
         if clamp is not None:
             gradient = [jnp.clip(g, -clamp, clamp) for g in gradient]
+        updates, state = inner.update(gradient, state, phi)
+        moves: Any = updates
         noise = jax.random.split(key, len(phi))
         found = []
-        for value, g, alpha, moved, own in zip(phi, gradient, rates, which, noise, strict=True):
-            new = value - (alpha * g).astype(value.dtype) if moved else value
+        for value, move, alpha, moved, own in zip(phi, moves, rates, which, noise, strict=True):
+            new = value + (alpha * move).astype(value.dtype) if moved else value
             if temperature and moved:
                 new = new + jnp.sqrt(2 * temperature * alpha) * jax.random.normal(own, value.shape, value.dtype)
             found.append(new)
-        return found, None
+        return (found, state), None
 
-    phi = jax.lax.scan(step, leaves, keys[:steps])[0] if steps else leaves
+    phi = jax.lax.scan(step, (leaves, inner.init(leaves)), keys[:steps])[0][0] if steps else leaves
     return jax.tree.unflatten(structure, phi)
+
+
+def _rates(chosen: Any, structure: Any) -> list[Any]:
+    """One rate for each leaf: the same for all, or those of a tree."""
+    if jax.tree.structure(chosen) == structure:
+        return jax.tree.leaves(chosen)
+    if not jax.tree_util.treedef_is_leaf(jax.tree.structure(chosen)) or jnp.ndim(chosen) != 0:
+        raise ValueError("adapt_to: rate is neither a number nor a tree like the parameters.")
+    return [chosen] * structure.num_leaves
 
 
 def paml_loss(
