@@ -19,6 +19,7 @@ from benchmarks._measure import Runner, interleaved, paired_ratio, step_cost
 from benchmarks._models import Plain, StepConfig, cross_entropy, linen
 from benchmarks._variants import Variant, of_tree
 from experiments.runner import human_bytes
+from subspace_jax.methods.continual.igsp import igsp
 from subspace_jax.methods.low_rank.block_lora import block_lora
 from subspace_jax.methods.low_rank.comp_lora import comp_lora
 from subspace_jax.methods.low_rank.orthogonal_adaptation import orthogonal_adaptation
@@ -146,6 +147,11 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
             arithmetic.routed(rank, 8),
             note="the router is not among the products",
         ),
+        "igsp": Arm(
+            None,
+            rules={"**/{mlp_in,mlp_out}/kernel": igsp(_expert(trained, config), tasks=1, candidates=2, reads="mlp_in")},
+            note="two experts beside each MLP, whatever others adapt, of one task; without noise and dropout",
+        ),
         "composable_sft": Arm(
             None,
             arithmetic.full,
@@ -162,6 +168,11 @@ def arms(config: Config, trained: int, kernels: int) -> dict[str, Arm]:
     if unknown:
         raise SystemExit(f"methods={','.join(unknown)}: choose from {', '.join(found)}.")
     return {name: arm for name, arm in found.items() if not config.methods or name in ("lora", *config.methods)}
+
+
+def _expert(trained: int, config: Config) -> int:
+    """Hidden values of each of two experts."""
+    return max(1, trained // (4 * config.width * config.layers))
 
 
 def blocks(layers: int) -> tuple[str, ...]:

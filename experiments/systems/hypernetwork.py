@@ -102,7 +102,8 @@ def train(
     levels, layout = hypernetwork.cosine_schedule(config.noise_steps), decoder.layout
     first, key = jax.random.split(key)
     params = decoder.init(first, jnp.zeros((1, 1, 64)))["params"]
-    optimizer = optax.chain(hypernetwork.optimizer(1.0, warm_up=100, weight_decay=0.01), optax.scale(rate))
+    adamw = optax.adamw(optax.linear_schedule(0.0, 1.0, 100), weight_decay=0.01)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw, optax.scale(rate))
     rows = jnp.repeat(jnp.arange(16) + 1, 4)
 
     def step(state: Any, key: jax.Array) -> tuple[Any, None]:

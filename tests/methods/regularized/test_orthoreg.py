@@ -190,20 +190,18 @@ def test_angles_of_task_vectors():
 
 
 def test_disentanglement_counts_answers_that_merging_changes():
-    base = {"w": jnp.zeros((2, 3))}
+    base = {"w": normal(2, 3, seed=9)}
     x = [normal(50, 2, seed=1, scale=1.0), normal(50, 2, seed=2, scale=1.0)]
     apply = lambda params, x, task: (x @ params["w"]) * (1 - 2 * task)
-    experts = [{"w": normal(2, 3, seed=s)} for s in (3, 4)]
+    changes = [normal(2, 3, seed=s) for s in (3, 4)]
+    experts = [{"w": base["w"] + d} for d in changes]
     found = disentanglement_error(apply, experts, base, x, scale=0.5)
-    both = sum(np.asarray(e["w"]) for e in experts)
-    shares = [
-        np.mean(np.argmax(x[t] @ e["w"] * (1 - 2 * t), -1) != np.argmax(x[t] @ both * (1 - 2 * t), -1))
-        for t, e in enumerate(experts)
-    ]
+    at = lambda t, d: np.argmax(x[t] @ (base["w"] + 0.5 * d) * (1 - 2 * t), -1)
+    shares = [np.mean(at(t, d) != at(t, sum(changes))) for t, d in enumerate(changes)]
     assert float(found) == pytest.approx(np.mean(shares))
     assert 0 < float(found) < 1
     # Task vectors on inputs of their own: each input sees one of them alone.
-    apart = [{"w": jnp.zeros((2, 3)).at[t].set(e["w"][t])} for t, e in enumerate(experts)]
+    apart = [{"w": base["w"].at[t].add(d[t])} for t, d in enumerate(changes)]
     own = [jnp.stack([x[0][:, 0], jnp.zeros(50)], 1), jnp.stack([jnp.zeros(50), x[1][:, 1]], 1)]
     assert float(disentanglement_error(apply, apart, base, own)) == 0
     with pytest.raises(StructureError, match="1 inputs for 2 experts"):

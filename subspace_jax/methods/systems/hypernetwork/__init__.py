@@ -19,7 +19,6 @@ from subspace_jax.methods.systems.hypernetwork._sampling import cosine_schedule 
 from subspace_jax.methods.systems.hypernetwork._sampling import ddim as ddim
 from subspace_jax.methods.systems.hypernetwork._training import TrainState as TrainState
 from subspace_jax.methods.systems.hypernetwork._training import init_state as init_state
-from subspace_jax.methods.systems.hypernetwork._training import optimizer as optimizer
 from subspace_jax.methods.systems.hypernetwork._training import train_step as train_step
 
 __all__ = [
@@ -38,7 +37,6 @@ __all__ = [
     "hybrid_predictor",
     "init_state",
     "layout_of",
-    "optimizer",
     "output_penalty",
     "personalized",
     "train_step",

@@ -1,4 +1,4 @@
-"""The training of a hypernetwork: optimizer, averaged weights, one step."""
+"""The training of a hypernetwork: averaged weights, and one step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import OptState, Params, check_int
+from subspace_jax.core import OptState, Params
 
 
 class TrainState(NamedTuple):
@@ -24,26 +24,6 @@ class TrainState(NamedTuple):
     params: Params
     average: Params
     opt_state: OptState
-
-
-def optimizer(learning_rate: float = 1e-4, *, warm_up: int = 1000, weight_decay: float = 0.01) -> Any:
-    """Returns AdamW with clipping at norm 1 and a linear warm-up to a constant rate.
-
-    Weight decay is the hypernetwork's; it does not replace the penalty on what it writes.
-
-    Args:
-      learning_rate: the constant rate.
-      warm_up: steps until it is reached.
-      weight_decay: of AdamW.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> optimizer(warm_up=10).init({"w": jnp.ones(2)}) is not None
-      True
-    """
-    warm_up = check_int("optimizer: warm_up", warm_up, least=0)
-    rate = optax.linear_schedule(0.0, learning_rate, warm_up) if warm_up else learning_rate
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=weight_decay))
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -69,7 +49,8 @@ def train_step(
     Args:
       state: the state.
       loss: of the hypernetwork's parameters: a scalar and what to report, `denoising_loss` of what they write.
-      optimizer: any optax transformation.
+      optimizer: any optax transformation; usual is AdamW at 1e-4 with a decay of 0.01, after clipping at norm 1 and a
+        warm-up of 1000 steps. A decay of the hypernetwork's weights does not replace the penalty on what it writes.
       decay: of the moving average.
 
     Returns:
