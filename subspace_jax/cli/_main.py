@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(f"subspace-jax: there is no command {given[0]!r}.{_nearest(given[0])}")
     try:
         _run(given[0], given[1:])
-    except (UserError, SubspaceError, AssetMissingError, FetchError) as error:
+    except (UserError, SubspaceError, AssetMissingError, FetchError, ImportError) as error:
         if debug:
             raise
         _refuse(f"subspace-jax {given[0]}: {error}")

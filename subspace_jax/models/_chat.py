@@ -111,10 +111,9 @@ class ChatTemplate:
         return marked, spans
 
     def _marked(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Any) -> str:
-        import jinja2
-
+        template, failures = _compiled(self.source)
         try:
-            return _compiled(self.source).render(
+            return template.render(
                 messages=[dict(message) for message in messages],
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
@@ -122,7 +121,7 @@ class ChatTemplate:
             )
         except TemplateError as error:
             raise TemplateError(f"{self.name}: {error}") from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except failures as error:
             raise TemplateError(f"{self.name}: fails on this conversation: {error}") from error
 
 
@@ -142,7 +141,8 @@ def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> Any:
+def _compiled(source: str) -> tuple[Any, tuple[type[Exception], ...]]:
+    """The compiled template, and what it raises where it fails on a conversation."""
     try:
         import jinja2
         from jinja2 import ext, nodes
@@ -178,6 +178,6 @@ def _compiled(source: str) -> Any:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
-        return environment.from_string(source)
+        return environment.from_string(source), (jinja2.TemplateError, TypeError, ValueError, KeyError)
     except jinja2.TemplateError as error:
         raise TemplateError(f"not readable as a Jinja template: {error}") from error

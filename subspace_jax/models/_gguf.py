@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _k_blocks as blocks
 from ._blocks import unpack_q4_1, unpack_q8_0
 
 _MAGIC = b"GGUF"
@@ -32,7 +33,7 @@ _SCALARS = {
 }
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_AXES = 4
-_BLOCK = 32
+_BLOCK, _LARGE_BLOCK = 32, 256
 _HEAD_BYTES = 24
 _LEAST_ENTRY, _LEAST_TENSOR = 13, 24
 
@@ -47,8 +48,24 @@ class _Kind:
 _KINDS = {
     0: _Kind("F32", 1, 4),
     1: _Kind("F16", 1, 2),
+    2: _Kind("Q4_0", _BLOCK, 18),
     3: _Kind("Q4_1", _BLOCK, 20),
+    6: _Kind("Q5_0", _BLOCK, 22),
+    7: _Kind("Q5_1", _BLOCK, 24),
     8: _Kind("Q8_0", _BLOCK, 34),
+    12: _Kind("Q4_K", _LARGE_BLOCK, 144),
+    13: _Kind("Q5_K", _LARGE_BLOCK, 176),
+    14: _Kind("Q6_K", _LARGE_BLOCK, 210),
+    30: _Kind("BF16", 1, 2),
+}
+_DEQUANTIZE = {
+    "Q4_0": blocks.dequantize_q4_0,
+    "Q5_0": blocks.dequantize_q5_0,
+    "Q5_1": blocks.dequantize_q5_1,
+    "Q4_K": blocks.dequantize_q4_k,
+    "Q5_K": blocks.dequantize_q5_k,
+    "Q6_K": blocks.dequantize_q6_k,
+    "BF16": blocks.dequantize_bf16,
 }
 
 
@@ -59,7 +76,8 @@ class GgufTensor:
     Attributes:
         name: in the file.
         shape: in numpy's order, the contiguous axis last.
-        kind: `"F32"`, `"F16"`, `"Q4_1"` or `"Q8_0"`.
+        kind: `"F32"`, `"F16"`, `"BF16"`, `"Q4_0"`, `"Q4_1"`, `"Q5_0"`, `"Q5_1"`, `"Q8_0"`, `"Q4_K"`, `"Q5_K"` or
+            `"Q6_K"`.
         raw: `[bytes]` uint8, a read-only view of the file.
     """
 
@@ -70,7 +88,9 @@ class GgufTensor:
 
     def dequantize(self) -> np.ndarray:
         """Returns the tensor as a new float32 array of `shape`."""
-        if self.kind == "Q4_1":
+        if self.kind in _DEQUANTIZE:
+            flat = _DEQUANTIZE[self.kind](self.raw)
+        elif self.kind == "Q4_1":
             scales, minimums, codes = unpack_q4_1(self.raw)
             flat = codes * scales[:, None] + minimums[:, None]
         elif self.kind == "Q8_0":
@@ -105,7 +125,7 @@ def read_gguf(path: str | Path) -> GgufFile:
 
     Raises:
         ValueError: the file is truncated, damaged, no GGUF of version 2 or 3, or has a tensor of another type
-          than F32, F16, Q4_1, Q8_0; the message names the file and the entry.
+          than those of `GgufTensor`; the message names the file and the entry.
     """
     path = Path(path)
     if path.stat().st_size < _HEAD_BYTES:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from subspace_jax.models import read_gguf
+from subspace_jax.models import GgufTensor, read_gguf
 from subspace_jax.models._gguf import parse_gguf
 from tests.models.model_helpers import gguf_bytes, gguf_string
 from tests.tolerances import tolerance
@@ -64,13 +64,33 @@ def test_quantized_blocks_by_hand():
     np.testing.assert_allclose(parse(GOOD).tensors["q8"].dequantize()[1], [scale * c for c in codes], rtol=tolerance())
 
 
+WRITTEN = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "BF16"])
+def test_arbitrary_blocks_mean_what_the_gguf_package_says(kind, rng):
+    gguf = pytest.importorskip("gguf")
+    quantization = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quantization]
+    raw = rng.integers(0, 256, (6, size), dtype=np.uint8)
+    # A scale of arbitrary bits may be no number: these are the places of the scales.
+    for place in {"Q4_0": [0], "Q5_0": [0], "Q6_K": [208], "BF16": []}.get(kind, [0, 2]):
+        raw[:, place : place + 2] = rng.normal(size=(6, 1)).astype("<f2").view(np.uint8)
+    if kind == "BF16":
+        raw[:, 1] &= 0x3F
+    expected = gguf.quants.dequantize(raw, quantization)
+    found = GgufTensor("w", (6, block), kind, raw.reshape(-1)).dequantize()
+    np.testing.assert_allclose(found, expected.reshape(6, block), rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+
+
 @pytest.mark.interop
 def test_a_file_by_the_gguf_package_is_read_to_the_last_bit(tmp_path, rng):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_array("words", ["x", "yz"])
     array = rng.normal(size=(6, 64)).astype(np.float32)
-    kinds = {name: gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "Q4_1", "Q8_0")}
+    kinds = {name: gguf.GGMLQuantizationType[name] for name in WRITTEN}
     for name, kind in kinds.items():
         writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -135,7 +155,7 @@ PLAIN = np.zeros(2, "<f4").tobytes()
         (gguf_bytes({}, {"w": ((1,) * 5, 0, PLAIN)}), "5 axes"),
         (gguf_bytes({}, {"w": ((0, 2), 0, PLAIN)}), "positive sizes"),
         (gguf_bytes({}, {"w": ((33,), 8, PLAIN)}), "blocks of 32"),
-        (gguf_bytes({}, {"w": ((2,), 2, PLAIN)}), "GGML type 2"),
+        (gguf_bytes({}, {"w": ((2,), 10, PLAIN)}), "GGML type 10"),
         (gguf_bytes({}, {"w": ((2**63, 2**63), 0, PLAIN)}), "'w' lies at"),
         (gguf_bytes({}, {"w": ((1000,), 0, PLAIN)}), "'w' lies at"),
         (gguf_bytes({}, {"w": ((16,), 0, PLAIN), "v": ((2,), 0, PLAIN)}), "no overlap"),
