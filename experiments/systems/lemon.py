@@ -181,7 +181,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
             full, low = (best[f"{name}, {count} families, {kind}"] for kind in ("full", "LoRA"))
             cells += [with_spread([r["before"] for r in full])]
             cells += [with_spread([r["error"] for r in arm]) for arm in (full, low)]
-        table.append([f"{count} families" if count else "nothing", *cells])
+        table.append([{0: "nothing", 1: "1 family"}.get(count, f"{count} families"), *cells])
     return table
 
 
