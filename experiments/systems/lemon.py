@@ -8,7 +8,14 @@ tokens. Every start is tuned by 100 full-batch steps at its best rate of one gri
 
     python -m experiments run lemon
 
-MEASURED
+Measured over three seeds, mean relative error on 200 noise-free trajectories, full tuning and LoRA of rank 8 (61,712
+of 387,024 values): advection-diffusion 44.6 ± 2.9 and 43.3 ± 3.1 % from a random start, 49.1 ± 1.2 and 35.0 ± 2.0 from
+heat alone, 25.4 ± 0.8 and 26.2 ± 1.6 from five families; Burgers 20.3 ± 1.5 and 21.3 ± 3.5, 14.0 ± 1.6 and 13.9 ± 1.7,
+12.8 ± 2.3 and 12.7 ± 2.4. So five families halve the error where one of them is half of the new equation, and LoRA is
+level with full tuning from there. On Burgers five and one are level within their spreads.
+
+Not shown: prediction without tuning. Before it, errors on advection-diffusion are above 100 % from every start, and on
+Burgers 28 % from heat and 44 % from five. Smaller than in the publication by three orders: 600 steps, width 64.
 """
 
 from __future__ import annotations
@@ -174,7 +181,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
             full, low = (best[f"{name}, {count} families, {kind}"] for kind in ("full", "LoRA"))
             cells += [with_spread([r["before"] for r in full])]
             cells += [with_spread([r["error"] for r in arm]) for arm in (full, low)]
-        table.append([f"{count} families" if count else "nothing", *cells])
+        table.append([{0: "nothing", 1: "1 family"}.get(count, f"{count} families"), *cells])
     return table
 
 

@@ -40,7 +40,7 @@ def run(
     """Groups samples into clusters, each near a subspace of its own: labels, a picture of who is like whom, and losses.
 
     Writes clusters.csv, affinity.png, summary.json and features.npy (of images) or latent.npy. Labels are never read:
-    subfolders of images mean nothing to it. Up to a few thousand samples.
+    subfolders of images mean nothing to it. A thousand samples take about a minute, a few thousand some ten.
 
     Args:
       data: a folder of images, or features.npy of shape (samples, features).
@@ -65,11 +65,12 @@ def run(
     x = x / max(float(np.sqrt(np.mean(np.square(x)))), 1e-12)
     remark = console(stderr=True)
     remark.print(f"clustering {len(x)} samples of {x.shape[1]} features: three stages, each stops by itself")
-    found = dsc.cluster(
-        jnp.asarray(x), clusters, dsc.dense_network(widths), d_sub=kept, key=jax.random.key(seed), seed=seed
-    )
-    for stage, losses in found.stages.items():
+
+    def tell(stage: str, losses: np.ndarray) -> None:
         remark.print(f"  {stage}: {len(losses)} iterations, loss {losses[0]:.4g} to {losses[-1]:.4g}")
+
+    network, key = dsc.dense_network(widths), jax.random.key(seed)
+    found = dsc.cluster(jnp.asarray(x), clusters, network, d_sub=kept, key=key, seed=seed, on_stage=tell)
     options = {"kept": kept, "widths": list(widths), "raw_mean": raw_mean, "seed": seed}
     out.mkdir(parents=True, exist_ok=True)
     np.save(out / ("features.npy" if made else "latent.npy"), features if made else found.features)

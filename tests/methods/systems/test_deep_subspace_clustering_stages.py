@@ -54,7 +54,12 @@ def test_networks_mirror_and_are_compiled_once():
 @pytest.fixture(scope="module")
 def curved():
     x, y = subspaces(0, 4, 40, curved=True)
-    return x, y, dsc.cluster(x, 5, dsc.dense_network((64, 48, 24)), d_sub=5, key=jax.random.key(0))
+    told = []
+    options = {"d_sub": 5, "key": jax.random.key(0), "on_stage": lambda name, losses: told.append(name)}
+    found = dsc.cluster(x, 5, dsc.dense_network((64, 48, 24)), **options)
+    assert told == list(found.stages)
+    assert told[:3] == ["pretraining", "self-expression", "tuning 1"]
+    return x, y, found
 
 
 def test_curved_subspaces_are_found_where_the_last_layer_and_k_means_fail(curved):

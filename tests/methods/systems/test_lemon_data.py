@@ -181,6 +181,7 @@ def test_initial_states_lie_between_zero_and_one_and_are_drawn_apart():
     start = found.u[:, 0, :, 0]
     np.testing.assert_allclose(start.min(1), 0, atol=1e-6)
     np.testing.assert_allclose(start.max(1), 1, atol=1e-6)
+    np.testing.assert_allclose(start[:, 0], start[:, -1], atol=1e-6)  # no slope from end to end
     assert len(np.unique(start.round(6), axis=0)) == 60
     again = drawn("heat", operators=1, states=60)
     np.testing.assert_array_equal(found.u, again.u)

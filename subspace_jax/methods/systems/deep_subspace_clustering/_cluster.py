@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,7 @@ def cluster(
     rules: tuple[StoppingRule, StoppingRule, StoppingRule] = (PRETRAINING, EXPRESSION, TUNING),
     learning_rate: float = 1e-3,
     seed: int = 0,
+    on_stage: Callable[[str, np.ndarray], None] | None = None,
 ) -> Clustering:
     """Clusters samples that lie near a union of subspaces, curved ones as well; no label is read or needed.
 
@@ -73,6 +75,7 @@ def cluster(
       rules: when each stage stops.
       learning_rate: of Adam in all stages.
       seed: of k-means.
+      on_stage: called after each stage with its name and its losses.
 
     Returns:
       Labels, the graph, coefficients and the trained encoder.
@@ -87,7 +90,7 @@ def cluster(
       >>> a, b = jax.random.normal(jax.random.key(0), (2, 10, 1)), jnp.eye(6)[:2]
       >>> x = jnp.concatenate([a[0] * b[0], a[1] * b[1]])  # two lines
       >>> short = (dsc.StoppingRule(most=20),) * 3
-      >>> found = dsc.cluster(x, 2, dsc.dense_network((4,)), d_sub=2, key=jax.random.key(1), rules=short)
+      >>> found = dsc.cluster(x, 2, dsc.dense_network((4,)), d_sub=9, key=jax.random.key(1), rules=short)
       >>> bool((found.labels[:10] == found.labels[0]).all() and (found.labels[10:] != found.labels[0]).all())
       True
     """
@@ -95,11 +98,19 @@ def cluster(
     clusters = check_int("cluster: clusters", clusters, 1, len(x))
     check_int("cluster: d_sub", d_sub)
     check_int("cluster: rounds", rounds, 0)
+    stages: dict[str, np.ndarray] = {}
+
+    def tell(name: str, end: Minimized) -> None:
+        stages[name] = np.asarray(end.losses)[: int(end.iterations)]
+        if on_stage is not None:
+            on_stage(name, stages[name])
+
     first = pretrain(network, network.init(key, x), x, kind=pretraining, rule=rules[0], learning_rate=learning_rate)
+    tell("pretraining", first)
     end = self_express(
         network, first.variables["encoder"], x, rho=rho, start=start, rule=rules[1], learning_rate=learning_rate
     )
-    stages = {"pretraining": _losses(first), "self-expression": _losses(end)}
+    tell("self-expression", end)
     graph, labels = _read_out(end, clusters, d_sub, seed)
     found = [labels]
     for i in range(rounds):
@@ -113,7 +124,7 @@ def cluster(
             rule=rules[2],
             learning_rate=learning_rate,
         )
-        stages[f"tuning {i + 1}"] = _losses(end)
+        tell(f"tuning {i + 1}", end)
         graph, labels = _read_out(end, clusters, d_sub, seed)
         found.append(labels)
         if same_partition(labels, found[-2]):
@@ -129,10 +140,6 @@ def _checked(x: Any) -> jax.Array:
     if x.ndim < 2 or len(x) < 2 or not jnp.issubdtype(x.dtype, jnp.floating) or not bool(jnp.isfinite(x).all()):
         raise ValueError(f"cluster: x is {x.dtype}{x.shape}; expected two or more samples of finite real numbers.")
     return x.astype(jnp.float32)
-
-
-def _losses(end: Minimized) -> np.ndarray:
-    return np.asarray(end.losses)[: int(end.iterations)]
 
 
 def _read_out(end: Minimized, clusters: int, d_sub: int, seed: int) -> tuple[jax.Array, np.ndarray]:
