@@ -181,7 +181,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 EXPERIMENT = Experiment(
     name="subspace_ad",
-    claim="What a PCA of one normal image's patches leaves over finds defects that distance to the mean does not.",
+    claim="What a PCA of one normal image's patches leaves over localizes defects better than distance to the mean.",
     config=SubspaceAdConfig,
     run=run,
     rows=rows,
