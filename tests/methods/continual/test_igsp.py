@@ -152,7 +152,7 @@ def test_the_price_rises_when_experts_had_time_to_become_useful():
 
 
 def test_what_is_pruned():
-    pi = np.array([0.4, 0.05, 0.3, 0.2, 0.05, 0.0])
+    pi = np.array([0.4, 0.05, 0.3, 0.16, 0.09, 0.0])
     active, new = np.array([1.0, 1, 1, 1, 1, 0]), np.array([0.0, 0, 1, 1, 1, 0])
     keep = lambda *a, **k: np.asarray(prune(jnp.asarray(pi), jnp.asarray(active), jnp.asarray(new), *a, **k))
     assert keep(0.5).tolist() == [1, 1, 1, 1, 0, 0]  # 5 experts: below 0.1
@@ -332,6 +332,38 @@ def test_new_experts_read_only_what_old_ones_do_not():
     state = full.end_task(full.start_task(full.init(towers(), KEY), 0, KEY)._replace(steps=jnp.array(9)), 0, [])
     with pytest.warns(UserWarning, match=r"image/0/fc2: .*every direction of 8 inputs"):
         full.start_task(state, 1, KEY)
+
+
+def test_layers_in_a_loop_have_pools_of_their_own():
+    def scanned(params, batch):
+        h = jax.lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), batch["x"][:, 0], params["w"])[0]
+        return h @ batch["texts"][:, 0].T
+
+    def cost(params, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(scanned(params, batch), batch["y"]).mean()
+
+    roles = {"w": sj.Role.dense((1,), (2,), (0,))}
+    options = {"tasks": 2, "steps": 4, "size": 1, "scale": 1.0, "price": 1.0, "keep": 0.9, "orth_residual": True}
+    made = learner(cost, "w", optax.adam(0.05), roles=roles, **options)
+    step, state, states = jax.jit(made.step), made.init({"w": jnp.asarray(draw(3, D, D) / 4, jnp.float32)}, KEY), []
+    for task in range(2):
+        state = made.start_task(state, task, jax.random.key(task))
+        for i in range(4):
+            state, _ = step(state, batch_of(task, i), jax.random.key(i))
+        state = made.end_task(state, task, [])
+        states.append(state)
+    assert kept_experts(state.adapted)["w"].shape == (3, 2)
+    run = jax.jit(sj.with_adapters(scanned))
+    np.testing.assert_array_equal(*(run(at_task(s.adapted, 0), batch_of(0, 9)) for s in states))
+    assert_rounding(
+        run(at_task(compact(state.adapted), 1), batch_of(1)), run(at_task(state.adapted, 1), batch_of(1)), size=64
+    )
+    pool, old = state.adapted["w"], np.asarray(states[0].adapted["w"].active[:, 0]) > 0
+    for layer in range(3):
+        new = (np.asarray(pool.active[layer, 1]) > 0) & ~old[layer]
+        inner = np.einsum("ndr,mds->nmrs", np.asarray(pool.down[layer])[new], np.asarray(pool.down[layer])[old[layer]])
+        assert np.abs(inner).max(initial=0.0) < 1e-5
+    assert step._cache_size() == 1
 
 
 def test_noise_and_dropout_are_for_training_alone():
