@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def prepare_images(options: FinetuneOptions, backbone: Backbone) -> Prepared:
     if given:
         held, train, valid = parts[1], range(len(parts[0][0])), range(len(parts[1][0]))
     else:
-        pixels = [image.tobytes().hex() for image in parts[0][2]]
+        pixels = [hashlib.sha256(image.tobytes()).hexdigest() for image in parts[0][2]]
         found = split_rows(pixels, options.validation_fraction, labels=parts[0][1], seed=options.seed)
         held, train, valid = parts[0], found.train, found.validation
     report: dict[str, Any] = {

@@ -17,6 +17,7 @@ from subspace_jax.models import add_classifier, normalize_images
 from ._backbone import Backbone
 
 Batch = Mapping[str, Any]
+CHUNK = 1024  # places whose logits are in memory at a time
 
 
 class Judged(NamedTuple):
@@ -42,12 +43,14 @@ class Problem:
     Attributes:
       params: pretrained parameters, with a fresh head where there is one.
       logits: function of parameters and batch.
+      sums: function of parameters and batch: the summed loss over the labels, and their number.
       classes: of a classification, in the order of the logits; empty for a language model.
       roles: of the parameters' leaves.
     """
 
     params: Any
     logits: Callable[[Any, Batch], jax.Array]
+    sums: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
     classes: tuple[Any, ...]
     roles: Mapping[str, sj.Role]
 
@@ -58,29 +61,23 @@ class Problem:
 
     def judge(self, logits: jax.Array, batch: Batch) -> Judged:
         """Returns losses and guesses of every label; a language model's of every token but the first."""
-        if self.classifies:
-            targets, counts = batch["labels"], batch["counts"]
-        else:
-            logits, targets, counts = logits[:, :-1], batch["tokens"][:, 1:], batch["labels"][:, 1:]
-        logits = logits.astype(jnp.float32)
-        guesses = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        best = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return Judged(losses, counts.astype(jnp.float32), guesses, jnp.exp(best))
-
-    def mean_loss(self, apply: Callable[[Any, Batch], jax.Array], adapted: Any, batch: Batch) -> jax.Array:
-        """Returns the loss of a batch over its labels: their sum by their number."""
-        logits = apply(adapted, batch)
-        if self.classifies:
-            judged = self.judge(logits, batch)
-            total, count = jnp.sum(judged.losses * judged.counts), jnp.sum(judged.counts)
-        else:
-            total, count = sj.training.token_loss(logits, batch["tokens"], batch["labels"])
-        return total / jnp.maximum(count, 1.0)
+        if not self.classifies:
+            logits = logits[:, :-1]
+            return judge_labels(logits, batch["tokens"][:, 1:], batch["labels"][:, 1:])
+        return judge_labels(logits, batch["labels"], batch["counts"])
 
     def count(self, batch: Batch) -> jax.Array:
         """Returns the number of labels, by which micro-batches are weighed."""
         return jnp.sum(batch["counts"] if self.classifies else batch["labels"][:, 1:]).astype(jnp.float32)
+
+
+def judge_labels(logits: jax.Array, targets: jax.Array, counts: jax.Array) -> Judged:
+    """Returns losses and guesses of labels, each apart."""
+    logits = logits.astype(jnp.float32)
+    best = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    guesses = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return Judged(losses, counts.astype(jnp.float32), guesses, jnp.exp(best))
 
 
 def make_problem(backbone: Backbone, classes: tuple[Any, ...], seed: int, sample: Batch) -> Problem:
@@ -102,6 +99,23 @@ def make_problem(backbone: Backbone, classes: tuple[Any, ...], seed: int, sample
             return apply({"params": params}, batch["tokens"], batch["mask"])
         return apply({"params": params}, batch["tokens"], batch["segments"] > 0, segments=batch["segments"])
 
+    def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        if classes:
+            judged = judge_labels(logits(params, batch), batch["labels"], batch["counts"])
+            # where, not a product: rows of padding may give anything.
+            return jnp.sum(jnp.where(judged.counts > 0, judged.losses, 0.0)), jnp.sum(judged.counts)
+        tokens, segments = batch["tokens"], batch["segments"]
+        if tokens.size <= CHUNK:
+            return sj.training.token_loss(logits(params, batch), tokens, batch["labels"])
+        hidden = apply({"params": params}, tokens, segments > 0, segments=segments, return_hidden=True)
+
+        def logits_of(states: jax.Array) -> jax.Array:
+            if model.config.tie_embeddings:
+                return states @ params["embedding"]["embedding"].astype(states.dtype).T
+            return states @ params["head"]["kernel"].astype(states.dtype)
+
+        return sj.training.chunked_token_loss(logits_of, hidden, tokens, batch["labels"], chunk=CHUNK)
+
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf), model.params)
     shapes = {name: jax.ShapeDtypeStruct(np.shape(value), np.asarray(value).dtype) for name, value in sample.items()}
-    return Problem(params, logits, classes, sj.roles(logits, params, shapes))
+    return Problem(params, logits, sums, classes, sj.roles(logits, params, shapes))

@@ -24,7 +24,7 @@ from ._evaluate import Evaluation, evaluate_model
 from ._examples import Examples
 from ._methods import adapt_model, find_adapter
 from ._options import FinetuneOptions
-from ._problem import Problem
+from ._problem import CHUNK, Problem
 
 
 class Job:
@@ -66,8 +66,14 @@ class Job:
             optax.clip_by_global_norm(1.0), optax.adamw(self.schedule, weight_decay=options.weight_decay)
         )
         apply = sj.with_adapters(problem.logits)
+        sums = sj.with_adapters(problem.sums)
+
+        def loss(adapted: Any, batch: Any, key: jax.Array) -> jax.Array:
+            total, count = sums(adapted, batch)
+            return total / jax.numpy.maximum(count, 1.0)
+
         self._step = make_train_step(
-            lambda adapted, batch, key: problem.mean_loss(apply, adapted, batch),
+            loss,
             self._optimizer,
             accumulate=options.accumulate,
             weight=problem.count,
@@ -114,6 +120,8 @@ class Job:
     def evaluate(self, adapted: Any, examples: Examples | None = None) -> Evaluation:
         """Returns what the parameters reach on the validation examples, or on others."""
         micro = self.options.batch // self.options.accumulate
+        if not self.problem.classifies:  # the logits of so many tokens are in memory at a time
+            micro = max(1, min(micro, CHUNK // self.train.arrays["tokens"].shape[1]))
         return evaluate_model(self.judge, adapted, examples or self.validation, micro, classes=self.problem.classes)
 
     def run(self, state: TrainState, folder: Path, on_step: Any, on_evaluation: Any) -> Result:

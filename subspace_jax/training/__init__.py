@@ -12,6 +12,7 @@ from subspace_jax.training._state import TrainState as TrainState
 from subspace_jax.training._state import init_train_state as init_train_state
 from subspace_jax.training._step import TrainStep as TrainStep
 from subspace_jax.training._step import make_train_step as make_train_step
+from subspace_jax.training._token_loss import chunked_token_loss as chunked_token_loss
 from subspace_jax.training._token_loss import token_loss as token_loss
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ScanResult",
     "TrainState",
     "TrainStep",
+    "chunked_token_loss",
     "fit",
     "init_train_state",
     "initialize_distributed",

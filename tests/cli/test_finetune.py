@@ -139,6 +139,19 @@ def test_a_language_model_learns_and_answers_with_its_end(shell, talker):
     assert [json.loads(line)["completion"] for line in answered.out.splitlines()] == ["three", "six"]
 
 
+def test_logits_in_chunks_change_nothing_that_is_learned(shell, talker, tmp_path, monkeypatch):
+    found = []
+    for chunk in (1024, 40):
+        monkeypatch.setattr("subspace_jax.cli._problem.CHUNK", chunk)
+        done = shell(
+            "finetune", talker[2], "--model", "tiny-llama", "--out", tmp_path / str(chunk), "--method", "full",
+            "--steps", 3, "--batch", 3, "--max-length", 48, "--learning-rate", 0.01,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        found.append([step["loss"] for step in read_lines(tmp_path / str(chunk) / "steps.jsonl")])
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
 def test_a_dry_run_writes_nothing(shell, reviews, tmp_path):
     done = shell("finetune", reviews, "--model", "tiny-bert", "--out", tmp_path / "run", "--dry-run", *QUICK)
     assert done.code == 0, done.err

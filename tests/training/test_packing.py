@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import subspace_jax as sj
 from subspace_jax.models import Llama, small_llama
-from subspace_jax.training import init_train_state, make_train_step, pack_sequences, token_loss
+from subspace_jax.training import chunked_token_loss, init_train_state, make_train_step, pack_sequences, token_loss
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.booleans(), st.integers(0, 5))
@@ -56,6 +56,41 @@ def test_token_loss_equals_float64():
                 expected += np.log(np.exp(scores).sum()) - scores[tokens[row, place]]
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     assert int(count) == labels[:, 1:].sum()
+
+
+def test_logits_in_chunks_give_the_same_loss_and_gradients():
+    random = np.random.default_rng(2)
+    hidden = jnp.asarray(random.normal(size=(3, 6, 4)), jnp.float32)
+    table = jnp.asarray(random.normal(size=(7, 4)), jnp.float32)
+    tokens, labels = random.integers(0, 7, (3, 6)), random.random((3, 6)) < 0.5
+
+    def whole(hidden, table):
+        return token_loss(hidden @ table.T, tokens, labels)[0]
+
+    def parts(hidden, table, chunk):
+        return chunked_token_loss(lambda h: h @ table.T, hidden, tokens, labels, chunk=chunk)[0]
+
+    expected = jax.value_and_grad(whole, (0, 1))(hidden, table)
+    for chunk in (1, 4, 15, 64):
+        found = jax.value_and_grad(parts, (0, 1))(hidden, table, chunk)
+        for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+    assert int(chunked_token_loss(lambda h: h @ table.T, hidden, tokens, labels, chunk=4)[1]) == labels[:, 1:].sum()
+
+
+@pytest.mark.optimized
+def test_logits_in_chunks_need_the_memory_of_one_chunk():
+    hidden, table = jnp.zeros((8, 129, 16)), jnp.zeros((5000, 16))
+    tokens = jnp.zeros((8, 129), jnp.int32)
+
+    def whole(table):
+        return token_loss(hidden @ table.T, tokens, tokens == 0)[0]
+
+    def parts(table):
+        return chunked_token_loss(lambda h: h @ table.T, hidden, tokens, tokens == 0, chunk=64)[0]
+
+    bytes_of = lambda f: jax.jit(jax.grad(f)).lower(table).compile().memory_analysis().temp_size_in_bytes
+    assert bytes_of(parts) < 0.2 * bytes_of(whole)
 
 
 def test_packing_accumulation_and_padding_leave_the_step_as_it_is():
