@@ -14,6 +14,7 @@ from subspace_jax.core._capture import capture as capture
 from subspace_jax.core._catalogue import Kind as Kind
 from subspace_jax.core._catalogue import Source as Source
 from subspace_jax.core._catalogue import catalogue as catalogue
+from subspace_jax.core._catalogue import lazy_names as lazy_names
 from subspace_jax.core._catalogue import register as register
 from subspace_jax.core._checks import check_choice as check_choice
 from subspace_jax.core._checks import check_dtype as check_dtype
@@ -134,6 +135,7 @@ __all__ = [
     "is_tracer",
     "is_weight",
     "key_for",
+    "lazy_names",
     "leaves_with_paths",
     "map_with_paths",
     "matches",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import sys
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 Kind = Literal["weight", "transformation", "learner", "merger", "penalty", "module", "analysis", "system"]
 
@@ -88,9 +90,39 @@ def register(
     public = tuple(sys.modules[module].__all__)
     source = Source(slug, family, kinds, title, authors, year, public, uses, experiment or slug, module)
     for name in public:
-        _cite(getattr(sys.modules[module], name), source)
+        # Names that `lazy_names` hands out are cited when they are loaded.
+        if name in vars(sys.modules[module]):
+            _cite(getattr(sys.modules[module], name), source)
     _SOURCES[slug] = source
     return source
+
+
+def lazy_names(module: str, files: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns the `__getattr__` of a method's home for names that are loaded when they are first asked for.
+
+    For what needs a library that takes long to import, such as Flax NNX.
+
+    Args:
+      module: `__name__` of the home.
+      files: the private file of each name.
+
+    Example:
+      >>> get = lazy_names("subspace_jax.core", {"matches": "_paths"})
+      >>> get("matches")("*/kernel", "fc/kernel")
+      True
+    """
+
+    def get(name: str) -> Any:
+        if name not in files:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{module}.{files[name]}"), name)
+        source = _SOURCES.get(module.rpartition(".")[2])
+        if source is not None:
+            _cite(value, source)
+        setattr(sys.modules[module], name, value)
+        return value
+
+    return get
 
 
 def _cite(value: object, source: Source) -> None:

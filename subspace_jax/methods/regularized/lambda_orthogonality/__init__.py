@@ -1,6 +1,8 @@
 """λ-orthogonality: keeps a map within a chosen distance of orthogonal, for compatible features."""
 
-from subspace_jax.core import register
+from typing import TYPE_CHECKING
+
+from subspace_jax.core import lazy_names, register
 from subspace_jax.methods.regularized.lambda_orthogonality._backfilling import backfill_order as backfill_order
 from subspace_jax.methods.regularized.lambda_orthogonality._backfilling import backfilling_curve as backfilling_curve
 from subspace_jax.methods.regularized.lambda_orthogonality._compatibility import AlignmentLosses as AlignmentLosses
@@ -15,8 +17,6 @@ from subspace_jax.methods.regularized.lambda_orthogonality._compatibility import
 from subspace_jax.methods.regularized.lambda_orthogonality._compatibility import contrastive_loss as contrastive_loss
 from subspace_jax.methods.regularized.lambda_orthogonality._maps import BackwardMap as BackwardMap
 from subspace_jax.methods.regularized.lambda_orthogonality._maps import ForwardMap as ForwardMap
-from subspace_jax.methods.regularized.lambda_orthogonality._maps import NNXBackwardMap as NNXBackwardMap
-from subspace_jax.methods.regularized.lambda_orthogonality._maps import NNXForwardMap as NNXForwardMap
 from subspace_jax.methods.regularized.lambda_orthogonality._maps import orthogonal_kernel as orthogonal_kernel
 from subspace_jax.methods.regularized.lambda_orthogonality._penalty import lambda_orthogonality as lambda_orthogonality
 from subspace_jax.methods.regularized.lambda_orthogonality._penalty import (
@@ -36,6 +36,10 @@ from subspace_jax.methods.regularized.lambda_orthogonality._transform import (
 from subspace_jax.methods.regularized.lambda_orthogonality._transform import (
     add_lambda_orthogonality as add_lambda_orthogonality,
 )
+
+if TYPE_CHECKING:
+    from subspace_jax.methods.regularized.lambda_orthogonality._nnx_maps import NNXBackwardMap as NNXBackwardMap
+    from subspace_jax.methods.regularized.lambda_orthogonality._nnx_maps import NNXForwardMap as NNXForwardMap
 
 __all__ = [
     "AddLambdaOrthogonalityState",
@@ -62,6 +66,8 @@ __all__ = [
     "soft_orthogonality",
     "update_gain",
 ]
+
+__getattr__ = lazy_names(__name__, {"NNXBackwardMap": "_nnx_maps", "NNXForwardMap": "_nnx_maps"})
 
 register(
     __name__,

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
 from subspace_jax.core import check_choice, check_int
@@ -46,13 +45,15 @@ def orthogonal_kernel(entries: jax.Array, size: int, kind: StrictKind = "orthogo
     return jax.scipy.linalg.expm(generator) if kind == "orthogonal" else cayley(generator)
 
 
-def _initial_kernel(kind: BackwardKind) -> Callable[..., jax.Array]:
+def initial_kernel(kind: BackwardKind) -> Callable[..., jax.Array]:
+    """Returns the initializer of a backward map's kernel."""
     if kind == "affine":
         return nn.initializers.lecun_normal()
     return lambda key, shape, dtype=jnp.float32: jnp.eye(shape[0], dtype=dtype)
 
 
-def _multiply(features: jax.Array, kernel: jax.Array) -> jax.Array:
+def multiply(features: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns the product in at least float32 and in full precision."""
     features = features.astype(jnp.promote_types(features.dtype, kernel.dtype))
     return jnp.matmul(features, kernel, precision=lax.Precision.HIGHEST)
 
@@ -92,41 +93,9 @@ class BackwardMap(nn.Module):
         width = features.shape[-1]
         if self.kind in STRICT:
             entries = self.param("entries", nn.initializers.zeros, (skew_size(width),))
-            return _multiply(features, orthogonal_kernel(entries, width, self.kind))
-        kernel = self.param("kernel", _initial_kernel(self.kind), (width, width))
-        return _multiply(features, kernel) + self.param("bias", nn.initializers.zeros, (width,))
-
-
-class NNXBackwardMap(nnx.Module):
-    """`BackwardMap` for Flax NNX.
-
-    Args:
-        width: of the features.
-        kind: "lambda", "affine", "orthogonal" or "cayley"; `BackwardMap` describes each.
-        rngs: draws the kernel of an `"affine"` one, with its stream `params`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> NNXBackwardMap(6, rngs=nnx.Rngs(0))(jnp.ones((4, 6))).shape
-        (4, 6)
-    """
-
-    def __init__(self, width: int, kind: BackwardKind = "lambda", *, rngs: nnx.Rngs) -> None:
-        self.width, self.kind = width, kind
-        check_int(f"{type(self).__name__}.width", self.width)
-        check_choice("NNXBackwardMap.kind", kind, ("lambda", "affine", *STRICT))
-        if kind in STRICT:
-            self.entries = nnx.Param(jnp.zeros((skew_size(width),)))
-        else:
-            self.kernel = nnx.Param(_initial_kernel(kind)(rngs.params(), (width, width)))
-            self.bias = nnx.Param(jnp.zeros((width,)))
-
-    def __call__(self, features: jax.Array) -> Any:
-        """Maps features `[*batch, width]` to features of the same shape, in at least float32."""
-        if self.kind in STRICT:
-            return _multiply(features, orthogonal_kernel(self.entries[...], self.width, self.kind))
-        return _multiply(features, self.kernel[...]) + self.bias[...]
+            return multiply(features, orthogonal_kernel(entries, width, self.kind))
+        kernel = self.param("kernel", initial_kernel(self.kind), (width, width))
+        return multiply(features, kernel) + self.param("bias", nn.initializers.zeros, (width,))
 
 
 class ForwardMap(nn.Module):
@@ -158,35 +127,3 @@ class ForwardMap(nn.Module):
         for i, width in enumerate(self.hidden):
             old = nn.relu(nn.Dense(width, name=f"hidden_{i}")(old))
         return nn.Dense(self.features, name="out")(old)
-
-
-class NNXForwardMap(nnx.Module):
-    """`ForwardMap` for Flax NNX.
-
-    Args:
-        width: of the old features.
-        features: width of the new model's features.
-        hidden: widths of layers in between.
-        rngs: draws the kernels, with its stream `params`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> NNXForwardMap(3, 6, hidden=(8,), rngs=nnx.Rngs(0))(jnp.ones((4, 3))).shape
-        (4, 6)
-    """
-
-    def __init__(self, width: int, features: int, hidden: Sequence[int] = (), *, rngs: nnx.Rngs) -> None:
-        self.width, self.features, self.depth = width, features, len(hidden)
-        for name in ("width", "features"):
-            check_int(f"{type(self).__name__}.{name}", getattr(self, name))
-        for i, size in enumerate(hidden):
-            setattr(self, f"hidden_{i}", nnx.Linear(width, size, rngs=rngs))
-            width = size
-        self.out = nnx.Linear(width, features, rngs=rngs)
-
-    def __call__(self, old: jax.Array) -> Any:
-        """Maps old features `[*batch, width]` to features `[*batch, features]`."""
-        for i in range(self.depth):
-            old = nnx.relu(getattr(self, f"hidden_{i}")(old))
-        return self.out(old)

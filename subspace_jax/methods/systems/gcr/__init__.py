@@ -1,12 +1,18 @@
 """GCR: represents classes as subspaces and trains them on the Grassmannian."""
 
-from subspace_jax.core import register
+from typing import TYPE_CHECKING
+
+from subspace_jax.core import lazy_names, register
 from subspace_jax.methods.systems.gcr._head import GrassmannHead as GrassmannHead
-from subspace_jax.methods.systems.gcr._head import NNXGrassmannHead as NNXGrassmannHead
 from subspace_jax.methods.systems.gcr._head import grassmann_logits as grassmann_logits
 from subspace_jax.methods.systems.gcr._transform import grassmann_sgd as grassmann_sgd
 
+if TYPE_CHECKING:
+    from subspace_jax.methods.systems.gcr._nnx_head import NNXGrassmannHead as NNXGrassmannHead
+
 __all__ = ["GrassmannHead", "NNXGrassmannHead", "grassmann_logits", "grassmann_sgd"]
+
+__getattr__ = lazy_names(__name__, {"NNXGrassmannHead": "_nnx_head"})
 
 register(
     __name__,

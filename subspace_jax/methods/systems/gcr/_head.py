@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
 from subspace_jax.core import check_int
@@ -49,7 +46,8 @@ def _norm(vectors: jax.Array) -> jax.Array:
     return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
 
 
-def _draw(key: jax.Array, num_classes: int, width: int, subspace_dim: int) -> jax.Array:
+def draw_subspaces(key: jax.Array, num_classes: int, width: int, subspace_dim: int) -> jax.Array:
+    """Returns subspaces drawn uniformly, `[classes, width, dim]` with orthonormal columns."""
     if subspace_dim > width:
         raise ValueError(
             f"GrassmannHead.subspace_dim={subspace_dim} exceeds the features' width {width}; at most their width, and "
@@ -87,35 +85,5 @@ class GrassmannHead(nn.Module):
         """Returns logits `[*batch, num_classes]` in float32 of features `[*batch, width]`."""
         for name in ("num_classes", "subspace_dim"):
             check_int(f"{type(self).__name__}.{name}", getattr(self, name))
-        subspaces = self.param("subspaces", _draw, self.num_classes, features.shape[-1], self.subspace_dim)
+        subspaces = self.param("subspaces", draw_subspaces, self.num_classes, features.shape[-1], self.subspace_dim)
         return grassmann_logits(features, subspaces, self.gamma)
-
-
-class NNXGrassmannHead(nnx.Module):
-    """`GrassmannHead` for Flax NNX.
-
-    Args:
-        width: of the features.
-        num_classes: number of logits.
-        subspace_dim: dimension of the subspaces.
-        gamma: the largest logit.
-        rngs: draws the subspaces, with its stream `params`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> NNXGrassmannHead(6, num_classes=3, subspace_dim=2, rngs=nnx.Rngs(0))(jnp.ones((4, 6))).shape
-        (4, 3)
-    """
-
-    def __init__(
-        self, width: int, num_classes: int, subspace_dim: int = 8, gamma: float = 25.0, *, rngs: nnx.Rngs
-    ) -> None:
-        self.num_classes, self.subspace_dim, self.gamma = num_classes, subspace_dim, gamma
-        for name in ("num_classes", "subspace_dim"):
-            check_int(f"{type(self).__name__}.{name}", getattr(self, name))
-        self.subspaces = nnx.Param(_draw(rngs.params(), num_classes, width, subspace_dim))
-
-    def __call__(self, features: jax.Array) -> Any:
-        """Returns logits `[*batch, num_classes]` in float32 of features `[*batch, width]`."""
-        return grassmann_logits(features, self.subspaces[...], self.gamma)
