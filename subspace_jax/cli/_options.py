@@ -23,7 +23,7 @@ class FinetuneOptions:
 
     Attributes:
       data: file of examples, or folder of images.
-      model: minilm, vit-s14, smollm2, or hf:FOLDER with a model's config.json and safetensors.
+      model: minilm, vit-s14, smollm2, gemma3-270m, or hf:FOLDER with a model's config.json and safetensors.
       method: how it is adapted; `subspace-jax list` shows the methods.
       compare: several methods on the same split, such as --compare lora dora oft; in place of --method.
       rank: rank of low-rank adapters.

