@@ -162,11 +162,14 @@ def test_a_dry_run_writes_nothing(shell, reviews, tmp_path):
 
 def test_settings_come_from_a_file_and_the_command_line_goes_before(shell, reviews, tmp_path):
     settings = tmp_path / "settings.toml"
-    settings.write_text('model = "tiny-bert"\nrank = 3\nsteps = 2\nlearning-rate = 0.01\nbatch = 8\n')
+    settings.write_text('model = "tiny-bert"\nrank = 3\nsteps = 2\nlearning-rate = 0.01\nbatch = 8\nmerged = true\n')
     done = shell("finetune", reviews, "--settings", settings, "--out", tmp_path / "run", "--rank", 1)
     assert done.code == 0, done.err
     options = load_run(tmp_path / "run").options
     assert (options.rank, options.steps, options.learning_rate) == (1, 2, 0.01)
+    tensors, _ = sj.io.read_safetensors(tmp_path / "run" / "merged" / "model.safetensors")
+    head = sj.merge(load_run(tmp_path / "run").adapted)["classifier"]["kernel"]
+    np.testing.assert_array_equal(tensors["classifier.weight"], head.T)
     settings.write_text("rang = 3\n")
     refused = shell("finetune", reviews, "--settings", settings)
     assert refused.code == 2
