@@ -1,11 +1,14 @@
 """Every block of the how-to pages runs, one after the other; blocks of other libraries where those are installed."""
 
+import functools
 import importlib
 import os
 import re
 from pathlib import Path
 
 import pytest
+
+import subspace_jax as sj
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ["beyond-the-weight.md", "frameworks.md"]
@@ -28,6 +31,17 @@ def run(name, library=None):
 @pytest.mark.parametrize("name", PAGES)
 def test_the_blocks_of_a_page_run(name):
     run(name)
+
+
+def test_the_table_of_methods_names_what_there_is():
+    """Every name of the library resolves, and every experiment that a statement rests on exists."""
+    page = (DOCS / "which-method.md").read_text()
+    names = re.findall(r"`(sj\.[\w.]+)", page)
+    assert len(names) > 20
+    for name in names:
+        functools.reduce(getattr, name.split(".")[1:], sj)
+    known = {path.stem for path in (DOCS.parent / "experiments").rglob("*.py")}
+    assert set(re.findall(r"`([a-z_]+)`", page)) <= known
 
 
 @pytest.mark.interop
