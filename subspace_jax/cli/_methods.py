@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ import subspace_jax as sj
 
 from ._backbone import Backbone
 from ._errors import UserError
+
+CALIBRATION = 8  # batches that methods see before they start, where they start from data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,10 @@ ADAPTERS: Mapping[str, Adapter] = {
     "oft": Adapter("turns outputs by small orthogonal blocks of the rank's size", 1e-3, lambda r, a: sj.oft(r)),
     "randlora": Adapter("full-rank updates by scaling random bases", 1e-3, lambda r, a: sj.randlora(r)),
     "loldu": Adapter("trains the diagonal of an LDU decomposition", 1e-3, lambda r, a: sj.loldu()),
+    "corda": Adapter("LoRA between the directions in which inputs vary", 3e-4, lambda r, a: sj.corda(r)),
+    "lora_xs": Adapter("a small core between singular directions", 3e-3, lambda r, a: sj.methods.lora_sb.lora_xs(r)),
+    "lora_sb": Adapter("such a core, started from the first gradients", 1e-3, lambda r, a: _lora_sb(r)),
+    "soka": Adapter("leading Kronecker terms of the weight", 3e-3, lambda r, a: sj.soka(r)),
     "full": Adapter("trains every weight", 1e-4, lambda r, a: sj.full()),
     "head": Adapter("trains the head alone (classification)", 3e-2, None),
 }
@@ -45,6 +52,10 @@ ADAPTERS: Mapping[str, Adapter] = {
 
 def _dora(rank: int, alpha: float) -> sj.Method:
     return sj.dora(sj.lora(rank, alpha=alpha))
+
+
+def _lora_sb(rank: int) -> sj.Method:
+    return sj.lora_sb(rank, learning_rate=1e-3)
 
 
 def _matryoshka(rank: int, alpha: float) -> sj.Method:
@@ -93,6 +104,26 @@ def method_rules(
     return head | {pattern: adapter.make(rank, 2.0 * rank if alpha is None else alpha)}
 
 
-def adapt_model(params: Any, rules: Mapping[str, Any], seed: int, roles: Mapping[str, sj.Role]) -> Any:
-    """Returns the parameters with the method's stand-ins, started from the seed."""
-    return sj.adapt(params, dict(rules), key=jax.random.key(1000 + seed), roles=roles)
+def adapt_model(
+    params: Any,
+    rules: Mapping[str, Any],
+    seed: int,
+    roles: Mapping[str, sj.Role],
+    loss: Callable[[Any, Any], jax.Array],
+    batches: Iterable[Any],
+) -> Any:
+    """Returns the parameters with the method's stand-ins, started from the seed.
+
+    Args:
+      params: pretrained parameters.
+      rules: from `method_rules`.
+      seed: of the start.
+      roles: of the parameters' leaves.
+      loss: scalar loss of parameters and batch, for methods that start from what the data does to the weights.
+      batches: those that such a method sees first.
+    """
+    stats = None
+    if any(method.needs for method in rules.values()):
+        seen = list(itertools.islice(batches, CALIBRATION))
+        stats = sj.capture(loss, params, seen, rules=dict(rules), roles=roles)
+    return sj.adapt(params, dict(rules), key=jax.random.key(1000 + seed), roles=roles, stats=stats)

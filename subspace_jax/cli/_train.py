@@ -56,7 +56,8 @@ class Job:
         dtype: Any,
     ) -> None:
         self.problem, self.options, self.train, self.validation = problem, options, train, validation
-        self.adapted = adapt_model(problem.params, rules, options.seed, problem.roles)
+        seen = train.epochs(options.batch // options.accumulate, options.seed)
+        self.adapted = adapt_model(problem.params, rules, options.seed, problem.roles, _plain_loss(problem), seen)
         self.rate = options.learning_rate or find_adapter(method).rate
         per_epoch = train.steps(options.batch)
         self.steps = options.steps or max(1, math.ceil(options.epochs * per_epoch))
@@ -67,14 +68,9 @@ class Job:
             optax.clip_by_global_norm(1.0), optax.adamw(self.schedule, weight_decay=options.weight_decay)
         )
         apply = sj.with_adapters(problem.logits)
-        sums = sj.with_adapters(problem.sums)
-
-        def loss(adapted: Any, batch: Any, key: jax.Array) -> jax.Array:
-            total, count = sums(adapted, batch)
-            return total / jax.numpy.maximum(count, 1.0)
-
+        loss = sj.with_adapters(_plain_loss(problem))
         self._step = make_train_step(
-            loss,
+            lambda adapted, batch, key: loss(adapted, batch),
             self._optimizer,
             accumulate=options.accumulate,
             weight=problem.count,
@@ -195,6 +191,14 @@ class Result:
     def best(self) -> dict[str, float]:
         """The evaluation with the lowest validation loss, the first of equal ones."""
         return min(self.evaluations, key=lambda one: one["loss"])
+
+
+def _plain_loss(problem: Problem) -> Any:
+    def loss(params: Any, batch: Any) -> jax.Array:
+        total, count = problem.sums(params, batch)
+        return total / jax.numpy.maximum(count, 1.0)
+
+    return loss
 
 
 class _Log:

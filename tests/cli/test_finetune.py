@@ -176,6 +176,17 @@ def test_settings_come_from_a_file_and_the_command_line_goes_before(shell, revie
     assert "rang" in refused.err
 
 
+@pytest.mark.parametrize("method", ["corda", "lora_sb"])
+def test_methods_that_start_from_data_see_the_first_batches(method, shell, reviews, tmp_path):
+    done = shell(
+        "finetune", reviews, "--model", "tiny-bert", "--out", tmp_path / "run", "--method", method, "--steps", 2, *QUICK
+    )
+    assert done.code == 0, done.err
+    run = load_run(tmp_path / "run")
+    assert f"{method}" in str(sj.summary(run.adapted)) or method == "corda"  # CorDA is saved as the LoRA it equals
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["trained_values"] > 0
+
+
 def test_patience_ends_a_run_that_does_not_improve(shell, reviews, tmp_path):
     done = shell(
         "finetune", reviews, "--model", "tiny-bert", "--out", tmp_path / "run", "--steps", 60, "--patience", 2,
