@@ -46,8 +46,9 @@ def split_rows(
         DataError: the fraction is not between 0 and 1, or all rows are copies of one input.
 
     Example:
-        >>> split_rows(["a", "b", "a", "c"], 0.34, seed=1).validation
-        (1,)
+        >>> found = split_rows(["a", "b", "a", "c"], 0.25, seed=0)
+        >>> sorted([*found.train, *found.validation]), (0 in found.train) == (2 in found.train)
+        ([0, 1, 2, 3], True)
     """
     if not 0.0 < fraction < 1.0:
         raise DataError(f"a validation fraction of {fraction:g}; expected one between 0 and 1.")

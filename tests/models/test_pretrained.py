@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,23 @@ def test_a_head_is_added_to_an_encoder(kind):
     assert jax.tree.map(jnp.shape, model.params) == jax.tree.map(lambda a: a.shape, expected)
 
 
-def test_no_head_for_a_language_model():
-    module, _ = tiny("llama")
-    with pytest.raises(TypeError, match="Llama"):
-        add_classifier(PretrainedModel(module, {}, module.config), 4, jax.random.key(0))
+def test_a_language_model_gets_a_head_at_its_last_real_token():
+    module, tokens = tiny("llama", tie_embeddings=False)
+    params = random_params(module, tokens)
+    found = add_classifier(PretrainedModel(module, params, module.config), 4, jax.random.key(0))
+    assert found.params["backbone"].keys() == params.keys() - {"head"}
+    mask = jnp.arange(7)[None] < jnp.array([[5], [3]])
+    hidden = module.apply({"params": params}, tokens, mask, return_hidden=True)
+    expected = hidden[jnp.arange(2), jnp.array([4, 2])] @ found.params["classifier"]["kernel"]
+    np.testing.assert_allclose(found.module.apply({"params": found.params}, tokens, mask), expected, atol=1e-5)
+    left = jnp.flip(mask, axis=1)
+    hidden = module.apply({"params": params}, tokens, left, return_hidden=True)
+    expected = hidden[:, -1] @ found.params["classifier"]["kernel"]
+    np.testing.assert_allclose(found.module.apply({"params": found.params}, tokens, left), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="leave it out"):
+        add_classifier(PretrainedModel(module, params, module.config), 4, jax.random.key(0), pooling="mean")
+
+
+def test_no_head_for_what_is_no_backbone():
+    with pytest.raises(TypeError, match="Dense"):
+        add_classifier(PretrainedModel(nn.Dense(3), {}, None), 4, jax.random.key(0))

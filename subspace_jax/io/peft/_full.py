@@ -48,6 +48,11 @@ def pack_full(
             continue
         place = places[path]
         require_parts(path, leaf, "value")
+        if place.rule.kind == "array":
+            raise ManifestError(
+                f"{path}: in PyTorch this array belongs to a module with others in it, which PEFT can only save whole. "
+                "Leave it frozen, or export the whole model."
+            )
         if place.rule.shared:
             raise ManifestError(
                 f"{path}: the model reads this array in several places, and PEFT trains only {place.modules[0]}. Leave "

@@ -791,3 +791,18 @@ class TestFolders:
         with pytest.raises(AdapterFileError, match=f"nothing was written: .* stored as 'basis_a' at {owner}"):
             save_peft(tmp_path / "x", left, params, NAMES)
         assert not (tmp_path / "x").exists()
+
+
+def test_an_array_of_a_module_with_others_in_it_is_refused():
+    params = {"embeddings": {"cls": jnp.ones((1, 1, 4)), "patch": {"kernel": jnp.ones((2, 2, 3, 4))}}}
+    names = NameMap(
+        (
+            NameRule("embeddings/patch", "embeddings.patch", "conv"),
+            NameRule("embeddings", "embeddings", "array", leaves=(("cls", "cls_token"),)),
+        )
+    )
+    rules = {"**/patch/kernel": sj.lora(2), "**/cls": sj.full()}
+    roles = {"embeddings/patch/kernel": sj.Role.conv(4)}
+    adapted = sj.adapt(params, rules, key=jax.random.key(0), roles=roles)
+    with pytest.raises(AdapterFileError, match=r"embeddings/cls: in PyTorch.*save whole"):
+        sj.save_peft("unwritten", adapted, params, names)
