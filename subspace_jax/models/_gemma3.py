@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from subspace_jax.assets import GROUPS, join_parts
 from subspace_jax.io import llama_names
 
 from ._gguf import GgufTensor, read_gguf
+from ._gguf_llama import GGUF_NUMBERS, gguf_config, gguf_rules, gguf_text_format
 from ._llama import Llama
 from ._llama_config import LlamaConfig
-from ._pretrained import PretrainedModel, TensorRule, assemble_params, checked_depth, finish_params, override_config
+from ._pretrained import PretrainedModel, assemble_params, checked_depth, finish_params, override_config
 from ._sentencepiece import sentencepiece_from_gguf
-from ._smollm2 import gguf_text_format
 
 ASSET = "gemma3-270m"
 _FILE = "gemma-3-270m-q4_k_m.gguf"
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _FREE = ("scan_layers", "remat", "dtype", "param_dtype")
-_METADATA = {
-    "width": "embedding_length",
-    "num_layers": "block_count",
-    "num_heads": "attention.head_count",
-    "num_kv_heads": "attention.head_count_kv",
-    "head_size": "attention.key_length",
-    "mlp_width": "feed_forward_length",
-    "max_positions": "context_length",
-    "epsilon": "attention.layer_norm_rms_epsilon",
-    "rope_base": "rope.freq_base",
-    "window": "attention.sliding_window",
-}
+_NUMBERS = {**GGUF_NUMBERS, "head_size": "attention.key_length", "window": "attention.sliding_window"}
 # Every sixth layer attends to all tokens; the others have the window and frequencies of their own.
 _GLOBAL_EVERY, _WINDOW_ROPE_BASE = 6, 10000.0
 
@@ -49,77 +37,22 @@ def gemma3_config(metadata: dict[str, Any], vocab_size: int, source: str) -> Lla
     Raises:
         ValueError: another architecture, a missing or impossible entry.
     """
-    if metadata.get("general.architecture") != "gemma3":
-        raise ValueError(f"{source}: architecture {metadata.get('general.architecture')!r}; only 'gemma3' is read here")
-    missing = [key for key in _METADATA.values() if not isinstance(metadata.get(f"gemma3.{key}"), int | float)]
-    if missing:
-        raise ValueError(f"{source}: metadata lacks the numbers {missing}")
-    found: dict[str, Any] = {field: metadata[f"gemma3.{key}"] for field, key in _METADATA.items()}
-    layers = range(int(found["num_layers"]))
-    try:
-        return LlamaConfig(
-            vocab_size=vocab_size,
-            window_layers=tuple(bool((layer + 1) % _GLOBAL_EVERY) for layer in layers),
-            window_rope_base=_WINDOW_ROPE_BASE,
-            qk_norm=True,
-            post_norms=True,
-            unit_offset=True,
-            scale_embeddings=True,
-            activation="gelu_tanh",
-            tie_embeddings=True,
-            **found,
-        )
-    except ValueError as error:
-        raise ValueError(f"{source}: impossible metadata: {error}") from error
-
-
-def gemma3_rules(config: LlamaConfig, keep: int) -> dict[str, TensorRule]:
-    """Returns rules for a GGUF file of Gemma 3.
-
-    Args:
-        config: what the file holds.
-        keep: number of layers to load; the others are checked and dropped.
-
-    Returns:
-        Rule by tensor name; matrices are `(out, in)` in the file, norms are stored with one added.
-    """
-    width, hidden, size = config.width, config.mlp_width, config.head_dim
-
-    def offset(scale: np.ndarray) -> np.ndarray:
-        return scale - 1.0
-
-    def heads(count: int) -> Any:
-        return lambda rows: rows.T.reshape(width, count, size)
-
-    rules = {
-        "token_embd.weight": TensorRule((config.vocab_size, width), "embedding/embedding"),
-        "output_norm.weight": TensorRule((width,), "norm/scale", offset),
-    }
-    query, pair = config.num_heads, config.num_kv_heads
-    kernels = {
-        "attn_q": ("attention/query", (query * size, width), heads(query)),
-        "attn_k": ("attention/key", (pair * size, width), heads(pair)),
-        "attn_v": ("attention/value", (pair * size, width), heads(pair)),
-        "attn_output": ("attention/output", (width, query * size), lambda rows: rows.T.reshape(query, size, width)),
-        "ffn_gate": ("mlp/gate", (hidden, width), np.transpose),
-        "ffn_up": ("mlp/up", (hidden, width), np.transpose),
-        "ffn_down": ("mlp/down", (width, hidden), np.transpose),
-    }
-    norms = {
-        "attn_norm": ("attention_norm", width),
-        "attn_q_norm": ("attention/query_norm", size),
-        "attn_k_norm": ("attention/key_norm", size),
-        "post_attention_norm": ("attention_post_norm", width),
-        "ffn_norm": ("mlp_norm", width),
-        "post_ffw_norm": ("mlp_post_norm", width),
-    }
-    for layer in range(config.num_layers):
-        ours = f"decoder/layer_{layer}" if layer < keep else None
-        for name, (path, shape, convert) in kernels.items():
-            rules[f"blk.{layer}.{name}.weight"] = TensorRule(shape, ours and f"{ours}/{path}/kernel", convert)
-        for name, (path, features) in norms.items():
-            rules[f"blk.{layer}.{name}.weight"] = TensorRule((features,), ours and f"{ours}/{path}/scale", offset)
-    return rules
+    config = gguf_config(
+        metadata,
+        "gemma3",
+        _NUMBERS,
+        source,
+        vocab_size=vocab_size,
+        window_rope_base=_WINDOW_ROPE_BASE,
+        qk_norm=True,
+        post_norms=True,
+        unit_offset=True,
+        scale_embeddings=True,
+        activation="gelu_tanh",
+        tie_embeddings=True,
+    )
+    near = tuple(bool((layer + 1) % _GLOBAL_EVERY) for layer in range(config.num_layers))
+    return dataclasses.replace(config, window_layers=near)
 
 
 def load_gemma3(num_layers: int | None = None, path: str | Path | None = None, **overrides: Any) -> PretrainedModel:
@@ -157,7 +90,9 @@ def load_gemma3(num_layers: int | None = None, path: str | Path | None = None, *
     layers = None if full.window_layers is None else full.window_layers[:keep]
     kept = {"num_layers": keep, "window_layers": layers, **overrides}
     config = override_config(full, kept, ("num_layers", "window_layers", *_FREE))
-    params = assemble_params(gguf.tensors, gemma3_rules(full, keep), str(file), read=GgufTensor.dequantize)
+    params = assemble_params(
+        gguf.tensors, gguf_rules(full, keep, permuted=False), str(file), read=GgufTensor.dequantize
+    )
     return PretrainedModel(
         Llama(config),
         finish_params(params, config),

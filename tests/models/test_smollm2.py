@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from subspace_jax.models import WeightFileError, chat_prompt, greedy_decode, load_smollm2
-from subspace_jax.models._smollm2 import unpermute_rotary
+from subspace_jax.models._gguf_llama import unpermute_rotary
 from tests.models.model_helpers import gguf_bytes, random_params, run, tiny
 
 PARAGRAPH = (
