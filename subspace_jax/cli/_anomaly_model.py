@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.data import ImageFolder
+from subspace_jax.io import read_safetensors, write_safetensors
 from subspace_jax.methods import subspace_ad as ad
 
 from ._console import track
@@ -107,12 +108,9 @@ def threshold(scores: list[float], sigmas: float) -> float:
 
 def save_model(folder: Path, subspace: ad.PatchSubspace, notes: dict[str, Any]) -> None:
     """Writes the arrays, and then the notes, without which a folder is no model."""
-    from safetensors.numpy import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.ascontiguousarray(value) for name, value in subspace._asdict().items()}
-    save_file(arrays, folder / (ARRAYS + ".partial"))
-    (folder / (ARRAYS + ".partial")).replace(folder / ARRAYS)
+    arrays = {name: np.asarray(value) for name, value in subspace._asdict().items()}
+    write_safetensors(folder / ARRAYS, arrays, {})
     write_json(folder / NOTES, {"format": FORMAT, **notes})
 
 
@@ -122,19 +120,16 @@ def load_model(folder: Path) -> tuple[ad.PatchSubspace, dict[str, Any]]:
     Raises:
       UserError: the folder is no model, or a damaged one.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     mend = "give the folder that `subspace-jax anomaly fit` wrote"
     if not (folder / NOTES).is_file():
         raise UserError(f"--model {folder}: holds no {NOTES}; {mend}.")
     try:
         notes = json.loads((folder / NOTES).read_text(encoding="utf8"))
-        arrays = load_file(folder / ARRAYS)
+        arrays, _ = read_safetensors(folder / ARRAYS)
         if notes["format"] != FORMAT:
             raise UserError(f"--model {folder}: is a {notes['format']!r}; this version reads {FORMAT!r}.")
         subspace = ad.PatchSubspace(*(jnp.asarray(arrays[name]) for name in ad.PatchSubspace._fields))
         kinds = {"size": int, "layers": tuple, "backbone": str, "threshold": float}
         return subspace, {**notes, **{name: kind(notes[name]) for name, kind in kinds.items()}}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model {folder}: is damaged ({error}); {mend}.") from error

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from subspace_jax.data import AnomalyFolder, ImageFolder, unreadable
+from subspace_jax.io import replacing
 
 from ._errors import UserError
 from ._files import write_json
@@ -106,11 +107,9 @@ class Unfinished:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / STATE).exists():
             write_json(self.folder / STATE, self.job)
-        partial = self.folder / "partial.npz"
-        with open(partial, "wb") as file:
-            values: dict[str, Any] = {"done": done, **{k: np.asarray(v) for k, v in arrays.items()}}
+        values: dict[str, Any] = {"done": done, **{k: np.asarray(v) for k, v in arrays.items()}}
+        with replacing(self.folder / ARRAYS) as temporary, open(temporary, "wb") as file:
             np.savez(file, **values)
-        partial.replace(self.folder / ARRAYS)
 
     def clear(self) -> None:
         """Removes the notes of a run that is finished."""
