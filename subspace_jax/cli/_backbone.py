@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -32,6 +33,13 @@ class Backbone:
     model: PretrainedModel
     kind: str
     dtype: Any
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer; built once, which takes seconds where a vocabulary is large."""
+        if self.model.load_tokenizer is None:
+            raise UserError(f"--model {self.name}: it has no tokenizer, so it cannot read texts.")
+        return self.model.load_tokenizer()
 
     @property
     def text_format(self) -> TextFormat:

@@ -35,17 +35,6 @@ def longest_allowed(options: FinetuneOptions, backbone: Backbone) -> int:
     return options.max_length or min(most, DEFAULT_LENGTH)
 
 
-def tokenizer_of(backbone: Backbone) -> Any:
-    """Returns the tokenizer of a model.
-
-    Raises:
-      UserError: it has none, or one with more ids than the model's table has rows, which JAX would clamp.
-    """
-    if backbone.model.load_tokenizer is None:
-        raise UserError(f"--model {backbone.name}: it has no tokenizer, so it cannot read texts.")
-    return backbone.model.load_tokenizer()
-
-
 def check_ids(tokens: np.ndarray, backbone: Backbone) -> None:
     """Refuses token ids that the embedding table has no row for; JAX would take the last row in silence.
 
@@ -85,7 +74,7 @@ def encode_classified(
     strange = [f"{rows.where(i)}: {examples[i]['label']!r}" for i in index if examples[i]["label"] not in numbers]
     if strange:
         raise DataError(f"{rows.source}: labels that training did not have ({', '.join(map(repr, classes))}):", strange)
-    tokens, mask = encode_texts(tokenizer_of(backbone), [examples[i]["text"] for i in index], length)
+    tokens, mask = encode_texts(backbone.tokenizer, [examples[i]["text"] for i in index], length)
     check_ids(tokens, backbone)
     arrays = {
         "tokens": tokens,
@@ -120,7 +109,7 @@ def causal_encoder(options: FinetuneOptions, backbone: Backbone, length: int) ->
     elif source is None:
         source, name = TEMPLATES["plain"], "the template 'plain'"
     return CausalEncoder(
-        tokenizer_of(backbone),
+        backbone.tokenizer,
         form.end_tokens,
         form.bos_token,
         ChatTemplate(source, form.special_tokens, name),

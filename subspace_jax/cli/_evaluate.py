@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ._examples import Examples
-from ._problem import Judged
+from ._problem import CHUNK, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,35 +24,36 @@ class Evaluation:
     predictions: list[dict[str, Any]]
 
 
-def evaluate_model(
-    judge: Callable[[Any, Any], Judged], adapted: Any, examples: Examples, batch: int, classes: tuple[Any, ...] = ()
-) -> Evaluation:
+def evaluate_model(problem: Problem, adapted: Any, examples: Examples, batch: int) -> Evaluation:
     """Returns the metrics of a model, weighed by labels: the size of the batches plays no part.
 
     Args:
-      judge: compiled `Problem.judge` of the model's logits.
+      problem: model and labels.
       adapted: parameters.
       examples: to judge by.
-      batch: rows at a time.
-      classes: of a classification; empty for a language model.
+      batch: most rows at a time; fewer where they have so many tokens that their logits would fill the memory.
     """
+    if not problem.classifies:
+        batch = max(1, min(batch, CHUNK // examples.arrays["tokens"].shape[1]))
     judged: list[tuple[np.ndarray, ...]] = []
     for index, rows in examples.once(batch):
-        judged.append(tuple(np.asarray(part)[: len(index)] for part in judge(adapted, rows)))
+        judged.append(tuple(np.asarray(part)[: len(index)] for part in problem.judge(adapted, rows)))
     losses, counts, guesses, probabilities = (np.concatenate(parts) for parts in zip(*judged, strict=True))
-    if classes:
-        return _classes(losses, guesses, probabilities, examples, classes)
+    if problem.classifies:
+        return _classes(losses, guesses, probabilities, examples, problem.classes)
     return _tokens(losses, counts, guesses, examples)
 
 
 def _classes(
     losses: np.ndarray, guesses: np.ndarray, probabilities: np.ndarray, examples: Examples, classes: tuple[Any, ...]
 ) -> Evaluation:
+    from sklearn.metrics import f1_score
+
     labels = examples.arrays["labels"]
     metrics = {
         "loss": float(losses.astype(np.float64).mean()),
         "accuracy": float((guesses == labels).mean()),
-        "macro_f1": macro_f1(labels, guesses, len(classes)),
+        "macro_f1": float(f1_score(labels, guesses, average="macro")),
     }
     predictions = [
         {
@@ -68,27 +68,6 @@ def _classes(
         )
     ]
     return Evaluation(metrics, predictions)
-
-
-def macro_f1(labels: np.ndarray, guesses: np.ndarray, classes: int) -> float:
-    """Returns the mean over classes of F1; a class that is neither seen nor guessed is left out.
-
-    Args:
-      labels: integers.
-      guesses: the same.
-      classes: how many there are.
-
-    Example:
-      >>> import numpy as np
-      >>> round(macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), 3), 4)
-      0.6667
-    """
-    hits, seen, guessed = (
-        np.bincount(values, minlength=classes).astype(np.float64)
-        for values in (labels[labels == guesses], labels, guesses)
-    )
-    present = seen + guessed > 0
-    return float((2 * hits[present] / (seen + guessed)[present]).mean())
 
 
 def _tokens(losses: np.ndarray, counts: np.ndarray, guesses: np.ndarray, examples: Examples) -> Evaluation:

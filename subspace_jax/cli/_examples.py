@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from subspace_jax.models import CausalEncoder
+
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
@@ -61,3 +63,24 @@ class Examples:
             total.update(f"{name}{array.dtype}{array.shape}".encode())
             total.update(np.ascontiguousarray(array).tobytes())
         return total.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A user's data, ready for a model.
+
+    Attributes:
+      form: see `subspace_jax.data.find_form`; `images` for a folder of images.
+      train: examples to learn from.
+      validation: examples to judge by.
+      classes: of a classification.
+      encoder: of a language model's texts.
+      report: what `data.json` says: counts, columns, row numbers of the split, and rows that were cut.
+    """
+
+    form: str
+    train: Examples
+    validation: Examples
+    classes: tuple[Any, ...]
+    encoder: CausalEncoder | None
+    report: Mapping[str, Any]

@@ -14,6 +14,7 @@ from subspace_jax.models import TextFormat
 from ._backbone import Backbone
 from ._errors import UserError
 from ._files import read_json, write_json, write_text
+from ._load_run import Run
 from ._peft import peft_names
 from ._problem import Problem
 
@@ -40,7 +41,7 @@ def write_merged(folder: Path, merged: Any, backbone: Backbone, problem: Problem
     write_safetensors(folder / TENSORS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, _config(backbone, problem))
     if backbone.model.load_tokenizer is not None:
-        backbone.model.load_tokenizer().save(str(folder / "tokenizer.json"))
+        backbone.tokenizer.save(str(folder / "tokenizer.json"))
     if backbone.model.text_format is not None and not problem.classifies:
         _write_text_format(folder, backbone.model.text_format)
     return folder
@@ -124,6 +125,17 @@ def check_export(found: Any, adapted: Any, base: Any, apply: Any, batch: Any, wh
             "0.1. Nothing of it should be used."
         )
     return share
+
+
+def probe(run: Run) -> dict[str, np.ndarray]:
+    """Returns a small batch of arbitrary input on which two models can be compared."""
+    random = np.random.default_rng(0)
+    if run.backbone.kind == "image encoder":
+        side = run.data["image_size"]
+        return {"images": random.integers(0, 256, (2, side, side, 3)).astype(np.uint8)}
+    tokens = random.integers(0, run.backbone.model.config.vocab_size, (2, 16)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    return {"tokens": tokens, "mask": ones > 0} if run.problem.classifies else {"tokens": tokens, "segments": ones}
 
 
 def read_merged(folder: Path, like: Any, backbone: Backbone, problem: Problem) -> Any:

@@ -14,9 +14,8 @@ from subspace_jax.data import DataError, Rows, check_classes, load_image_folder,
 from ._backbone import Backbone
 from ._console import track
 from ._errors import UserError
-from ._examples import Examples
+from ._examples import Examples, Prepared
 from ._options import FinetuneOptions
-from ._prepare import Prepared
 
 SPLITS = ("train", "validation")
 

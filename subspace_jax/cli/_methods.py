@@ -33,23 +33,6 @@ class Adapter:
     make: Callable[[int, float], sj.Method] | None
 
 
-ADAPTERS: Mapping[str, Adapter] = {
-    "lora": Adapter("adds a trained low-rank product to every kernel", 1e-3, lambda r, a: sj.lora(r, alpha=a)),
-    "dora": Adapter("LoRA on the direction of columns whose lengths learn apart", 1e-3, lambda r, a: _dora(r, a)),
-    "pissa": Adapter("LoRA that starts from the leading singular vectors", 3e-4, lambda r, a: sj.pissa(r)),
-    "matryoshka": Adapter("LoRA that is good at every lower rank too", 1e-3, lambda r, a: _matryoshka(r, a)),
-    "oft": Adapter("turns outputs by small orthogonal blocks of the rank's size", 1e-3, lambda r, a: sj.oft(r)),
-    "randlora": Adapter("full-rank updates by scaling random bases", 1e-3, lambda r, a: sj.randlora(r)),
-    "loldu": Adapter("trains the diagonal of an LDU decomposition", 1e-3, lambda r, a: sj.loldu()),
-    "corda": Adapter("LoRA between the directions in which inputs vary", 3e-4, lambda r, a: sj.corda(r)),
-    "lora_xs": Adapter("a small core between singular directions", 3e-3, lambda r, a: sj.methods.lora_sb.lora_xs(r)),
-    "lora_sb": Adapter("such a core, started from the first gradients", 1e-3, lambda r, a: _lora_sb(r)),
-    "soka": Adapter("leading Kronecker terms of the weight", 3e-3, lambda r, a: sj.soka(r)),
-    "full": Adapter("trains every weight", 1e-4, lambda r, a: sj.full()),
-    "head": Adapter("trains the head alone (classification)", 3e-2, None),
-}
-
-
 def _dora(rank: int, alpha: float) -> sj.Method:
     return sj.dora(sj.lora(rank, alpha=alpha))
 
@@ -60,6 +43,23 @@ def _lora_sb(rank: int) -> sj.Method:
 
 def _matryoshka(rank: int, alpha: float) -> sj.Method:
     return sj.matryoshka(sj.lora(rank, alpha=alpha))
+
+
+ADAPTERS: Mapping[str, Adapter] = {
+    "lora": Adapter("adds a trained low-rank product to every kernel", 1e-3, lambda r, a: sj.lora(r, alpha=a)),
+    "dora": Adapter("LoRA on the direction of columns whose lengths learn apart", 1e-3, _dora),
+    "pissa": Adapter("LoRA that starts from the leading singular vectors", 3e-4, lambda r, a: sj.pissa(r)),
+    "matryoshka": Adapter("LoRA that is good at every lower rank too", 1e-3, _matryoshka),
+    "oft": Adapter("turns outputs by small orthogonal blocks of the rank's size", 1e-3, lambda r, a: sj.oft(r)),
+    "randlora": Adapter("full-rank updates by scaling random bases", 1e-3, lambda r, a: sj.randlora(r)),
+    "loldu": Adapter("trains the diagonal of an LDU decomposition", 1e-3, lambda r, a: sj.loldu()),
+    "corda": Adapter("LoRA between the directions in which inputs vary", 3e-4, lambda r, a: sj.corda(r)),
+    "lora_xs": Adapter("a small core between singular directions", 3e-3, lambda r, a: sj.methods.lora_sb.lora_xs(r)),
+    "lora_sb": Adapter("such a core, started from the first gradients", 1e-3, lambda r, a: _lora_sb(r)),
+    "soka": Adapter("leading Kronecker terms of the weight", 3e-3, lambda r, a: sj.soka(r)),
+    "full": Adapter("trains every weight", 1e-4, lambda r, a: sj.full()),
+    "head": Adapter("trains the head alone (classification)", 3e-2, None),
+}
 
 
 def find_adapter(name: str) -> Adapter:

@@ -144,15 +144,10 @@ def parse_options(arguments: list[str], program: str) -> FinetuneOptions:
             raise UserError("--settings: expected a file.")
         settings = _read_settings(Path(given[place + 1]))
         del given[place : place + 2]
-    defaults: Any = tyro.MISSING if not settings else FinetuneOptions(**{"data": tyro.MISSING, **settings})
-    return tyro.cli(
-        FinetuneOptions if not settings else tyro.conf.AvoidSubcommands[FinetuneOptions],
-        prog=program,
-        args=given,
-        description=f"{FinetuneOptions.__doc__.split('Attributes:')[0].strip()}\n\n"  # pyright: ignore
-        "--settings FILE reads options from a JSON or TOML file; the command line goes before it.",
-        **({} if not settings else {"default": defaults}),
-    )
+    found: dict[str, Any] = {"default": FinetuneOptions(**{"data": tyro.MISSING, **settings})} if settings else {}
+    purpose = str(FinetuneOptions.__doc__).partition("Attributes:")[0].strip()
+    hint = "--settings FILE reads options from a JSON or TOML file; the command line goes before it."
+    return tyro.cli(FinetuneOptions, prog=program, args=given, description=f"{purpose}\n\n{hint}", **found)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from subspace_jax.data import (
     split_rows,
     unused_columns,
 )
-from subspace_jax.models import CausalEncoder
 
 from ._backbone import Backbone
 from ._encode import (
@@ -26,32 +25,11 @@ from ._encode import (
     encode_classified,
     longest_allowed,
     round_up,
-    tokenizer_of,
 )
 from ._errors import UserError
-from ._examples import Examples
+from ._examples import Prepared
+from ._images import prepare_images
 from ._options import FinetuneOptions
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A user's data, ready for a model.
-
-    Attributes:
-      form: see `subspace_jax.data.find_form`; `images` for a folder of images.
-      train: examples to learn from.
-      validation: examples to judge by.
-      classes: of a classification.
-      encoder: of a language model's texts.
-      report: what `data.json` says: counts, columns, row numbers of the split, and rows that were cut.
-    """
-
-    form: str
-    train: Examples
-    validation: Examples
-    classes: tuple[Any, ...]
-    encoder: CausalEncoder | None
-    report: Mapping[str, Any]
 
 
 def prepare_data(options: FinetuneOptions, backbone: Backbone) -> Prepared:
@@ -62,8 +40,6 @@ def prepare_data(options: FinetuneOptions, backbone: Backbone) -> Prepared:
       DataError: some rows cannot be used; each is named.
     """
     if options.data.is_dir() or backbone.kind == "image encoder":
-        from ._images import prepare_images
-
         return prepare_images(options, backbone)
     columns = options.column_names()
     rows = read_rows(options.data)
@@ -125,10 +101,9 @@ def _classification(options: FinetuneOptions, backbone: Backbone, parts: _Parts,
     if options.cut == "left":
         raise UserError("--cut left: texts that are classified are cut at their end; choose right or refuse.")
     most = longest_allowed(options, backbone)
-    tokenizer = tokenizer_of(backbone)
     sizes, longer = [], []
     for rows, examples, index in ((parts.rows, parts.examples, train), (held_rows, held_examples, held)):
-        encodings = tokenizer.encode_batch([examples[i]["text"] for i in index])
+        encodings = backbone.tokenizer.encode_batch([examples[i]["text"] for i in index])
         sizes += [len(encoding.ids) for encoding in encodings]
         longer += [rows.numbers[i] for i, e in zip(index, encodings, strict=True) if len(e.ids) > most]
     if longer and options.cut == "refuse":

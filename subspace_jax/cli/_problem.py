@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -59,12 +60,18 @@ class Problem:
         """Whether the labels are classes of whole examples."""
         return bool(self.classes)
 
-    def judge(self, logits: jax.Array, batch: Batch) -> Judged:
-        """Returns losses and guesses of every label; a language model's of every token but the first."""
-        if not self.classifies:
-            logits = logits[:, :-1]
-            return judge_labels(logits, batch["tokens"][:, 1:], batch["labels"][:, 1:])
-        return judge_labels(logits, batch["labels"], batch["counts"])
+    @functools.cached_property
+    def judge(self) -> Callable[[Any, Batch], Judged]:
+        """Compiled function of parameters, with their stand-ins, and a batch: what they make of every label."""
+        apply = sj.with_adapters(self.logits)
+
+        def judge(adapted: Any, batch: Batch) -> Judged:
+            logits = apply(adapted, batch)
+            if self.classifies:
+                return judge_labels(logits, batch["labels"], batch["counts"])
+            return judge_labels(logits[:, :-1], batch["tokens"][:, 1:], batch["labels"][:, 1:])
+
+        return jax.jit(judge)
 
     def count(self, batch: Batch) -> jax.Array:
         """Returns the number of labels, by which micro-batches are weighed."""
@@ -116,6 +123,5 @@ def make_problem(backbone: Backbone, classes: tuple[Any, ...], seed: int, sample
 
         return sj.training.chunked_token_loss(logits_of, hidden, tokens, batch["labels"], chunk=CHUNK)
 
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf), model.params)
     shapes = {name: jax.ShapeDtypeStruct(np.shape(value), np.asarray(value).dtype) for name, value in sample.items()}
-    return Problem(params, logits, sums, classes, sj.roles(logits, params, shapes))
+    return Problem(model.params, logits, sums, classes, sj.roles(logits, model.params, shapes))

@@ -10,7 +10,7 @@ import numpy as np
 import subspace_jax as sj
 
 from ._backbone import Backbone
-from ._prepare import Prepared
+from ._examples import Prepared
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,9 +44,9 @@ def show_example(output: Console, prepared: Prepared, backbone: Backbone) -> Non
     from rich.markup import escape
 
     arrays = prepared.train.arrays
-    if "images" in arrays or backbone.model.load_tokenizer is None:
+    if "images" in arrays:
         return
-    tokenizer = prepared.encoder.tokenizer if prepared.encoder else backbone.model.load_tokenizer()
+    tokenizer = backbone.tokenizer
     tokens = arrays["tokens"][0]
     output.print(f"the first example (row {prepared.train.rows[0][0]}), as the model sees it:")
     if prepared.classes:

@@ -24,7 +24,7 @@ from ._evaluate import Evaluation, evaluate_model
 from ._examples import Examples
 from ._methods import adapt_model, find_adapter
 from ._options import FinetuneOptions
-from ._problem import CHUNK, Problem
+from ._problem import Problem
 from ._schedule import make_schedule
 
 
@@ -67,7 +67,6 @@ class Job:
         self._optimizer = optax.chain(
             optax.clip_by_global_norm(1.0), optax.adamw(self.schedule, weight_decay=options.weight_decay)
         )
-        apply = sj.with_adapters(problem.logits)
         loss = sj.with_adapters(_plain_loss(problem))
         self._step = make_train_step(
             lambda adapted, batch, key: loss(adapted, batch),
@@ -75,7 +74,7 @@ class Job:
             accumulate=options.accumulate,
             weight=problem.count,
         )
-        self.judge = jax.jit(lambda adapted, batch: problem.judge(apply(adapted, batch), batch))
+        self._compiled: Any = None
         self._compute = None if dtype == np.float32 else dtype
 
     def start(self) -> TrainState:
@@ -117,9 +116,7 @@ class Job:
     def evaluate(self, adapted: Any, examples: Examples | None = None) -> Evaluation:
         """Returns what the parameters reach on the validation examples, or on others."""
         micro = self.options.batch // self.options.accumulate
-        if not self.problem.classifies:  # the logits of so many tokens are in memory at a time
-            micro = max(1, min(micro, CHUNK // self.train.arrays["tokens"].shape[1]))
-        return evaluate_model(self.judge, adapted, examples or self.validation, micro, classes=self.problem.classes)
+        return evaluate_model(self.problem, adapted, examples or self.validation, micro)
 
     def run(self, state: TrainState, folder: Path, on_step: Any, on_evaluation: Any) -> Result:
         """Trains to the end, or to where early stopping or SIGTERM ends it; goes on from the folder's checkpoint.

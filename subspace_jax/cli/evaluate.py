@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 
 from subspace_jax.data import check_form, find_form, read_rows
@@ -16,6 +15,7 @@ from ._encode import encode_examples
 from ._errors import UserError
 from ._evaluate import evaluate_model
 from ._files import write_json, write_lines
+from ._images import read_image_examples
 from ._load_run import load_run
 
 
@@ -36,8 +36,6 @@ def run(
     """
     loaded = load_run(run)
     if loaded.backbone.kind == "image encoder":
-        from ._images import read_image_examples
-
         examples = read_image_examples(data, loaded.data["image_size"], loaded.problem.classes)
     else:
         columns = loaded.options.column_names()
@@ -49,8 +47,7 @@ def run(
         examples = encode_examples(
             options, loaded.backbone, rows, check_form(rows, form, columns), loaded.problem.classes
         )
-    judge = jax.jit(lambda adapted, part: loaded.problem.judge(loaded.apply(adapted, part), part))
-    found = evaluate_model(judge, loaded.adapted, examples, batch, loaded.problem.classes)
+    found = evaluate_model(loaded.problem, loaded.adapted, examples, batch)
     for name, value in found.metrics.items():
         console().print(f"{name:<12}{value:.4f}")
     if out is not None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 
 import subspace_jax as sj
 
 from ._console import console
 from ._errors import UserError
-from ._export import check_export, read_merged, write_merged
-from ._load_run import Run, load_run
+from ._export import check_export, probe, read_merged, write_merged
+from ._load_run import load_run
 from ._peft import peft_names, save_peft_folder
 
 
@@ -41,14 +40,3 @@ def run(
         found = read_merged(out, loaded.problem.params, loaded.backbone, loaded.problem)
     share = check_export(found, loaded.adapted, loaded.problem.params, loaded.apply, probe(loaded), str(out))
     console().print(f"{out}: written and read back; it differs by {share:.2e} of what the adapter changes")
-
-
-def probe(run: Run) -> dict[str, np.ndarray]:
-    """Returns a small batch of arbitrary input on which two models can be compared."""
-    random = np.random.default_rng(0)
-    if run.backbone.kind == "image encoder":
-        side = run.data["image_size"]
-        return {"images": random.integers(0, 256, (2, side, side, 3)).astype(np.uint8)}
-    tokens = random.integers(0, run.backbone.model.config.vocab_size, (2, 16)).astype(np.int32)
-    ones = np.ones_like(tokens)
-    return {"tokens": tokens, "mask": ones > 0} if run.problem.classifies else {"tokens": tokens, "segments": ones}

@@ -14,11 +14,12 @@ import subspace_jax as sj
 from ._backbone import Backbone, load_backbone
 from ._console import console
 from ._errors import UserError
+from ._examples import Prepared
 from ._files import write_json, write_lines
 from ._methods import find_adapter, method_rules
 from ._options import FinetuneOptions, parse_options
 from ._peft import save_peft_folder
-from ._prepare import Prepared, prepare_data
+from ._prepare import prepare_data
 from ._problem import Problem, make_problem
 from ._progress import RunProgress
 from ._run_folder import check_folder, draw_losses, settings_of, write_how_to

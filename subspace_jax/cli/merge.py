@@ -12,9 +12,8 @@ import subspace_jax as sj
 
 from ._console import console
 from ._errors import UserError
-from ._export import check_export, read_merged, write_merged
+from ._export import check_export, probe, read_merged, write_merged
 from ._load_run import Run, load_run
-from .export import probe
 
 # The function, and what it calls the strength of the merged change.
 METHODS: dict[str, tuple[Callable[..., Any], str | None]] = {
