@@ -43,17 +43,23 @@ class Trainer:
     Attributes:
       compile_seconds: what compiling the step took.
       flops: operations of a step, as the compiler counts them.
+      memory_bytes: what the compiled step holds at most: its arguments, what it makes, and its temporaries.
     """
 
     def __init__(self, loss: Callable[[Any, Any], jax.Array], optimizer: optax.GradientTransformation) -> None:
         self._optimizer = optimizer
         self._step = sj.training.make_train_step(lambda adapted, batch, key: loss(adapted, batch), optimizer)
-        self._compiled: Any = None
+        self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
         self.flops = 0.0
+        self.memory_bytes = 0
 
     def run(
-        self, adapted: Any, batches: Iterable[Any], on_step: Callable[[float, float], None] = lambda loss, seconds: None
+        self,
+        adapted: Any,
+        batches: Iterable[Any],
+        on_step: Callable[[float, float], None] = lambda loss, seconds: None,
+        **hyperparams: float,
     ) -> Trained:
         """Runs one step per batch.
 
@@ -61,11 +67,15 @@ class Trainer:
           adapted: tree with stand-in weights.
           batches: batches of one shape.
           on_step: told loss and seconds after every step.
+          **hyperparams: of an optimizer by `optax.inject_hyperparams`, such as the peak rate; nothing compiles again.
 
         Returns:
           What came out.
         """
         state = self._start(adapted)
+        if hyperparams:
+            given = {name: jnp.asarray(value, jnp.float32) for name, value in hyperparams.items()}
+            state = state._replace(opt_state=state.opt_state._replace(hyperparams=given))
         state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
         losses, seconds = [], []
         for batch in batches:
@@ -98,19 +108,24 @@ class Trainer:
 
     def _advance(self, state: sj.training.TrainState, batch: Any) -> tuple[sj.training.TrainState, float, float]:
         """Takes a step; returns the state, the loss and the seconds that the step took."""
-        self._compile(state, batch)
+        compiled = self._compile(state, batch)
         start = time.perf_counter()
-        new, metrics = self._compiled(state._replace(frozen=None), state.frozen, batch)
+        new, metrics = compiled(state._replace(frozen=None), state.frozen, batch)
         loss = float(metrics["loss"])
         return new._replace(frozen=state.frozen), loss, time.perf_counter() - start
 
-    def _compile(self, state: sj.training.TrainState, batch: Any) -> None:
-        """Compiles the step once, for all runs of the same shapes."""
-        if self._compiled is None:
+    def _compile(self, state: sj.training.TrainState, batch: Any) -> Any:
+        """The compiled step, one for all runs of the same shapes: what some methods train depends on the data."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(state))
+        if shapes not in self._compiled:
             start = time.perf_counter()
-            self._compiled = self._step.lower(state, batch).compile()
+            compiled = self._compiled[shapes] = self._step.lower(state, batch).compile()
             self.compile_seconds = time.perf_counter() - start
-            self.flops = float(self._compiled.cost_analysis().get("flops", 0.0))
+            self.flops = float(compiled.cost_analysis().get("flops", 0.0))
+            memory = compiled.memory_analysis()
+            held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            self.memory_bytes = int(held + memory.temp_size_in_bytes)
+        return self._compiled[shapes]
 
 
 def warmup_linear(learning_rate: float, steps: int, warmup_share: float = 0.06) -> optax.Schedule:

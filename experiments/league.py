@@ -1,0 +1,203 @@
+"""The league table: every way of fine-tuning on three real tasks, with what it makes the model forget.
+
+- text: film reviews, good or bad, on MiniLM. Before, a linear probe told the topics of Reuters' news.
+- vision: clothes of Fashion-MNIST on ViT-S/14 at 70 x 70 pixels. Before, a linear probe told handwritten digits.
+- causal: the next token of Django's messages in twelve languages on SmolLM2. Before, it knew English film reviews.
+
+Every method sees the same examples in the same order, starts from the same head, takes the same number of steps under
+the same schedule, and trains about as many values as LoRA of rank 4 on all kernels of the backbone where its mathematics
+allows. Its learning rate is the best on the validation split with a seed of its own, on a grid 1, 3, 10, 30, ... that
+grows until the best lies inside. "Forgotten" is what the pretrained model knew and the tuned one does not: points of
+accuracy lost on a task that it was not tuned for, with the probe as it was (next token of English for the language
+model). What is judged has been saved, loaded and merged.
+
+Operations are the compiler's count for a step; memory is what the compiled step holds at most, model included; time is
+the median ratio to LoRA's step, taken in turns; "start" is what `adapt` takes, statistics of the data included.
+
+    python -m experiments fetch text vision causal-lm django
+    python -m experiments run league --resume
+    python -m experiments report
+
+A whole run takes hours on two cores; it is kept run by run, and goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.runner import (
+    Context,
+    Experiment,
+    Tuning,
+    best_runs,
+    human_bytes,
+    mean_and_spread,
+    with_spread,
+)
+from experiments.tasks.league import ARMS, CausalJob, Job, TextClasses, VisionClasses
+from experiments.tasks.league._run import Entrant
+
+
+@dataclasses.dataclass(frozen=True)
+class LeagueConfig:
+    """Settings.
+
+    Attributes:
+      tasks: of text, vision and causal.
+      methods: arms to run; all of them if empty.
+      seeds: one run of every method per seed; the seed draws the head, the order and the adapter.
+      tuning_seed: of the runs by which learning rates are chosen.
+      text_steps: optimizer steps of a run on text, of 16 examples of 32 tokens.
+      vision_steps: those on images, of 16 examples.
+      causal_steps: those on messages, of 6 messages of 24 tokens.
+      test_size: examples of the validation and of the test split on text and images.
+      causal_test_size: messages of those splits.
+      rounds: steps by which time is measured, in turns with LoRA's.
+      layers: of every model; all if None, fewer for tests.
+    """
+
+    tasks: tuple[str, ...] = ("text", "vision", "causal")
+    methods: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seed: int = 100
+    text_steps: int = 100
+    vision_steps: int = 60
+    causal_steps: int = 40
+    test_size: int = 992
+    causal_test_size: int = 128
+    rounds: int = 5
+    layers: int | None = None
+
+
+def jobs(config: LeagueConfig) -> dict[str, Any]:
+    """Returns makers of the tasks."""
+    sizes = {"test_size": config.test_size, "layers": config.layers}
+    return {
+        "text": lambda: TextClasses(steps=config.text_steps, batch_size=16, length=32, train_size=2000, **sizes),
+        "vision": lambda: VisionClasses(steps=config.vision_steps, batch_size=16, train_size=1000, **sizes),
+        "causal": lambda: CausalJob(
+            steps=config.causal_steps,
+            batch_size=6,
+            length=24,
+            train_size=2000,
+            test_size=config.causal_test_size,
+            layers=config.layers,
+        ),
+    }
+
+
+def run(config: LeagueConfig, context: Context) -> dict[str, Any]:
+    """Runs every arm on every task; finished runs are kept on disk and, with `--resume`, not run again."""
+    chosen = config.methods or tuple(ARMS)
+    for given, known, key in ((chosen, ARMS, "methods"), (config.tasks, jobs(config), "tasks")):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise SystemExit(f"{key}={','.join(unknown)}: choose from {', '.join(known)}.")
+    (context.folder / "cells").mkdir(exist_ok=True)
+    results: dict[str, Any] = {"cells": [], "costs": [], "tuning": [], "before": {}}
+    for task in config.tasks:
+        job = jobs(config)[task]()
+        results["before"][task] = {"retained": job.retained(job.start(0)), "known": job.known}
+        baseline = Entrant("lora", job, context)
+        for name in chosen:
+            _race(config, name, job, baseline, context, results)
+    return results
+
+
+def _race(
+    config: LeagueConfig, name: str, job: Job, baseline: Entrant, context: Context, results: dict[str, Any]
+) -> None:
+    """Tunes, runs and measures one arm on one task."""
+    entrant = Entrant(name, job, context)
+    tuning = entrant.tune(config.tuning_seed)
+    rate = best_runs(tuning, "accuracy")[name][0]["learning_rate"]
+    results["tuning"] += [{**one, "arm": f"{job.name}, {name}"} for one in tuning]
+    results["cells"] += [entrant.cell(rate, seed) for seed in config.seeds]
+    results["costs"].append(entrant.costs(baseline, config.rounds))
+
+
+def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
+    """Returns one line per method and task, the most accurate first; costs are relative to LoRA's."""
+    header = [
+        "task",
+        "method",
+        "accuracy %",
+        "forgotten",
+        "trained",
+        "saved",
+        "operations",
+        "time",
+        "memory",
+        "start, s",
+    ]
+    table = [header]
+    for task, before in results["before"].items():
+        lines = [_line(results, task, name, before["retained"]) for name in _methods(results, task)]
+        table += [line for _, line in sorted(lines, key=lambda pair: -pair[0])]
+    return table
+
+
+def _methods(results: Mapping[str, Any], task: str) -> list[str]:
+    return list(dict.fromkeys(c["method"] for c in results["cells"] if c["task"] == task))
+
+
+def _cells(results: Mapping[str, Any], task: str, method: str) -> list[Mapping[str, Any]]:
+    return [c for c in results["cells"] if (c["task"], c["method"]) == (task, method)]
+
+
+def _line(results: Mapping[str, Any], task: str, method: str, before: float) -> tuple[float, list[str]]:
+    """Mean accuracy, and the line of one method on one task."""
+    cells = _cells(results, task, method)
+    costs = {c["method"]: c for c in results["costs"] if c["task"] == task}
+    accuracy = [c["accuracy"] for c in cells]
+    lora = costs.get("lora", costs[method])
+    return mean_and_spread(accuracy)[0], [
+        task,
+        method,
+        with_spread(accuracy),
+        with_spread([before - c["retained"] for c in cells]),
+        f"{cells[0]['trainable']:,}",
+        human_bytes(cells[0]["saved_bytes"]),
+        f"{costs[method]['step_flops'] / lora['step_flops']:.2f}",
+        f"{costs[method]['time_ratio']:.2f}",
+        f"{costs[method]['memory_bytes'] / 2**20:.0f} MiB",
+        # The first start compiles; the others show what remains.
+        f"{min(c['start_seconds'] for c in cells):.1f}",
+    ]
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Draws accuracy over what was forgotten, a panel for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = results["before"]
+    figure, panels = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 5), layout="constrained", squeeze=False)
+    for axes, (task, before) in zip(panels[0], tasks.items(), strict=True):
+        for method in _methods(results, task):
+            cells = _cells(results, task, method)
+            lost, lost_spread = mean_and_spread([100 * (before["retained"] - c["retained"]) for c in cells])
+            mean, spread = mean_and_spread([100 * c["accuracy"] for c in cells])
+            axes.errorbar(lost, mean, spread, lost_spread, marker="o", markersize=4, elinewidth=0.5)
+            axes.annotate(method, (lost, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axes.set(title=task, xlabel=f"points forgotten: {before['known']}", ylabel="test accuracy %")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+EXPERIMENT = Experiment(
+    name="league",
+    claim="Every way of fine-tuning on three real tasks: accuracy, what is forgotten, and what it costs.",
+    config=LeagueConfig,
+    run=run,
+    rows=rows,
+    plot=plot,
+    assets=("text", "vision", "causal-lm", "django"),
+    tuning=Tuning(arm="arm", runs="tuning"),
+)
