@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ class CausalJob(Job):
     kernels = "decoder/**/kernel"
     outputs, downs = "decoder/**/attention/output/kernel", "decoder/**/down/kernel"
     scope = "decoder/**"
-    head = {}
+    head = MappingProxyType({})
 
     def __init__(
         self, *, steps: int, batch_size: int, length: int, train_size: int, test_size: int, layers: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ class _Classes(Job):
     """A backbone with a linear head, and a fixed linear head of another task on the pretrained features."""
 
     scope = "backbone/encoder/**"
-    head = {"classifier/*": sj.full()}
+    head = MappingProxyType({"classifier/*": sj.full()})
     inputs: tuple[str, ...]
 
     def _finish(self, add_head: Any, other: dict[str, Batch], classes: int, other_classes: int) -> None:
@@ -81,7 +82,7 @@ class TextClasses(_Classes):
         from subspace_jax.models import add_classifier, load_minilm
 
         self.steps, self.batch_size = steps, batch_size
-        minilm = load_minilm(num_layers=layers)
+        minilm = load_minilm() if layers is None else load_minilm(num_layers=layers)
         self.heads = minilm.config.num_heads
         sizes = {"train_size": train_size, "eval_size": whole(test_size), "max_length": length}
         tokenizer = minilm.load_tokenizer()
