@@ -283,7 +283,8 @@ def dense(factors: Sequence[jax.Array], role: Role, shape: tuple[int, ...]) -> j
     """Returns the array of `shape` that a chain of factors multiplies to.
 
     Args:
-      factors: matrices `[*stack, m, n]`, and vectors `[*stack, n]` that stand for diagonal matrices between them.
+      factors: matrices `[*stack, m, n]`, and vectors `[*stack, n]` that stand for diagonal matrices between them; those
+        of 16 bits are multiplied as they are, wider ones in full precision.
       role: the role that folds the product to `shape`.
       shape: shape of the result.
     """
@@ -296,7 +297,8 @@ def dense(factors: Sequence[jax.Array], role: Role, shape: tuple[int, ...]) -> j
         elif factor.ndim == depth + 1:
             total = total * factor[..., None, :]
         else:
-            total = jnp.matmul(total, factor, precision=lax.Precision.HIGHEST)
+            narrow = jnp.promote_types(total.dtype, factor.dtype).itemsize < 4
+            total = jnp.matmul(total, factor, precision=None if narrow else lax.Precision.HIGHEST)
     return role.unmatrix(total, shape)
 
 

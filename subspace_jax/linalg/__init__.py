@@ -49,6 +49,7 @@ from subspace_jax.linalg._subspace import transport as transport
 from subspace_jax.linalg._subspace import wide_matmul as wide_matmul
 from subspace_jax.linalg._svd import SVD as SVD
 from subspace_jax.linalg._svd import fix_signs as fix_signs
+from subspace_jax.linalg._svd import is_narrow as is_narrow
 from subspace_jax.linalg._svd import product_svd as product_svd
 from subspace_jax.linalg._svd import randomized_svd as randomized_svd
 from subspace_jax.linalg._svd import truncated_svd as truncated_svd
@@ -87,6 +88,7 @@ __all__ = [
     "frequent_directions",
     "from_coordinates",
     "inverse_cosine_transform",
+    "is_narrow",
     "kronecker_rows",
     "kronecker_sum",
     "kronecker_svd",

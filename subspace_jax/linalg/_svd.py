@@ -38,6 +38,18 @@ def wide_dtype(dtype) -> jnp.dtype:
     return jnp.promote_types(jnp.bfloat16 if jnp.finfo(dtype).bits <= 8 else dtype, jnp.float32)
 
 
+def is_narrow(dtype) -> bool:
+    """Returns whether a dtype is narrower than the one to compute in: bfloat16, float16 and floats of 8 and fewer bits.
+
+    A step on such weights multiplies in their dtype, with float32 sums inside of products, and converts nothing large.
+
+    Example:
+      >>> is_narrow(jnp.bfloat16), is_narrow(jnp.float32)
+      (True, False)
+    """
+    return wide_dtype(dtype) != dtype
+
+
 def fix_signs(
     u: Float[Array, "*stack m r"], vt: Float[Array, "*stack r n"]
 ) -> tuple[Float[Array, "*stack m r"], Float[Array, "*stack r n"]]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import Operation, Scalar, Weight, dense, placed_like, product, register_weight, static
-from subspace_jax.linalg import wide_dtype
+from subspace_jax.linalg import is_narrow, wide_dtype
 from subspace_jax.weights._dropout import drop_inputs, step_keys
 
 # Columns of the sum below this share of its parts, in squares: expanded, they would lose more than 6 bits.
@@ -102,30 +102,40 @@ class LowRank(Weight):
         \(\|w_j\|^2 + 2 s\,(a^T w_j) \cdot b_j + s^2\,b_j^T (a^T a)\,b_j\): the cost of one product with `a`, and
         no intermediate larger than `b`. Where a column of the sum is so much smaller than the two that they cancel,
         below 1 / 64 in squares, the sum is formed for once: at run time, by a conditional, whose test costs one
-        comparison a column. Under `jax.vmap` over weights both ways are run.
+        comparison a column. Under `jax.vmap` over weights both ways are run. Over a base in bfloat16 or float16 the
+        products are of its dtype, with sums in float32 inside, so that the base is converted where it is formed only.
         """
         one = self.with_frozen_stopped()
         wide = wide_dtype(one.dtype)
-        base = one.role.matrix(_dense_base(one.base, wide))
+        base = one.role.matrix(_dense_base(one.base, wide) if isinstance(one.base, Weight) else one.base)
+        narrow = is_narrow(base.dtype)
         a, b = one.a.astype(wide), one.b.astype(wide) * one.scale.astype(wide)
 
         stack = tuple(f"stack{i}" for i in range(a.ndim - 2))
 
-        def times(left: jax.Array, axes: str, right: jax.Array, right_axes: str, out_axes: str) -> jax.Array:
+        def times(
+            left: jax.Array, axes: str, right: jax.Array, right_axes: str, out_axes: str, narrow: bool = narrow
+        ) -> jax.Array:
             # By label, so that a split input axis is summed over under explicit mesh axes as well.
             labels = ((*stack, *names) for names in (axes, right_axes, out_axes))
             left_labels, right_labels, out_labels = labels
+            if narrow:
+                left, right = left.astype(base.dtype), right.astype(base.dtype)
+                return product(left, left_labels, right, right_labels, out_labels).astype(wide)
             return product(left, left_labels, right, right_labels, out_labels, precision=jax.lax.Precision.HIGHEST)
 
         spread = times(times(a, "ir", a, "iq", "rq"), "rq", b, "qo", "ro")
         cross = 2.0 * times(a, "ir", base, "io", "ro")
-        squares = jnp.sum(base * base, axis=-2) if one.base_squares is None else one.base_squares.astype(wide)
+        if one.base_squares is None:
+            squares = jnp.sum(jnp.square(base.astype(wide)), axis=-2)
+        else:
+            squares = one.base_squares.astype(wide)
         expanded = squares + jnp.sum((cross + spread) * b, axis=-2)
         # What rounding of the three terms leaves is a share of the largest of them, not of their sum.
         cancels = jnp.any(expanded < CANCELLATION * (squares + jnp.sum(spread * b, axis=-2)))
 
         def formed() -> jax.Array:
-            total = base + times(a, "ir", b, "ro", "io")
+            total = base.astype(wide) + times(a, "ir", b, "ro", "io", narrow=False)
             return placed_like(jnp.sum(total * total, axis=-2), expanded)
 
         value = jax.lax.stop_gradient(jax.lax.cond(cancels, formed, lambda: expanded))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import Dot, Operation, Scalar, Weight, dense, register_weight, static
-from subspace_jax.linalg import wide_dtype
+from subspace_jax.linalg import is_narrow, wide_dtype
 
 Route = Literal["factored", "materialized", "auto"]
 
@@ -82,12 +82,23 @@ class LowRankCore(Weight):
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns the operation on `base` plus that on the three factors, in the cheap order."""
         if self._is_formed(x, operation):
-            return operation.apply(x, self.materialize(operation.dtype))
+            return operation.apply(x, self._formed(operation.dtype))
         product = operation.product(x, (self.left, self.core, self.right), self.scale)
         if self.base is None:
             return product
         base = self.base.contract(x, operation) if isinstance(self.base, Weight) else operation.apply(x, self.base)
         return base + product
+
+    def _formed(self, dtype: Any) -> jax.Array:
+        """The sum for one step: in a narrow dtype from products of it, so that nothing large is converted."""
+        if not is_narrow(dtype) or self.wide_only or isinstance(self.base, Weight):
+            return self.materialize(dtype)
+        one = self.with_frozen_stopped()
+        left, core, right = (
+            v.astype(dtype) for v in (one.left, one.core * one.scale.astype(one.core.dtype), one.right)
+        )
+        total = dense((left, core, right), one.role, one.shape)
+        return total if one.base is None else one.base.astype(dtype) + total
 
     def reshape(self, shape: tuple[int, ...]) -> LowRankCore | None:
         """Returns the weight of the reshaped array, as every weight does; see `Weight.reshape`."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from subspace_jax.core import Operation, Weight, register_weight, static
-from subspace_jax.linalg import cayley, cayley_neumann, skew, whole_matrices, wide_dtype
+from subspace_jax.linalg import cayley, cayley_neumann, is_narrow, skew, whole_matrices, wide_dtype
 
 
 @register_weight
@@ -110,9 +110,8 @@ def _rotate(rows: jax.Array, rotations: jax.Array) -> jax.Array:
     parts = rows.reshape(*rows.shape[:-1], -1, size)
     shared = rotations.shape[-3] == 1
     formula = "...nkb,...bc->...nkc" if shared else "...nkb,...kbc->...nkc"
-    turned = jnp.einsum(
-        formula, parts, rotations[..., 0, :, :] if shared else rotations, precision=lax.Precision.HIGHEST
-    )
+    precision = None if is_narrow(rows.dtype) else lax.Precision.HIGHEST
+    turned = jnp.einsum(formula, parts, rotations[..., 0, :, :] if shared else rotations, precision=precision)
     return turned.reshape(rows.shape)
 
 

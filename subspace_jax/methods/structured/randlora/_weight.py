@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.core import Dot, Lookup, Operation, Scalar, StructureError, Weight, product, register_weight, static
-from subspace_jax.linalg import wide_dtype
+from subspace_jax.linalg import is_narrow, wide_dtype
 from subspace_jax.weights import Route, draw_basis, drop_inputs, step_keys
 
 Pairing = Literal["paper", "peft"]
@@ -105,10 +105,10 @@ class RandomBases(Weight):
         return (base + one.update(wide)).astype(self.dtype if dtype is None else dtype)
 
     def update(self, dtype: Any) -> jax.Array:
-        """Returns the scaled sum over bases alone, of the weight's shape."""
-        left, right = self.factors(wide_dtype(self.dtype))
-        total = jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
-        return self.role.unmatrix(total, self.shape).astype(dtype)
+        """Returns the scaled sum over bases alone, of the weight's shape, by products of this dtype."""
+        left, right = self.factors(dtype)
+        total = jnp.matmul(left, right, precision=None if is_narrow(dtype) else jax.lax.Precision.HIGHEST)
+        return self.role.unmatrix(total, self.shape)
 
     def factors(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """Returns two matrices whose product is the scaled sum: the scaled copies of one basis, and the other.
@@ -141,12 +141,19 @@ class RandomBases(Weight):
             self.route == "auto" and self._forming_is_cheaper(x, operation, drops)
         )
         if formed and not drops:
-            return operation.apply(x, self.materialize(operation.dtype))
+            return operation.apply(x, self._formed(operation.dtype))
         base = self.base.contract(x, operation) if isinstance(self.base, Weight) else operation.apply(x, self.base)
         kept = drop_inputs(x, operation, self.dropout_key, self.dropout)
         return base + (
             operation.apply(kept, self.update(operation.dtype)) if formed else self._factored(kept, operation)
         )
+
+    def _formed(self, dtype: Any) -> jax.Array:
+        """The array plus the sum, for one step: in a narrow dtype as it is, so that nothing large is converted."""
+        if not is_narrow(dtype) or isinstance(self.base, Weight):
+            return self.materialize(dtype)
+        one = self.with_frozen_stopped()
+        return one.base.astype(dtype) + one.update(dtype)
 
     def _factored(self, x: jax.Array, operation: Operation) -> jax.Array:
         """The operation on the bases, one after the other; the backward pass keeps no scaled copies."""
