@@ -7,13 +7,15 @@ from subspace_jax.linalg._column_selection import chosen_columns as chosen_colum
 from subspace_jax.linalg._column_selection import fixed_basis as fixed_basis
 from subspace_jax.linalg._column_selection import select_columns as select_columns
 from subspace_jax.linalg._column_selection import transform_rows as transform_rows
+from subspace_jax.linalg._cosine_matrix import cosine_matrix as cosine_matrix
+from subspace_jax.linalg._cosine_matrix import cosine_vectors as cosine_vectors
 from subspace_jax.linalg._cosine_transform import Residuals as Residuals
 from subspace_jax.linalg._cosine_transform import best_cosine_terms as best_cosine_terms
 from subspace_jax.linalg._cosine_transform import compare_residuals as compare_residuals
-from subspace_jax.linalg._cosine_transform import cosine_matrix as cosine_matrix
 from subspace_jax.linalg._cosine_transform import cosine_transform as cosine_transform
-from subspace_jax.linalg._cosine_transform import cosine_vectors as cosine_vectors
 from subspace_jax.linalg._cosine_transform import inverse_cosine_transform as inverse_cosine_transform
+from subspace_jax.linalg._folded_cosine import cosine_rows as cosine_rows
+from subspace_jax.linalg._folded_cosine import transform_share as transform_share
 from subspace_jax.linalg._frequent_directions import frequent_directions as frequent_directions
 from subspace_jax.linalg._kronecker import KroneckerSplit as KroneckerSplit
 from subspace_jax.linalg._kronecker import KroneckerSVD as KroneckerSVD
@@ -78,6 +80,7 @@ __all__ = [
     "compare_residuals",
     "complete",
     "cosine_matrix",
+    "cosine_rows",
     "cosine_transform",
     "cosine_vectors",
     "count_terms",
@@ -104,6 +107,7 @@ __all__ = [
     "skew_size",
     "to_coordinates",
     "transform_rows",
+    "transform_share",
     "transport",
     "truncated_svd",
     "unrearrange",

@@ -10,9 +10,11 @@ import jax.scipy.fft
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from subspace_jax.linalg._cosine_transform import cosine_matrix
+from subspace_jax.linalg._cosine_matrix import cosine_matrix
+from subspace_jax.linalg._folded_cosine import cosine_rows, is_folded
 from subspace_jax.linalg._sharding import by_compiler, whole_rows
 from subspace_jax.linalg._subspace import wide_matmul
+from subspace_jax.linalg._svd import wide_dtype
 
 FixedBasis = Literal["dct", "random_qr"]
 Transform = Literal["matmul", "fft"]
@@ -50,7 +52,9 @@ def fixed_basis(size: int, basis: FixedBasis = "dct") -> Float[Array, "size size
 def transform_rows(
     matrix: Float[Array, "*stack N n"], *, basis: FixedBasis = "dct", transform: Transform = "matmul"
 ) -> Float[Array, "*stack N n"]:
-    """Returns `matrix @ fixed_basis`, by a product or, for cosines, by fast Fourier transforms of the rows.
+    """Returns `matrix @ fixed_basis`, by products or, for cosines, by fast Fourier transforms of the rows.
+
+    By products a transform of cosines is folded on one device: see `cosine_rows`.
 
     Args:
       matrix: `[*stack, N, n]`.
@@ -60,6 +64,8 @@ def transform_rows(
     if transform == "fft":
         rows = whole_rows(matrix).astype(jnp.float32)
         return by_compiler(lambda v: jax.scipy.fft.dct(v, type=2, norm="ortho", axis=-1), rows)
+    if basis == "dct" and is_folded(matrix.shape[-1]):
+        return cosine_rows(matrix.astype(wide_dtype(matrix.dtype)))
     return wide_matmul(matrix, fixed_basis(matrix.shape[-1], basis), split=(-2, None))
 
 

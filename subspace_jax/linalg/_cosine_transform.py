@@ -1,56 +1,17 @@
-"""The orthonormal discrete cosine transform (DCT-II): basis vectors, transforms, and approximations by few terms."""
+"""The orthonormal discrete cosine transform (DCT-II) of matrices, and approximations by few of its terms."""
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.fft import dctn, idctn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-
-def cosine_vectors(index: Int[Array, " *stack"], size: int, dtype=jnp.float32) -> Float[Array, "*stack size"]:
-    r"""Returns rows of the orthonormal DCT-II matrix: \(c_i \cos(\pi (2 j + 1)\, i / 2 N)\) over \(j\).
-
-    Args:
-      index: \(i\), integers `[...]` from 0 to `size - 1`.
-      size: \(N\), at most half a million.
-      dtype: of the result.
-
-    Returns:
-      `[..., size]`, each a vector of length 1.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> (2.0 * cosine_vectors(jnp.array([0, 2]), 4)).round(3).tolist()
-      [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, -1.0, 1.0]]
-    """
-    index = jnp.asarray(index, jnp.int32)[..., None]
-    odd = 2 * jnp.arange(size, dtype=jnp.int32) + 1
-    # The angle in whole steps of pi / 2N, reduced to one turn in integers: in float32 the product has too few digits.
-    # Two parts of the index keep every product within 32 bits.
-    period = 4 * size
-    steps = ((((index >> 8) * odd) % period << 8) + (index & 255) * odd) % period
-    wave = jnp.cos(steps.astype(dtype) * (math.pi / (2 * size)))
-    return wave * jnp.where(index == 0, math.sqrt(1.0 / size), math.sqrt(2.0 / size)).astype(dtype)
-
-
-def cosine_matrix(size: int, dtype=jnp.float32) -> Float[Array, "size size"]:
-    r"""Returns the orthonormal DCT-II matrix \(C\): `C @ x` is the transform of `x`, and \(C C^T = I\).
-
-    Args:
-      size: number of rows.
-      dtype: of the result.
-
-    Example:
-      >>> cosine_matrix(2).round(3).tolist()[1][0] > 0
-      True
-    """
-    return cosine_vectors(jnp.arange(size), size, dtype)
+from subspace_jax.linalg._folded_cosine import cosine_rows
 
 
 @functools.partial(jax.jit, static_argnames="fft")
@@ -59,7 +20,7 @@ def cosine_transform(matrix: Float[Array, "m n"], *, fft: bool = True) -> Float[
 
     Args:
       matrix: `[m, n]`.
-      fft: by fast Fourier transforms; else by two products.
+      fft: by fast Fourier transforms; else by products, see `cosine_rows`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,8 +29,7 @@ def cosine_transform(matrix: Float[Array, "m n"], *, fft: bool = True) -> Float[
     """
     if fft:
         return dctn(matrix, norm="ortho")
-    left, right = (cosine_matrix(size, matrix.dtype) for size in matrix.shape)
-    return _product(_product(left, matrix), right.T)
+    return cosine_rows(cosine_rows(matrix).T).T
 
 
 @functools.partial(jax.jit, static_argnames="fft")
@@ -78,7 +38,7 @@ def inverse_cosine_transform(spectrum: Float[Array, "m n"], *, fft: bool = True)
 
     Args:
       spectrum: `[m, n]`.
-      fft: by fast Fourier transforms; else by two products.
+      fft: by fast Fourier transforms; else by products, see `cosine_rows`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,8 +47,7 @@ def inverse_cosine_transform(spectrum: Float[Array, "m n"], *, fft: bool = True)
     """
     if fft:
         return idctn(spectrum, norm="ortho")
-    left, right = (cosine_matrix(size, spectrum.dtype) for size in spectrum.shape)
-    return _product(_product(left.T, spectrum), right)
+    return cosine_rows(cosine_rows(spectrum, inverse=True).T, inverse=True).T
 
 
 class Residuals(NamedTuple):
@@ -156,7 +115,3 @@ def compare_residuals(key: jax.Array, matrix: Float[Array, "in out"], rank: int)
 
 def _missing(kept: Float[Array, "m n"], spectrum: Float[Array, "m n"]) -> float:
     return float(jnp.sum((spectrum - kept) ** 2) / jnp.sum(spectrum**2))
-
-
-def _product(left: Float[Array, "m k"], right: Float[Array, "k n"]) -> Float[Array, "m n"]:
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

@@ -91,14 +91,15 @@ class LowRankCore(Weight):
 
     def _formed(self, dtype: Any) -> jax.Array:
         """The sum for one step: in a narrow dtype from products of it, so that nothing large is converted."""
-        if not is_narrow(dtype) or self.wide_only or isinstance(self.base, Weight):
-            return self.materialize(dtype)
         one = self.with_frozen_stopped()
+        base = one.base
+        if not is_narrow(dtype) or self.wide_only or isinstance(base, Weight):
+            return self.materialize(dtype)
         left, core, right = (
             v.astype(dtype) for v in (one.left, one.core * one.scale.astype(one.core.dtype), one.right)
         )
         total = dense((left, core, right), one.role, one.shape)
-        return total if one.base is None else one.base.astype(dtype) + total
+        return total if base is None else base.astype(dtype) + total
 
     def reshape(self, shape: tuple[int, ...]) -> LowRankCore | None:
         """Returns the weight of the reshaped array, as every weight does; see `Weight.reshape`."""

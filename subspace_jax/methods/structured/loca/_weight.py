@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import Convolution, Dot, Operation, Scalar, Weight, register_weight, static
-from subspace_jax.linalg import cosine_transform, cosine_vectors, inverse_cosine_transform, wide_dtype
+from subspace_jax.linalg import cosine_transform, cosine_vectors, inverse_cosine_transform, transform_share, wide_dtype
 from subspace_jax.weights import drop_inputs, step_keys
 
 Evaluation = Literal["auto", "default", "sparse", "fast", "factored"]
@@ -165,7 +165,7 @@ class CosineSpectrum(Weight):
         inputs, outputs = self.role.sizes(self.shape)
         return {
             "sparse": 3 * self.coefficients.shape[-1],
-            "default": 2 * (inputs + outputs),
+            "default": 2 * (inputs * transform_share(inputs) + outputs * transform_share(outputs)),
             "fast": 2 * FFT_COST * math.log2(max(inputs * outputs, 2)),
         }
 
@@ -240,7 +240,7 @@ def located_sum(
       locations: `[2, n]`.
       sizes: of the result.
       highest: larger locations count as this.
-      fft: by fast Fourier transforms; else by two products.
+      fft: by fast Fourier transforms; else by products.
     """
     cells = jnp.stack([cell(u, size, highest) for u, size in zip(locations, sizes, strict=True)])
     return _inverse_of_sparse(coefficients, cells, sizes, fft)

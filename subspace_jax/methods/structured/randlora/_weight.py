@@ -150,10 +150,11 @@ class RandomBases(Weight):
 
     def _formed(self, dtype: Any) -> jax.Array:
         """The array plus the sum, for one step: in a narrow dtype as it is, so that nothing large is converted."""
-        if not is_narrow(dtype) or isinstance(self.base, Weight):
-            return self.materialize(dtype)
         one = self.with_frozen_stopped()
-        return one.base.astype(dtype) + one.update(dtype)
+        base = one.base
+        if not is_narrow(dtype) or isinstance(base, Weight):
+            return self.materialize(dtype)
+        return base.astype(dtype) + one.update(dtype)
 
     def _factored(self, x: jax.Array, operation: Operation) -> jax.Array:
         """The operation on the bases, one after the other; the backward pass keeps no scaled copies."""
