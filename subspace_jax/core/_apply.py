@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from subspace_jax.core import _compat, _control_flow, _rescaled, _rules  # noqa: F401  (the latter three register rules)
+from subspace_jax.core import (  # noqa: F401  (all but the first register rules)
+    _compat,
+    _control_flow,
+    _cutting,
+    _joining,
+    _rescaled,
+    _rules,
+)
 from subspace_jax.core._context import Context
 from subspace_jax.core._interpret import CustomRules, Interpreter, OnMaterialize
 from subspace_jax.core._links import resolved
