@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.banks._modules import BANKS
-from subspace_jax.core import OnMaterialize, PyTree, StructureError, is_tracer, is_weight, map_with_paths, with_adapters
+from subspace_jax.core import (
+    MaterializeRules,
+    PyTree,
+    StructureError,
+    is_tracer,
+    is_weight,
+    map_with_paths,
+    with_adapters,
+)
 
 
 def per_row(
@@ -20,7 +28,7 @@ def per_row(
     *,
     in_axes: Any = 0,
     out_axes: Any = 0,
-    on_materialize: OnMaterialize = "error",
+    on_materialize: MaterializeRules = "error",
 ) -> Callable[..., Any]:
     r"""Makes a function of parameters and a batch take a bank of adapters and one slot for each row.
 

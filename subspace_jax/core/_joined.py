@@ -66,6 +66,10 @@ class Joined(Weight):
         dtype = self.dtype if dtype is None else dtype
         return jnp.concatenate([part.materialize(dtype) for part in self.parts], axis=self.axis)
 
+    def leaf_paths(self, path: str) -> tuple[str, ...]:
+        """Returns the paths of the parts."""
+        return tuple(dict.fromkeys(filter(None, self.names))) or (path,)
+
     def answers(self, operation: Operation) -> bool:
         """Tells whether the operation's result is made of those of the parts: joined, or added up."""
         return any(isinstance(p, Observed) for p in self.parts) or self._can_divide(operation)

@@ -58,6 +58,10 @@ class Rescaled(Weight):
         """Tells whether the weight inside answers an operation."""
         return self.inner.answers(operation)
 
+    def leaf_paths(self, path: str) -> tuple[str, ...]:
+        """Returns the paths of the weight inside."""
+        return self.inner.leaf_paths(path)
+
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Scales what the weight's inputs or outputs are in the operation."""
         depth = self.role.stack_shape(self.shape)

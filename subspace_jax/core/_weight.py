@@ -143,6 +143,10 @@ class Weight(WeightParts, abc.ABC):
         del operation
         return True
 
+    def leaf_paths(self, path: str) -> tuple[str, ...]:
+        """Returns the paths of the leaves that the weight is made of, which are several where a model joins them."""
+        return (path,)
+
     def squared_norms(self) -> jax.Array:
         """Returns the squared Euclidean norm of every output column, `[*stack, out]`, in float32.
 

@@ -260,6 +260,34 @@ def test_computed_kernels_have_the_role_of_their_product_and_are_exact_where_for
     check(fn, shape, X, allow=True, kind="dense", in_axes=(0,), out_axes=out)
 
 
+def test_forming_is_allowed_leaf_by_leaf():
+    """The first rule that matches counts, as in `adapt`; what none matches is refused."""
+    fn = lambda p, x: x @ jnp.tril(p["one"]["w"]) + x @ jnp.tril(p["two"]["w"]) + x @ p["three"]
+    params = {"one": {"w": normal(6, 6)}, "two": {"w": normal(6, 6, seed=1)}, "three": normal(6, 6, seed=2)}
+    adapted = filled(params, {"**": sj.lora(2)}, sj.roles(fn, params, X))
+    want = fn(sj.merge(adapted), X)
+    for rules in ({"*/w": "allow"}, (("one/*", "allow"), ("**", "allow")), [(lambda path, leaf: True, "allow")]):
+        assert_rounding(jax.jit(sj.with_adapters(fn, on_materialize=rules))(adapted, X), want, size=64)
+    with pytest.raises(MaterializeError, match=r"^two/w: .*'two/w': \"allow\"} for this leaf alone"):
+        sj.with_adapters(fn, on_materialize={"one/w": "allow"})(adapted, X)
+    with pytest.raises(MaterializeError, match=r"^one/w: "):
+        sj.with_adapters(fn, on_materialize={"one/**": "error", "**": "allow"})(adapted, X)
+    with pytest.warns(UserWarning, match=r"^two/w: "):
+        sj.with_adapters(fn, on_materialize={"one/w": "allow", "two/w": "warn"})(adapted, X)
+    with pytest.raises(PatternError, match=r"on_materialize: 'four' matches no leaf; nearest paths"):
+        sj.with_adapters(fn, on_materialize={"four": "allow"})(adapted, X)
+    with pytest.raises(ValueError, match=r'"error", "warn" or "allow", for all or by rules, not \'yes\''):
+        sj.with_adapters(fn, on_materialize={"**": "yes"})
+    # Joined kernels are formed if every one of them may be.
+    both = lambda p, x: x @ jnp.tril(jnp.concatenate([p["one"]["w"], p["two"]["w"]], axis=1))
+    found = sj.with_adapters(both, on_materialize={"*/w": "allow"})(adapted, X)
+    assert_rounding(found, both(sj.merge(adapted), X), size=64)
+    with pytest.raises(MaterializeError, match=r"^one/w, two/w: .*\{one/w,two/w\}"):
+        sj.with_adapters(both, on_materialize={"one/w": "allow"})(adapted, X)
+    bank, rows = sj.bank(params, [adapted]), jnp.ones(5, jnp.int32)
+    assert_rounding(sj.per_row(fn, on_materialize={"*/w": "allow"})(bank, rows, X), want, size=64)
+
+
 def test_roles_never_make_a_kernel_of_two_axes_worse():
     """The use cannot be followed (a mask from outside), so it counts as `adapt` counts it without roles."""
     fn = lambda p, x, mask: x @ (p["w"] * mask)
