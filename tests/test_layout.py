@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "optim": {"core", "linalg", "manifolds", "weights"},
     "merging": {"core", "linalg", "weights"},
     "methods": {"continual", "core", "linalg", "manifolds", "merging", "metrics", "modules", "optim", "weights"},
-    "banks": {"core", "methods", "weights"},
+    "banks": {"core", "methods", "modules", "weights"},
     "modules": {"core", "weights"},
     "io": {"core", "linalg", "methods", "weights"},
     "training": {"core", "io", "sharding"},

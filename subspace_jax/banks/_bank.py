@@ -8,8 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from subspace_jax.banks._parts import Part, pad, padded, part_of
+from subspace_jax.banks._modules import check_links, grouped, kept, stacked
+from subspace_jax.banks._parts import Part, check_base, pad, padded, part_of
 from subspace_jax.core import (
+    Full,
     Params,
     RankError,
     StructureError,
@@ -21,6 +23,7 @@ from subspace_jax.core import (
 )
 from subspace_jax.methods.low_rank.orthogonal_adaptation import ConceptLowRank
 from subspace_jax.methods.low_rank.pego import GroupLowRank
+from subspace_jax.modules import KeptInput, Module, ModuleBank
 from subspace_jax.weights import AdapterBank, LowRank, LowRankCore, map_weights
 
 
@@ -29,6 +32,7 @@ def bank(
     adapters: Sequence[Params],
     *,
     rank: int | None = None,
+    size: int | None = None,
     slots: int | None = None,
     trainable: bool = False,
 ) -> Params:
@@ -36,23 +40,27 @@ def bank(
 
     Slot 0 is the plain base; `adapters[i]` gets slot \(i + 1\). Adapters may have different ranks and scales, cover
     different leaves, and be of LoRA, of DoRA, or of any method whose weight is a low-rank addition. Those that stand
-    on a residual (PiSSA, CorDA) enter on the original array, at twice their rank. Run the model by `per_row`; change
-    the bank by `put` and `remove`.
+    on a residual (PiSSA, CorDA) enter on the original array, at twice their rank. Modules on activations (bottleneck
+    adapters, MoSA, iGSP, Queryable LoRA) enter as they are, of unequal sizes too; those of one kind lie in one stack,
+    and every kind on a kernel costs each row what one of its modules costs. Run the model by `per_row`; change the bank
+    by `put` and `remove`.
 
     Args:
       params: the parameters that all adapters were made on.
       adapters: trees that `adapt` made of `params`, trained or loaded.
-      rank: what all are padded to; the largest rank there is if None.
+      rank: what low-rank adapters are padded to; the largest rank there is if None.
+      size: what hidden layers of modules are padded to; the largest of each kind if None.
       slots: number of slots, slot 0 included; one for each adapter if None. Further ones are free.
       trainable: let the factors, and the magnitudes of DoRA, go on learning, all adapters in one batch. Else all is
         frozen, and DoRA's norms are computed once, here.
 
     Returns:
-      A tree like `params`, with an `AdapterBank` wherever an adapter has a weight. Other leaves are those of `params`.
+      A tree like `params`, with an `AdapterBank` wherever an adapter has a low-rank weight, and a `ModuleBank` wherever
+      one has a module. Other leaves are those of `params`.
 
     Raises:
-      StructureError: an adapter is of another tree or on other numbers, holds a weight that is no low-rank addition,
-        or, with `trainable`, one that cannot go on learning here.
+      StructureError: an adapter is of another tree or on other numbers, holds a weight that is neither a low-rank
+        addition nor a module, or, with `trainable`, one that cannot go on learning here; or a module is above `size`.
       RankError: an adapter's rank is above `rank`.
       ValueError: there are fewer slots than adapters and base.
 
@@ -71,38 +79,50 @@ def bank(
     if slots <= len(adapters):
         raise ValueError(f"bank: {len(adapters)} adapters and the base need {len(adapters) + 1} slots; slots={slots}.")
     found = [adapter_parts(params, one, f"adapter {i}") for i, one in enumerate(adapters)]
-    paths = {path for parts in found for path in parts}
+    paths = dict.fromkeys(path for parts in found for path in parts)
     if not paths:
         raise StructureError("bank: no adapter has a stand-in weight; give trees that adapt() made.")
-    largest = max(part.a.shape[-1] for parts in found for part in parts.values())
-    common: int = largest if rank is None else check_int("bank: rank", rank, least=1)
+    ranks = [one.a.shape[-1] for parts in found for one in parts.values() if isinstance(one, Part)]
+    common: int = max(ranks, default=1) if rank is None else check_int("bank: rank", rank, least=1)
+    size = None if size is None else check_int("bank: size", size, least=1)
     leaves, weights = dict(leaves_with_paths(params)), {}
-    samples = {p: leaf for tree in reversed(adapters) for p, leaf in leaves_with_paths(tree) if is_weight(leaf)}
+    trees = [dict(leaves_with_paths(tree)) for tree in adapters]
     for path in paths:
-        of_slot = {
-            i + 1: padded(path, parts[path], common, f"adapter {i}") for i, parts in enumerate(found) if path in parts
-        }
-        weights[path] = _stacked(path, samples[path], leaves[path], of_slot, slots, trainable)
+        of_slot = {i + 1: parts[path] for i, parts in enumerate(found) if path in parts}
+        below = kept(path, leaves[path], [v for v in of_slot.values() if isinstance(v, (KeptInput, Full))])
+        for group in grouped(path, {i: v for i, v in of_slot.items() if isinstance(v, Module)}, trainable):
+            below = stacked(path, below, group, slots, trainable=trainable, size=size)
+        low = {i: padded(path, v, common, f"adapter {i - 1}") for i, v in of_slot.items() if isinstance(v, Part)}
+        if low:
+            below = _stacked(path, trees[min(low) - 1][path], below, low, slots, trainable)
+        weights[path] = below
     return map_with_paths(lambda path, leaf: weights.get(path, leaf), params)
 
 
-def adapter_parts(params: Params, adapted: Params, what: str) -> dict[str, Part]:
-    """Returns the parts of one adapter by path.
+def adapter_parts(params: Params, adapted: Params, what: str) -> dict[str, Any]:
+    """Returns the parts of one adapter by path: a `Part`, a `Module`, or what only hands on an input or a bias.
 
     Raises:
       StructureError: the adapter does not fit `params`.
     """
-    leaves = dict(leaves_with_paths(params))
-    found: dict[str, Part] = {}
-    for path, leaf in leaves_with_paths(resolve_links(adapted)):
-        if not is_weight(leaf):
-            continue
+    leaves, found = dict(leaves_with_paths(params)), {}
+    adapter = {p: leaf for p, leaf in leaves_with_paths(resolve_links(adapted)) if is_weight(leaf)}
+    for path, leaf in adapter.items():
         if path not in leaves:
             raise StructureError(f"{path}: {what} has a {type(leaf).__name__} here, and the parameters nothing.")
         base = leaves[path]
         if tuple(base.shape) != tuple(leaf.shape):
             raise StructureError(f"{path}: {what} has shape {leaf.shape}, the parameters {base.shape}.")
-        found[path] = part_of(path, leaf, base, what)
+        if isinstance(leaf, (Module, KeptInput)):
+            check_base(path, leaf.base, base, what)
+            found[path] = leaf
+            if isinstance(leaf, Module):
+                check_links(path, leaf, adapter, what)
+        elif isinstance(leaf, Full) and not leaf.trainable:
+            check_base(path, leaf.value, base, what)
+            found[path] = leaf
+        else:
+            found[path] = part_of(path, leaf, base, what)
     return found
 
 
@@ -129,6 +149,11 @@ def _stacked(path: str, sample: Any, base: Any, parts: Mapping[int, Part], slots
             fields["has_magnitude"] = jnp.asarray([i in parts and parts[i].has_magnitude for i in range(slots)])
         else:
             fields["gain"] = stacked("gain", jnp.ones(size, jnp.float32), jnp.float32)
+    if "magnitude" in fields and isinstance(base, ModuleBank):
+        raise StructureError(
+            f"{path}: a magnitude of DoRA learns on a kernel on which other adapters have modules, so it has no norm. "
+            "Make the bank without trainable=True, or two banks."
+        )
     learning = ("a", "b", "magnitude") if "magnitude" in fields else ("a", "b")
     return AdapterBank(
         base=base,

@@ -62,7 +62,7 @@ def part_of(path: str, weight: Any, base: Any, what: str) -> Part:
     if isinstance(weight, (NestedLowRank, ComplementLowRank, AsLowRank)):
         return dataclasses.replace(part_of(path, weight.plain(), base, what), learns=False)
     if isinstance(weight, LowRankCore) and weight.base is not None:
-        _check_base(path, weight.base, base, what)
+        check_base(path, weight.base, base, what)
         core = weight.core if weight.core.ndim == weight.left.ndim else weight.core[..., :, None]
         diagonal = weight.core.ndim != weight.left.ndim
         right = core * weight.right if diagonal else jnp.matmul(core, weight.right, precision=jax.lax.Precision.HIGHEST)
@@ -70,7 +70,7 @@ def part_of(path: str, weight: Any, base: Any, what: str) -> Part:
     if not isinstance(weight, LowRank):
         raise StructureError(f"{path}: {what} has a {type(weight).__name__} of {weight.method!r} here. {_MEND}")
     if weight.start_a is None or weight.start_b is None:
-        _check_base(path, weight.base, base, what)
+        check_base(path, weight.base, base, what)
         # What freezes a side, as Orthogonal Adaptation does, would lose that in a bank that trains both.
         return Part(weight.a, weight.b, weight.scale, learns={"a", "b"} <= set(weight.trainable))
     start = dataclasses.replace(weight, a=weight.start_a, b=weight.start_b, start_a=None, start_b=None)
@@ -78,8 +78,12 @@ def part_of(path: str, weight: Any, base: Any, what: str) -> Part:
     return Part(*weight.original_factors(), weight.scale, learns=False)
 
 
-def _check_base(path: str, found: Any, base: Any, what: str) -> None:
-    """Refuses another base than the shared one."""
+def check_base(path: str, found: Any, base: Any, what: str) -> None:
+    """Refuses another base than the shared one.
+
+    Raises:
+      StructureError: the adapter stands on other numbers, or on another kind of weight.
+    """
     if isinstance(found, Weight) or isinstance(base, Weight):
         if jax.tree.structure(found) != jax.tree.structure(base):
             raise StructureError(

@@ -11,8 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.core import OnMaterialize, PyTree, StructureError, is_tracer, is_weight, map_with_paths, with_adapters
-from subspace_jax.weights import AdapterBank
+from subspace_jax.banks._modules import BANKS
+from subspace_jax.core import (
+    MaterializeRules,
+    PyTree,
+    StructureError,
+    is_tracer,
+    is_weight,
+    map_with_paths,
+    with_adapters,
+)
 
 
 def per_row(
@@ -20,7 +28,7 @@ def per_row(
     *,
     in_axes: Any = 0,
     out_axes: Any = 0,
-    on_materialize: OnMaterialize = "error",
+    on_materialize: MaterializeRules = "error",
 ) -> Callable[..., Any]:
     r"""Makes a function of parameters and a batch take a bank of adapters and one slot for each row.
 
@@ -113,14 +121,14 @@ def _positive(axis: int | None, leaf: Any) -> int | None:
 def _at_row(bank: PyTree, row: jax.Array) -> PyTree:
     """The tree in which every bank of adapters uses one row's."""
 
-    def one(path: str, leaf: Any) -> Any:
-        return dataclasses.replace(leaf, row=row) if isinstance(leaf, AdapterBank) else leaf
+    def one(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, row=row, base=one(leaf.base)) if isinstance(leaf, BANKS) else leaf
 
-    return map_with_paths(one, bank)
+    return map_with_paths(lambda path, leaf: one(leaf), bank)
 
 
 def _check_rows(bank: PyTree, rows: jax.Array) -> None:
-    banks = [leaf for leaf in jax.tree.leaves(bank, is_leaf=is_weight) if isinstance(leaf, AdapterBank)]
+    banks = [leaf for leaf in jax.tree.leaves(bank, is_leaf=is_weight) if isinstance(leaf, BANKS)]
     if not banks:
         raise StructureError("per_row: the tree holds no bank of adapters; make one by sj.bank(params, adapters).")
     if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):

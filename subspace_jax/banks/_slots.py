@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from subspace_jax.banks._bank import adapter_parts
+from subspace_jax.banks._modules import BANKS, fields_for, fits, layers_of, original, taken_module
 from subspace_jax.banks._parts import Part, padded
 from subspace_jax.core import (
     Params,
@@ -20,6 +22,7 @@ from subspace_jax.core import (
     nearest,
 )
 from subspace_jax.methods.low_rank.dora import Magnitude
+from subspace_jax.modules import KeptInput, Module, ModuleBank, alone
 from subspace_jax.weights import AdapterBank
 
 
@@ -48,15 +51,11 @@ def put(bank: Params, slot: int, adapted: Params) -> Params:
       Array([0., 1., 0., 0., 0., 3., 0., 0.], dtype=float32)
     """
     banks = _banks(bank, slot)
-    base = map_with_paths(lambda path, leaf: banks[path].base if path in banks else leaf, bank)
-    parts = adapter_parts(base, adapted, "the adapter")
-    for path in parts:
-        if path not in banks:
-            raise StructureError(
-                f"{path}: the adapter covers this leaf and no adapter of the bank did, so there is no room for it; the "
-                f"bank has {nearest(path, banks)}. Make the bank with this adapter among the first."
-            )
-    return _write(bank, slot, {path: _fitting(path, parts.get(path), one) for path, one in banks.items()})
+    leaves = dict(leaves_with_paths(bank))
+    parts = adapter_parts(map_with_paths(lambda path, leaf: original(leaf), bank), adapted, "the adapter")
+    for path, part in parts.items():
+        _check_room(path, part, leaves[path], banks)
+    return _write(bank, slot, parts)
 
 
 def remove(bank: Params, slot: int) -> Params:
@@ -79,19 +78,20 @@ def remove(bank: Params, slot: int) -> Params:
       >>> float(jnp.abs(sj.banks.remove(bank, 1)["w"].a).max())
       0.0
     """
-    return _write(bank, slot, {path: _fitting(path, None, one) for path, one in _banks(bank, slot).items()})
+    _banks(bank, slot)
+    return _write(bank, slot, {})
 
 
 def take(bank: Params, slot: int) -> Params:
-    """Returns one adapter of a bank as an ordinary adapted tree, at the bank's rank; to save it, for instance.
+    """Returns one adapter of a bank as an ordinary adapted tree, at the bank's rank and size; to save it, for instance.
 
     Args:
       bank: a tree that `bank` made.
       slot: from 1.
 
     Returns:
-      A tree with `LowRank` weights, in a `Magnitude` where the adapter is of DoRA. Leaves that the adapter leaves out
-      are additions of zero.
+      A tree with `LowRank` weights, in a `Magnitude` where the adapter is of DoRA, and with its modules. Leaves that
+      the adapter leaves out are additions of zero, or the base where only modules of other adapters are.
 
     Raises:
       ValueError: there is no such slot.
@@ -104,37 +104,44 @@ def take(bank: Params, slot: int) -> Params:
       >>> sj.banks.take(bank, 1)["w"].b.shape
       (2, 3)
     """
-    banks = _banks(bank, slot)
+    _banks(bank, slot)
+    return map_with_paths(lambda path, leaf: _taken(path, leaf, slot), bank)
 
-    def one(path: str, leaf: Any) -> Any:
-        if path not in banks:
-            return leaf
-        weight, held = banks[path].one(slot), banks[path]
-        weight = dataclasses.replace(weight, trainable=("a", "b"), method="lora")
-        depth = len(held.role.stack_axes)
-        if held.gain is not None and bool(jnp.any(jnp.take(held.gain, slot, axis=depth) != 1.0)):
-            raise StructureError(
-                f"{path}: slot {slot} is of DoRA, of which this bank for serving holds the gains "
-                "alone. Keep the adapter that was put in, or make the bank with trainable=True."
-            )
-        if held.magnitude is None or held.has_magnitude is None or not bool(held.has_magnitude[slot]):
-            return weight
-        return Magnitude(
-            direction=weight,
-            magnitude=jnp.take(held.magnitude, slot, axis=depth),
-            detach_norm=held.detach_norm,
-            role=held.role,
-            dtype=held.dtype,
-            trainable=("magnitude",),
-            method="dora(lora)",
+
+def _taken(path: str, leaf: Any, slot: int) -> Any:
+    """One slot of one leaf."""
+    if isinstance(leaf, ModuleBank):
+        return taken_module(leaf, slot) if bool(leaf.present[slot]) else _taken(path, leaf.base, slot)
+    if not isinstance(leaf, AdapterBank):
+        return leaf
+    if isinstance(leaf.base, (ModuleBank, KeptInput)) and float(leaf.scale[slot]) == 0.0:
+        return _taken(path, leaf.base, slot)
+    return _low_rank(path, dataclasses.replace(leaf, base=original(leaf)), slot)
+
+
+def _low_rank(path: str, held: AdapterBank, slot: int) -> Any:
+    weight, depth = dataclasses.replace(held.one(slot), trainable=("a", "b"), method="lora"), len(held.role.stack_axes)
+    if held.gain is not None and bool(jnp.any(jnp.take(held.gain, slot, axis=depth) != 1.0)):
+        raise StructureError(
+            f"{path}: slot {slot} is of DoRA, of which this bank for serving holds the gains "
+            "alone. Keep the adapter that was put in, or make the bank with trainable=True."
         )
+    if held.magnitude is None or held.has_magnitude is None or not bool(held.has_magnitude[slot]):
+        return weight
+    return Magnitude(
+        direction=weight,
+        magnitude=jnp.take(held.magnitude, slot, axis=depth),
+        detach_norm=held.detach_norm,
+        role=held.role,
+        dtype=held.dtype,
+        trainable=("magnitude",),
+        method="dora(lora)",
+    )
 
-    return map_with_paths(one, bank)
 
-
-def _banks(bank: Params, slot: int) -> dict[str, AdapterBank]:
+def _banks(bank: Params, slot: int) -> dict[str, AdapterBank | ModuleBank]:
     """The bank's leaves by path; refuses a slot that is not there."""
-    found = {path: leaf for path, leaf in leaves_with_paths(bank) if isinstance(leaf, AdapterBank)}
+    found = {path: leaf for path, leaf in leaves_with_paths(bank) if isinstance(leaf, BANKS)}
     if not found:
         raise StructureError("The tree holds no bank of adapters; make one by sj.bank(params, adapters).")
     slots = next(iter(found.values())).slots
@@ -142,6 +149,28 @@ def _banks(bank: Params, slot: int) -> dict[str, AdapterBank]:
     if slot >= slots:
         raise ValueError(f"slot {slot}: the bank has slots 1 to {slots - 1}, and the plain base in 0.")
     return found
+
+
+def _check_room(path: str, part: Any, leaf: Any, banks: Mapping[str, Any]) -> None:
+    """Refuses an adapter's part that no bank of the leaf can hold."""
+    layers = list(layers_of(leaf))
+    if isinstance(part, Part):
+        room = any(isinstance(one, AdapterBank) for one in layers)
+    elif isinstance(part, Module):
+        room = any(isinstance(one, ModuleBank) and fits(one, part) for one in layers)
+    else:
+        room = any(type(one) is type(part) for one in layers)
+    if room:
+        return
+    if path not in banks:
+        raise StructureError(
+            f"{path}: the adapter covers this leaf and no adapter of the bank did, so there is no room for it; the "
+            f"bank has {nearest(path, banks)}. Make the bank with this adapter among the first."
+        )
+    raise StructureError(
+        f"{path}: the adapter has a {type(part).__name__} here, and no adapter of the bank has had one of this kind. "
+        "Make the bank with this adapter among the first."
+    )
 
 
 def _fitting(path: str, part: Part | None, held: AdapterBank) -> Part:
@@ -166,21 +195,33 @@ def _fitting(path: str, part: Part | None, held: AdapterBank) -> Part:
     return padded(path, whole, held.rank, "the adapter")
 
 
-def _write(bank: Params, slot: int, parts: dict[str, Part]) -> Params:
-    def one(path: str, leaf: Any) -> Any:
-        if path not in parts:
-            return leaf
-        part, depth = parts[path], len(leaf.role.stack_axes)
-        changed = {name: _set(getattr(leaf, name), slot, getattr(part, name), depth) for name in ("a", "b")}
-        changed["scale"] = _set(leaf.scale, slot, part.scale, 0)
-        for name in ("gain", "magnitude"):
-            if getattr(leaf, name) is not None:
-                changed[name] = _set(getattr(leaf, name), slot, getattr(part, name), depth)
-        if leaf.has_magnitude is not None:
-            changed["has_magnitude"] = _set(leaf.has_magnitude, slot, part.has_magnitude, 0)
-        return dataclasses.replace(leaf, **changed)
+def _write(bank: Params, slot: int, parts: Mapping[str, Any]) -> Params:
+    """The bank with an adapter's parts in a slot; whatever the adapter leaves out is emptied."""
+    return map_with_paths(lambda path, leaf: _written(path, leaf, slot, parts.get(path)), bank)
 
-    return map_with_paths(one, bank)
+
+def _written(path: str, leaf: Any, slot: int, part: Any) -> Any:
+    if isinstance(leaf, ModuleBank):
+        mine = part if isinstance(part, Module) and fits(leaf, part) else None
+        depth, slotwise, changed = len(leaf.role.stack_axes), alone(leaf.module), {}
+        for name, value in fields_for(path, leaf, mine).items():
+            axis = 0 if name in slotwise else depth
+            changed[name] = _set(getattr(leaf.module, name), slot, value, axis)
+        module = dataclasses.replace(leaf.module, **changed)
+        present = _set(leaf.present, slot, mine is not None, 0)
+        return dataclasses.replace(leaf, base=_written(path, leaf.base, slot, part), module=module, present=present)
+    if not isinstance(leaf, AdapterBank):
+        return leaf
+    whole, depth = part, len(leaf.role.stack_axes)
+    part = _fitting(path, part if isinstance(part, Part) else None, leaf)
+    changed = {name: _set(getattr(leaf, name), slot, getattr(part, name), depth) for name in ("a", "b")}
+    changed["scale"] = _set(leaf.scale, slot, part.scale, 0)
+    for name in ("gain", "magnitude"):
+        if getattr(leaf, name) is not None:
+            changed[name] = _set(getattr(leaf, name), slot, getattr(part, name), depth)
+    if leaf.has_magnitude is not None:
+        changed["has_magnitude"] = _set(leaf.has_magnitude, slot, part.has_magnitude, 0)
+    return dataclasses.replace(leaf, base=_written(path, leaf.base, slot, whole), **changed)
 
 
 def _set(array: jax.Array, slot: int, value: Any, axis: int) -> jax.Array:

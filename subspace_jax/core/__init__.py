@@ -7,7 +7,6 @@ from subspace_jax.core._adapt import PlanFn as PlanFn
 from subspace_jax.core._adapt import adapt as adapt
 from subspace_jax.core._adapt import full as full
 from subspace_jax.core._adapt import require_matrix as require_matrix
-from subspace_jax.core._adapt import select_paths as select_paths
 from subspace_jax.core._apply import with_adapters as with_adapters
 from subspace_jax.core._capture import Statistics as Statistics
 from subspace_jax.core._capture import capture as capture
@@ -35,6 +34,7 @@ from subspace_jax.core._errors import SubspaceError as SubspaceError
 from subspace_jax.core._errors import WeightFileError as WeightFileError
 from subspace_jax.core._errors import nearest as nearest
 from subspace_jax.core._full import Full as Full
+from subspace_jax.core._interpret import MaterializeRules as MaterializeRules
 from subspace_jax.core._interpret import OnMaterialize as OnMaterialize
 from subspace_jax.core._labels import placed_like as placed_like
 from subspace_jax.core._labels import product as product
@@ -64,6 +64,7 @@ from subspace_jax.core._register_weight import structure_names as structure_name
 from subspace_jax.core._register_weight import structure_of as structure_of
 from subspace_jax.core._role import Role as Role
 from subspace_jax.core._roles import roles as roles
+from subspace_jax.core._selectors import select_paths as select_paths
 from subspace_jax.core._summary import Summary as Summary
 from subspace_jax.core._summary import SummaryRow as SummaryRow
 from subspace_jax.core._summary import summary as summary
@@ -92,6 +93,7 @@ __all__ = [
     "Leaf",
     "Lookup",
     "MaterializeError",
+    "MaterializeRules",
     "Method",
     "Need",
     "NonFiniteError",

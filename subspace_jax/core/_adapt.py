@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -24,10 +24,9 @@ from subspace_jax.core._need import Need
 from subspace_jax.core._partition import key_for
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths, matches
 from subspace_jax.core._role import Role
-from subspace_jax.core._types import Params, PyTree
+from subspace_jax.core._selectors import Selector, check_selector, few, selects
+from subspace_jax.core._types import Params
 from subspace_jax.core._weight import Weight, is_weight
-
-Selector = str | Callable[[str, jax.Array], bool] | tuple[Any, ...]
 
 
 class InitFn(Protocol):
@@ -192,8 +191,8 @@ def _choose(rules: list[tuple[Selector, Method | None]], leaves: list[tuple[str,
     if not rules:
         raise PatternError('No rules were given. Pass, for instance, {"**/kernel": sj.lora(rank=8)}.')
     for selector, _ in rules:
-        _check_selector(selector, leaves, "Rule ")
-    matching = {path: [i for i, (s, _) in enumerate(rules) if _selects(s, path, leaf)] for path, leaf in leaves}
+        check_selector(selector, leaves, "Rule ")
+    matching = {path: [i for i, (s, _) in enumerate(rules) if selects(s, path, leaf)] for path, leaf in leaves}
     _check_winners(rules, matching)
     chosen: dict[str, Method] = {}
     for path, hits in matching.items():
@@ -220,38 +219,9 @@ def _check_winners(rules: list[tuple[Selector, Method | None]], matching: Mappin
         taken = {path: rules[hits[0]][0] for path, hits in matching.items() if i in hits}
         by = ", ".join(map(repr, dict.fromkeys(taken.values())))
         raise PatternError(
-            f"Rule {selector!r} decides on no leaf: all that it matches ({_few(list(taken))}) are taken by the earlier "
+            f"Rule {selector!r} decides on no leaf: all that it matches ({few(list(taken))}) are taken by the earlier "
             f"{by}. The first matching rule wins: put the special rule before the general one, or drop it."
         )
-
-
-def _few(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-
-def _check_selector(selector: Selector, leaves: list[tuple[str, Any]], what: str = "") -> None:
-    """Refuses a selector, or a part of a tuple of them, that matches nothing."""
-    if isinstance(selector, tuple):
-        for one in selector:
-            _check_selector(one, leaves, what)
-        if selector:
-            return
-    elif not isinstance(selector, str) and not callable(selector):
-        raise TypeError(
-            f"{what}{selector!r} is a {type(selector).__name__}; expected a glob such as '**/kernel', a predicate of "
-            "path and array, or a tuple of these."
-        )
-    elif any(_selects(selector, path, leaf) for path, leaf in leaves):
-        return
-    paths = [path for path, _ in leaves]
-    hint = (
-        f"nearest paths: {nearest(selector.replace('**/', ''), paths)}"
-        if isinstance(selector, str)
-        else (f"the tree has {len(paths)} leaves, the first is {paths[0] if paths else None!r}")
-    )
-    raise PatternError(
-        f"{what}{selector!r} matches no leaf; {hint}. `*` stays within one name, `**` crosses any depth."
-    )
 
 
 def _check_roles(roles: Mapping[str, Role], paths: list[str]) -> None:
@@ -286,12 +256,6 @@ def _plan(key: jax.Array, leaves: Mapping[str, Leaf], chosen: Mapping[str, Metho
 def _identity(method: Method) -> Hashable:
     """What methods that plan together have in common: name and settings; else a method plans for itself."""
     return id(method) if method.settings is None else (method.name, method.settings)
-
-
-def _selects(selector: Selector, path: str, leaf: Any) -> bool:
-    if isinstance(selector, tuple):
-        return any(_selects(one, path, leaf) for one in selector)
-    return matches(selector, path) if isinstance(selector, str) else bool(selector(path, leaf))
 
 
 def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None) -> None:
@@ -355,19 +319,3 @@ def require_matrix(array: jax.Array, role: Role) -> None:
             "roles={'pattern': sj.Role.dense(in_axes=..., out_axes=...)}."
         )
     role.check(array.shape)
-
-
-def select_paths(tree: PyTree, selector: Selector | Iterable[str]) -> list[str]:
-    """Returns the paths that a selector matches.
-
-    Args:
-      tree: any tree.
-      selector: a glob, a predicate of path and array, or several globs.
-
-    Raises:
-      PatternError: a glob matches nothing.
-    """
-    leaves = leaves_with_paths(tree)
-    selectors = (selector,) if isinstance(selector, str) or callable(selector) else tuple(selector)
-    _check_selector(selectors, leaves)
-    return [path for path, leaf in leaves if _selects(selectors, path, leaf)]

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from subspace_jax.core import _compat, _control_flow, _rescaled, _rules  # noqa: F401  (the latter three register rules)
+from subspace_jax.core import (  # noqa: F401  (all but the first register rules)
+    _compat,
+    _control_flow,
+    _cutting,
+    _joining,
+    _rescaled,
+    _rules,
+)
 from subspace_jax.core._context import Context
-from subspace_jax.core._interpret import CustomRules, Interpreter, OnMaterialize
+from subspace_jax.core._interpret import CustomRules, Interpreter, MaterializeRules, OnMaterialize
 from subspace_jax.core._links import resolved
 from subspace_jax.core._nnx import advise, is_nnx_module, is_nnx_variable
 from subspace_jax.core._paths import path_string
+from subspace_jax.core._selectors import check_selector, selects
 from subspace_jax.core._weight import Weight, is_weight
 from subspace_jax.core._weight_view import WeightView
 
@@ -24,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def with_adapters(
     fn: F,
     *,
-    on_materialize: OnMaterialize = "error",
+    on_materialize: MaterializeRules = "error",
     custom_rules: CustomRules = "keep",
     collect: bool = False,
 ) -> F:
@@ -39,7 +47,9 @@ def with_adapters(
       fn: any function; `model.apply` of Flax Linen, a function that merges an NNX graph, a plain one. Everything
         that is not a weight (arrays, flags, keys, strings) is passed on unchanged.
       on_materialize: what to do where the model needs the full array: "error" refuses and names the primitive, the
-        weight and what helps; "warn" forms it with a warning; "allow" forms it.
+        weight and what helps; "warn" forms it with a warning; "allow" forms it. Or ordered rules, as `adapt` takes
+        them, from selectors of leaves to one of these words: the first that matches counts, and a leaf that none
+        matches is refused.
       custom_rules: what to do where a weight enters a function with a derivative rule of its own (`jax.custom_vjp`,
         `jax.custom_jvp`). "keep" needs the full array, so that the rule holds; "inline" differentiates the function's
         body in place of the rule, and forms nothing.
@@ -52,6 +62,7 @@ def with_adapters(
 
     Raises:
       MaterializeError: when called, if the full array would be formed and `on_materialize` is "error".
+      PatternError: when called, if a rule of `on_materialize` matches no stand-in.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -61,8 +72,7 @@ def with_adapters(
       >>> apply(adapted, jnp.ones((1, 4)))
       Array([[4., 4., 4.]], dtype=float32)
     """
-    if on_materialize not in ("error", "warn", "allow"):
-        raise ValueError(f'on_materialize is "error", "warn" or "allow", not {on_materialize!r}.')
+    _check_words(on_materialize)
     if custom_rules not in ("keep", "inline"):
         raise ValueError(f'custom_rules is "keep" or "inline", not {custom_rules!r}.')
 
@@ -102,17 +112,41 @@ def with_adapters(
             for i, w in zip(places, weights, strict=True)
         ]
         context = Context(collect=collect)
-        interpreter = Interpreter(on_materialize, custom_rules, context=context)
-        results = _assemble(outputs, interpreter.run(_compat.program(closed), standins), on_materialize)
+        chosen = _chosen_words(on_materialize, [(view.path, view.weight) for view in standins])
+        interpreter = Interpreter(chosen, custom_rules, context=context)
+        results = _assemble(outputs, interpreter.run(_compat.program(closed), standins), interpreter.form)
         reports = {path: found[0] if len(found) == 1 else found for path, found in context.reports.items()}
         return (results, reports) if collect else results
 
     return wrapped  # pyright: ignore[reportReturnType]
 
 
-def _assemble(outputs: dict[str, Any], results: list[Any], on_materialize: OnMaterialize) -> Any:
+def _check_words(rules: MaterializeRules) -> None:
+    words: list[Any] = [rules] if isinstance(rules, str) else [word for _, word in _pairs(rules)]
+    for word in words:
+        if word not in ("error", "warn", "allow"):
+            raise ValueError(f'on_materialize is "error", "warn" or "allow", for all or by rules, not {word!r}.')
+
+
+def _pairs(rules: Any) -> list[tuple[Any, Any]]:
+    return list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+
+
+def _chosen_words(rules: MaterializeRules, leaves: list[tuple[str, Any]]) -> OnMaterialize | dict[str, OnMaterialize]:
+    """What to do where a stand-in would be formed, by path: what the first matching rule says."""
+    if isinstance(rules, str):
+        return rules
+    pairs = _pairs(rules)
+    for selector, _ in pairs:
+        check_selector(selector, leaves, "on_materialize: ")
+    words: dict[str, OnMaterialize] = {}
+    for path, leaf in leaves:
+        words[path] = next((word for selector, word in pairs if selects(selector, path, leaf)), "error")
+    return words
+
+
+def _assemble(outputs: dict[str, Any], results: list[Any], form: Callable[[Any, str], Any]) -> Any:
     """Puts arrays, handed-through weights and static results back into the tree that `fn` returned."""
-    form = Interpreter(on_materialize).form
     whole = (
         r.weight if isinstance(r, WeightView) and r.is_plain else form(r, "the result of the function") for r in results
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core._adapt import Rules, Selector, chosen_methods, select_paths
+from subspace_jax.core._adapt import Rules, chosen_methods
 from subspace_jax.core._apply import with_adapters
 from subspace_jax.core._errors import StatisticsError
 from subspace_jax.core._need import Need, ScaleExamples, input_statistics
@@ -18,6 +18,7 @@ from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._probe import Probed
 from subspace_jax.core._role import Role
 from subspace_jax.core._roles import roles as find_roles
+from subspace_jax.core._selectors import Selector, select_paths
 from subspace_jax.core._types import Batch, Params
 from subspace_jax.core._weight import is_weight
 

@@ -12,6 +12,7 @@ from subspace_jax.core import _compat
 from subspace_jax.core._context import Context, unseen_state, zeros_of
 from subspace_jax.core._errors import MaterializeError
 from subspace_jax.core._interpret import Interpreter, rule
+from subspace_jax.core._weight import nested_weights
 from subspace_jax.core._weight_view import WeightView
 
 # Calls whose body means the same inline.
@@ -128,14 +129,15 @@ def _scan(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] 
 
     outside = interpreter.context
     # Over layers the state goes on from one to the next; over time or parts of a batch each step starts from outside.
-    over_layers = any(isinstance(v, WeightView) and v.weight.uses_context for v in scanned)
+    layers = [w for v in scanned if isinstance(v, WeightView) for w in nested_weights(v.weight).values()]
+    over_layers = any(w.uses_context for w in layers)
 
     def layer_of(context: Context, state: list[Any], slices: list[Any]) -> list[Any]:
         inside = _merge_carry(constant, kept_carry, state, len(carry))
         layer = [rebuild(one) for rebuild, one in zip(rebuilds, slices, strict=True)]
         return interpreter.within(context).run(body, [*consts, *inside, *layer])
 
-    if any(isinstance(v, WeightView) and v.weight.keeps_state for v in scanned):
+    if any(w.keeps_state for w in layers):
         outside.state = {**outside.state, **unseen_state(outside, layer_of, [carry[i] for i in kept_carry], mapped)}
     shared = outside.state if over_layers else {}
 

@@ -23,6 +23,7 @@ class Full(Weight):
 
     value: jax.Array
 
+    divisible: ClassVar[tuple[str, ...]] = ("in", "out")
     axes: ClassVar[Mapping[str, str]] = {"value": "array"}
 
     @property

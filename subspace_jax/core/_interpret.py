@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from subspace_jax.core import _compat
 from subspace_jax.core._context import Context
 from subspace_jax.core._errors import MaterializeError
+from subspace_jax.core._selectors import Selector
 from subspace_jax.core._weight_view import WeightView
 
 OnMaterialize = Literal["error", "warn", "allow"]
+MaterializeRules = OnMaterialize | Mapping[Any, OnMaterialize] | Sequence[tuple[Selector, OnMaterialize]]
 CustomRules = Literal["keep", "inline"]
 Rule = Callable[["Interpreter", Any, list[Any]], "list[Any] | None"]
 
@@ -37,13 +39,14 @@ class Interpreter:
     """One evaluation of a program.
 
     Attributes:
-      on_materialize: what to do where the full array would have to be formed.
+      on_materialize: what to do where the full array would have to be formed: for all, or by path of the leaf; where
+        a path is not named, to refuse.
       custom_rules: whether a function with derivative rules of its own keeps them, or its body is differentiated.
       path: identity of the place in the program, outermost equation first.
       context: the state that stand-ins share, and what they report.
     """
 
-    on_materialize: OnMaterialize = "error"
+    on_materialize: OnMaterialize | Mapping[str, OnMaterialize] = "error"
     custom_rules: CustomRules = "keep"
     path: tuple[int, ...] = ()
     context: Context = dataclasses.field(default_factory=Context)
@@ -102,17 +105,25 @@ class Interpreter:
         observed = value.weight.observe(primitive, self.path)
         if observed is not None:
             return jnp.transpose(observed.astype(value.dtype), value.permutation)
-        message = _refusal(value, primitive)
-        if self.on_materialize == "error":
+        message, chosen = _refusal(value, primitive), self._policies(value)
+        if "error" in chosen:
             raise MaterializeError(message)
-        if self.on_materialize == "warn":
+        if "warn" in chosen:
             warnings.warn(message, stacklevel=2)
         return value.array()
+
+    def _policies(self, value: WeightView) -> set[OnMaterialize]:
+        """What was asked for the leaves that a weight is made of."""
+        if isinstance(self.on_materialize, str):
+            return {self.on_materialize}
+        return {self.on_materialize.get(path, "error") for path in value.weight.leaf_paths(value.path)}
 
 
 def _refusal(value: WeightView, primitive: str) -> str:
     """Says which weight would have to be formed, for what, and what helps."""
     weight, role = value.weight, value.weight.role
+    path = ",".join(weight.leaf_paths(value.path))
+    path = f"{{{path}}}" if "," in path else path
     message = (
         f"{value.path}: the model uses this {type(weight).__name__} of shape {weight.shape} in {primitive!r}, for "
         f"which the full array must be formed (role {role.kind!r}: stack={role.stack_axes} in={role.in_axes} "
@@ -125,5 +136,5 @@ def _refusal(value: WeightView, primitive: str) -> str:
         )
     return message + (
         'Leave this leaf out of the pattern, or pass on_materialize="allow" to with_adapters if forming it at every '
-        "step is acceptable."
+        f'step is acceptable; {{{path!r}: "allow"}} for this leaf alone.'
     )

@@ -168,3 +168,26 @@ def _explicit_spec(
         used.update(kept)
         entries.append(kept or None)
     return PartitionSpec(*entries)
+
+
+def reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
+    """Groups of old and new axes of equal products, in order; axes of size one beside others join a neighbor."""
+    if not old or not new:
+        return None
+    groups, i, j = [], 0, 0
+    while i < len(old) and j < len(new):
+        first, second, left, right = i, j, old[i], new[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right and i < len(old):
+                left, i = left * old[i], i + 1
+            elif right < left and j < len(new):
+                right, j = right * new[j], j + 1
+            else:
+                return None
+        groups.append((tuple(range(first, i)), tuple(range(second, j))))
+    if not groups:
+        return None
+    last_old, last_new = groups[-1]
+    groups[-1] = ((*last_old, *range(i, len(old))), (*last_new, *range(j, len(new))))
+    return groups

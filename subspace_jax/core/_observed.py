@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from subspace_jax.core._labels import reshape_groups
 from subspace_jax.core._operation import Operation
 from subspace_jax.core._operations import Convolution, Dot, Lookup, RaggedDot
 from subspace_jax.core._register_weight import register_weight
@@ -41,6 +42,12 @@ class Notes:
         """Records that an axis runs over whole layers."""
         if axis not in self.stack_axes:
             self.stack_axes.append(axis)
+
+    def share(self, others: Sequence[Notes]) -> None:
+        """From now on all of these record each other's uses: their leaves run through one loop."""
+        for other in others:
+            self.uses |= other.uses
+            other.uses = self.uses
 
     def role(self, ndim: int) -> Role:
         """The role that fits the uses; a lookup outweighs a tied output, the first product every later one."""
@@ -140,7 +147,7 @@ class Observed(Weight):
 
     def contract(self, x: jax.Array, operation: Operation) -> Any:
         """Records a product, convolution or lookup."""
-        self.notes.uses[operation.path] = self._role_in(operation)
+        self.record(operation)
         result = operation.apply(x, self.value)
         if isinstance(operation, Lookup) and self.ndim > 2 and self.whole:
             # Perhaps a choice among kernels, which the next product tells.
@@ -150,6 +157,10 @@ class Observed(Weight):
             made = dataclasses.replace(self, value=result, original=original, computed=True, dtype=result.dtype)
             return WeightView.of(made, "")
         return result
+
+    def record(self, operation: Operation) -> None:
+        """Records a product, convolution or lookup that something else answers."""
+        self.notes.uses[operation.path] = self._role_in(operation)
 
     def _role_in(self, operation: Operation) -> Role:
         if not self.whole:
@@ -191,40 +202,17 @@ class Observed(Weight):
 
     def reshape(self, shape: tuple[int, ...]) -> Observed | None:
         """Returns the value reshaped, with the leaf's axes that each new axis is made of."""
-        groups = _reshape_groups(self.shape, shape) if self.whole else None
+        groups = reshape_groups(self.shape, shape) if self.whole else None
         if groups is None:
             return None
         original: list[tuple[int, ...]] = [()] * len(shape)
         for old, new in groups:
             merged = tuple(dict.fromkeys(i for axis in old for i in self.original[axis]))
-            for axis in new:
-                original[axis] = merged
+            for axis in new:  # a new axis of size one, as of a stack to be, is none of the leaf's
+                original[axis] = merged if shape[axis] > 1 or len(new) == 1 else ()
         return dataclasses.replace(self, value=self.value.reshape(shape), original=tuple(original))
 
     def derived(self, function: Callable[[jax.Array], jax.Array]) -> Observed:
         """Returns the value after an operation on shapes that does not keep axes apart."""
         value = function(self.value)
         return dataclasses.replace(self, value=value, original=((),) * value.ndim, whole=False)
-
-
-def _reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """Groups of old and new axes of equal products, in order; axes of size one beside others join a neighbor."""
-    if not old or not new:
-        return None
-    groups, i, j = [], 0, 0
-    while i < len(old) and j < len(new):
-        first, second, left, right = i, j, old[i], new[j]
-        i, j = i + 1, j + 1
-        while left != right:
-            if left < right and i < len(old):
-                left, i = left * old[i], i + 1
-            elif right < left and j < len(new):
-                right, j = right * new[j], j + 1
-            else:
-                return None
-        groups.append((tuple(range(first, i)), tuple(range(second, j))))
-    if not groups:
-        return None
-    last_old, last_new = groups[-1]
-    groups[-1] = ((*last_old, *range(i, len(old))), (*last_new, *range(j, len(new))))
-    return groups

@@ -115,7 +115,7 @@ class Convolution(Operation):
         Returns:
           The result; None for a grouped convolution, whose features do not mix.
         """
-        if self.parameters["feature_group_count"] > 1 or self.parameters["batch_group_count"] > 1:
+        if not self.mixes_features:
             return None
         labels, last = self.x_labels, self._spec.lhs_spec[1]
         few = tuple("few" if i == last else n for i, n in enumerate(labels))
@@ -126,6 +126,16 @@ class Convolution(Operation):
         out_of = out_of.astype(self.dtype)
         y = product(y, made, out_of, ("few", self._out_label), self.out_labels, precision=self._precision)
         return y.astype(self.out_dtype)
+
+    @property
+    def mixes_features(self) -> bool:
+        """Whether every output feature reads all input features: the convolution is not grouped."""
+        return self.parameters["feature_group_count"] == 1 and self.parameters["batch_group_count"] == 1
+
+    @property
+    def x_feature(self) -> int:
+        """The image's axis of features."""
+        return self._spec.lhs_spec[1]
 
     @property
     def feature_axes(self) -> tuple[int, int]:
@@ -159,9 +169,8 @@ class Convolution(Operation):
     def _start(
         self, x: jax.Array, factor: jax.Array, labels: Labels, needed: set[str]
     ) -> tuple[jax.Array, Labels] | None:
-        grouped = self.parameters["feature_group_count"] > 1 or self.parameters["batch_group_count"] > 1
         new = [n for n in labels if n not in self.in_labels]
-        if grouped or len(new) != 1 or len(labels) != len(self.shape):
+        if not self.mixes_features or len(new) != 1 or len(labels) != len(self.shape):
             return None
         # The factor's kernel has its hidden axis where the model's kernel has its output axis.
         order = [new[0] if n == self._out_label else n for n in self.weight_labels]

@@ -54,6 +54,14 @@ class Rescaled(Weight):
             matrix = matrix * self.outputs
         return self.role.unmatrix(matrix, self.shape).astype(self.dtype if dtype is None else dtype)
 
+    def answers(self, operation: Operation) -> bool:
+        """Tells whether the weight inside answers an operation."""
+        return self.inner.answers(operation)
+
+    def leaf_paths(self, path: str) -> tuple[str, ...]:
+        """Returns the paths of the weight inside."""
+        return self.inner.leaf_paths(path)
+
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Scales what the weight's inputs or outputs are in the operation."""
         depth = self.role.stack_shape(self.shape)

@@ -15,11 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from subspace_jax.core import _compat
 from subspace_jax.core._interpret import Interpreter, rule
+from subspace_jax.core._operation import Operation
 from subspace_jax.core._operations import Convolution, Dot, Lookup, RaggedDot
 from subspace_jax.core._weight_view import WeightView
 
 
-def _use_fields(interpreter: Interpreter, eqn: Any, value: WeightView) -> dict[str, Any]:
+def use_fields(interpreter: Interpreter, eqn: Any, value: WeightView) -> dict[str, Any]:
+    """Returns what every operation says of the weight it meets."""
     return {
         "role": value.weight.role,
         "shape": value.weight.shape,
@@ -41,13 +43,18 @@ def _dot_general(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> lis
     value, x = (left, right) if weight_first else (right, left)
     parameters = dict(eqn.params)
     operation = Dot(
-        **_use_fields(interpreter, eqn, value),
+        **use_fields(interpreter, eqn, value),
         dimension_numbers=parameters.pop("dimension_numbers"),
         weight_first=weight_first,
         x_ndim=x.ndim,
         parameters=parameters,
     )
-    return [value.weight.contract(x, operation)]
+    return answered(value, x, operation)
+
+
+def answered(value: WeightView, x: Any, operation: Operation) -> list[Any] | None:
+    """Returns what the weight gives for an operation; None where the array has to be formed."""
+    return [value.weight.contract(x, operation)] if value.weight.answers(operation) else None
 
 
 @rule("conv_general_dilated")
@@ -55,8 +62,8 @@ def _conv_general_dilated(interpreter: Interpreter, eqn: Any, operands: list[Any
     x, value = operands
     if isinstance(x, WeightView):
         return None
-    operation = Convolution(**_use_fields(interpreter, eqn, value), parameters=dict(eqn.params))
-    return [value.weight.contract(x, operation)]
+    operation = Convolution(**use_fields(interpreter, eqn, value), parameters=dict(eqn.params))
+    return answered(value, x, operation)
 
 
 @rule("ragged_dot_general")
@@ -77,8 +84,8 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list
     if role.is_matrix and (role.stack_axes, role.in_axes, role.out_axes) != ((0,), (1,), (2,)):
         return None
     kept = {k: v for k, v in p.items() if k in ("precision", "preferred_element_type")}
-    operation = RaggedDot(**_use_fields(interpreter, eqn, value), group_sizes=group_sizes, parameters=kept)
-    return [weight.contract(x, operation)]
+    operation = RaggedDot(**use_fields(interpreter, eqn, value), group_sizes=group_sizes, parameters=kept)
+    return answered(value, x, operation)
 
 
 def _tuples(value: Any) -> Any:
@@ -108,13 +115,16 @@ def _gather(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any
     component = numbers.start_index_map.index(axis)
     kept = ("indices_are_sorted", "unique_indices", "mode", "fill_value")
     operation = Lookup(
-        **_use_fields(interpreter, eqn, value),
+        **use_fields(interpreter, eqn, value),
         axis=axis,
         x_ndim=indices.ndim - 1,
         offset_dims=tuple(offsets),
         parameters={k: eqn.params[k] for k in kept},
     )
-    found = value.weight.contract(indices if alone else indices[..., component : component + 1], operation)
+    results = answered(value, indices if alone else indices[..., component : component + 1], operation)
+    if results is None:
+        return None
+    found = results[0]
     return [found if kept_axis is None else jnp.expand_dims(found, kept_axis)]
 
 
@@ -163,7 +173,8 @@ def _place(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any]
 
 
 @rule("reshape", "expand_dims")
-def _reshape(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+def reshape(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """Returns the weight of the reshaped array; None where its new axes cut across matrices."""
     value = operands[0]
     if eqn.primitive.name == "reshape" and eqn.params.get("dimensions") is not None:
         value = value.transpose(tuple(eqn.params["dimensions"]))
@@ -181,7 +192,7 @@ def _reshape(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[An
 def _broadcast_in_dim(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
     shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if math.prod(shape) == math.prod(operands[0].shape) and list(dims) == sorted(dims):
-        return _reshape(interpreter, eqn, operands)
+        return reshape(interpreter, eqn, operands)
     return _derive(operands[0], lambda array: lax.broadcast_in_dim(array, shape, dims))
 
 
@@ -189,105 +200,3 @@ def _derive(value: WeightView, function: Callable[[jax.Array], jax.Array]) -> li
     """Follows a weight that only observes through an operation on shapes."""
     derived = value.weight.derived(lambda array: function(jnp.transpose(array, value.permutation)))
     return None if derived is None else [dataclasses.replace(WeightView.of(derived, value.path), dtype=value.dtype)]
-
-
-@rule("slice")
-def _slice(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    value = operands[0]
-    starts, limits, strides = (eqn.params[k] for k in ("start_indices", "limit_indices", "strides"))
-    sizes = tuple(b - a for a, b in zip(starts, limits, strict=True))
-    if strides is None or all(n == 1 for n in strides):
-        return _slice_stack(value, starts, sizes)
-    for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
-
-        def take(array: jax.Array, place: int, cut: Any = (start, limit, stride)) -> jax.Array:
-            return lax.slice_in_dim(array, *cut, axis=place)
-
-        whole = (start, limit, stride) == (0, value.shape[axis], 1)
-        weight = value.weight if whole else value.weight.map_axis(value.permutation[axis], take)
-        if weight is None:
-            return None
-        value = dataclasses.replace(value, weight=weight)
-    return [value]
-
-
-@rule("split")
-def _split(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    value, axis = operands[0], eqn.params["axis"]
-    found, start = [], 0
-    for size in map(int, eqn.params["sizes"]):
-        starts = tuple(start if i == axis else 0 for i in range(len(value.shape)))
-        sizes = tuple(size if i == axis else n for i, n in enumerate(value.shape))
-        part = _slice_stack(value, starts, sizes)
-        if part is None:
-            return None
-        found += part
-        start += size
-    return found
-
-
-@rule("dynamic_slice")
-def _dynamic_slice(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    value, *starts = operands
-    sizes = tuple(eqn.params["slice_sizes"])
-    looked_up = _lookup_of_one(interpreter, eqn, value, starts, sizes)
-    if looked_up is not None:
-        return looked_up
-    if len(sizes) == 2 and sizes[0] == 1 and _compat.is_tracer(starts[0]):
-        value.weight.observe_row()
-    return _slice_stack(value, starts, sizes)
-
-
-def _lookup_of_one(
-    interpreter: Interpreter, eqn: Any, value: WeightView, starts: Any, sizes: tuple[int, ...]
-) -> list[Any] | None:
-    """One row of an embedding table, which a lookup by a single index slices out."""
-    cut = [i for i, (n, m) in enumerate(zip(sizes, value.shape, strict=True)) if n != m]
-    if value.weight.role.kind != "embedding" or len(cut) != 1 or sizes[cut[0]] != 1:
-        return None
-    axis = cut[0]
-    operation = Lookup(
-        **_use_fields(interpreter, eqn, value),
-        axis=axis,
-        x_ndim=1,
-        offset_dims=tuple(i for i in range(len(sizes)) if i != axis),
-        parameters={"mode": lax.GatherScatterMode.CLIP},
-    )
-    return [value.weight.contract(jnp.reshape(starts[axis], (1, 1)), operation)]
-
-
-def _slice_stack(value: WeightView, starts: Any, sizes: tuple[int, ...]) -> list[Any] | None:
-    """Some whole layers of a stacked weight, or a part of the inputs or outputs of one that can be divided so."""
-    cut = [i for i, (n, m) in enumerate(zip(sizes, value.shape, strict=True)) if n != m]
-    weight = value.weight
-    for i in cut:
-
-        def take(array: jax.Array, axis: int, i: int = i) -> jax.Array:
-            return lax.dynamic_slice_in_dim(array, starts[i], sizes[i], axis)
-
-        axis = value.permutation[i]
-        stacked = value.is_stacked(i, loop=False)
-        weight = weight.map_stacked(axis, take) if stacked else weight.map_axis(axis, take)
-        if weight is None:
-            return None
-    return [dataclasses.replace(value, weight=weight)]
-
-
-@rule("unstack")
-def _unstack(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    value, axis = operands[0], eqn.params["axis"]
-    if not value.is_stacked(axis, loop=False):
-        return None
-    mapped, rebuild = value.split_stack(axis)
-    return [rebuild(jax.tree.map(lambda v, i=i: v[i], mapped)) for i in range(value.shape[axis])]
-
-
-@rule("squeeze")
-def _squeeze(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    value = operands[0]
-    for axis in sorted((d % len(value.shape) for d in eqn.params["dimensions"]), reverse=True):
-        if not value.is_stacked(axis, loop=False):
-            return _reshape(interpreter, eqn, operands)
-        mapped, rebuild = value.split_stack(axis)
-        value = rebuild(jax.tree.map(lambda v: jnp.squeeze(v, 0), mapped))
-    return [value]

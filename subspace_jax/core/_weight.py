@@ -138,6 +138,15 @@ class Weight(WeightParts, abc.ABC):
         """
         return operation.apply(x, self.materialize(operation.dtype))
 
+    def answers(self, operation: Operation) -> bool:
+        """Tells whether `contract` answers an operation; else the array is formed, as far as the caller allows it."""
+        del operation
+        return True
+
+    def leaf_paths(self, path: str) -> tuple[str, ...]:
+        """Returns the paths of the leaves that the weight is made of, which are several where a model joins them."""
+        return (path,)
+
     def squared_norms(self) -> jax.Array:
         """Returns the squared Euclidean norm of every output column, `[*stack, out]`, in float32.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from typing import Any
 
@@ -50,8 +51,7 @@ def register_for_export(cls: type[Weight]) -> None:
 
 def register_library_for_export() -> None:
     """Registers the stand-in weights of this library that stand in trees of users."""
-    others = (
-        c for c in Weight.classes.values() if c.__module__.startswith("subspace_jax.") and ".core." not in c.__module__
-    )
-    for cls in (Full, *others):
-        register_for_export(cls)
+    for cls in Weight.classes.values():
+        ours = cls.__module__.startswith("subspace_jax.") and ".core." not in cls.__module__
+        if cls is Full or (ours and not inspect.isabstract(cls)):
+            register_for_export(cls)

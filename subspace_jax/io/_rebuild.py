@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -168,7 +169,7 @@ def _rebuild_dict(items: list[Any], path: str, leaf: MakeLeaf) -> dict[Any, Any]
 
 def _rebuild_weight(name: str, static: dict[str, Any], data: dict[str, Any], path: str, leaf: MakeLeaf) -> Weight:
     cls = Weight.classes.get(name)
-    if cls is None:
+    if cls is None or inspect.isabstract(cls):
         raise ManifestError(
             f"{path}: the stand-in weight {name[:40]!r} is not known here; nearest are "
             f"{nearest(name[:40], Weight.classes)}. Import the module that defines it before loading."

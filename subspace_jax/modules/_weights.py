@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import Operation, RoleError, Scalar, Weight, product, register_weight, static
+from subspace_jax.modules._module import Module
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 ACTIVATIONS = {
@@ -54,7 +55,7 @@ class KeptInput(Weight):
 
 @register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bottleneck(Weight):
+class Bottleneck(Module):
     r"""A frozen kernel and a small network beside it or after it: \(y + s\,U\,\phi(D\,h + d) + s\,u\).
 
     \(y\) is what the kernel gives; \(h\) is \(y\) with its bias (sequential) or an input kept before (parallel).
@@ -71,7 +72,6 @@ class Bottleneck(Weight):
       activation: \(\phi\).
     """
 
-    base: jax.Array
     down: jax.Array
     down_bias: jax.Array
     up: jax.Array
@@ -90,29 +90,16 @@ class Bottleneck(Weight):
         "bias": "stack out",
         "scale": "",
     }
-    mergeable: ClassVar[bool] = False
-    uses_context: ClassVar[bool] = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the kernel."""
-        return self.base.shape
+    padded: ClassVar[tuple[str, ...]] = ("size",)
 
     @property
     def rank(self) -> int:
         """The size of the hidden layer."""
         return self.down.shape[-1]
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        """Refuses: no array stands for a kernel with a network after it."""
-        raise RoleError(
-            f"A bottleneck module after a kernel of shape {self.shape} is no array: the model uses the kernel in "
-            "another way than by a product with its inputs. Leave this leaf out of the rule."
-        )
-
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns what the kernel gives and the module adds."""
-        y = operation.apply(x, self.base)
+        y = self.contract_base(x, operation)
         added = self.module(self.read(y, operation)).astype(y.dtype)
         return y + added.reshape(y.shape)
 

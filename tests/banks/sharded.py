@@ -45,18 +45,19 @@ def main(kind):
         "sequential": (sj.adapt(params, {"fc2/{kernel,bias}": sj.bottleneck(4)}, key=KEY), sj.with_adapters(fn)),
         "parallel": (sj.adapt(params, {"{fc1,fc2}/kernel": parallel}, key=KEY), sj.with_adapters(fn)),
     }
+    kinds = [filled(cases[name][0], i) for i, name in enumerate(("sequential", "parallel"))]
+    cases["modules"] = sj.bank(params, kinds, trainable=True), cases["bank"][1]
     base = jax.tree.map(lambda v, s: jax.device_put(v, NamedSharding(mesh, s)), params, specs)
     for name, (tree, apply) in cases.items():
-        tree = tree if name == "bank" else filled(tree, 3)
+        banked = name in ("bank", "modules")
+        tree = tree if banked else filled(tree, 3)
 
         def step(trainable, frozen, x, apply=apply):
             return jax.value_and_grad(lambda t: jnp.sum(jnp.sin(apply(sj.combine(t, frozen), x))))(trainable)
 
         want = jax.jit(step)(*sj.partition(tree), x)
         # A bank's rows are batches of one, so what the model says of the batch's placement is not for it.
-        layout = (
-            jax.tree.map(lambda v: NamedSharding(mesh, P()), base) if name == "bank" and kind == "explicit" else None
-        )
+        layout = jax.tree.map(lambda v: NamedSharding(mesh, P()), base) if banked and kind == "explicit" else None
         own = base if layout is None else jax.tree.map(jax.device_put, params, layout)
         with jax.set_mesh(mesh):
             placed = jax.tree.map(jax.device_put, tree, sj.shardings(tree, own))

@@ -237,7 +237,7 @@ def test_every_weight_class_is_in_the_battery():
     covered = {name for case in METHODS for weight in fresh(case).values() for name in classes(weight)}
     observing = {"Probed", "Compared", "Observed"}
     # These stand for a bias, or for what no array stands for: test_ssf.py, test_spt.py, tests/banks, tests/modules.
-    beside = {"ShiftedBias", "ScaledShifted", "AdapterBank", "Bottleneck", "KeptInput"}
+    beside = {"ShiftedBias", "ScaledShifted", "AdapterBank", "Bottleneck", "KeptInput", "ModuleBank"}
     beside |= {"LayerAdapter", "MixedAdapter", "QueryableLowRank"}
     beside |= {"ExpertPool"}  # its experts depend on what routers saw: tests/methods/continual/test_igsp.py
     beside |= {"Rescaled"}  # lives while a program runs, around another weight: tests/core/test_foreign_uses.py

@@ -71,6 +71,67 @@ def test_vmap_over_adapters_and_bfloat16(case):
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.1 * float(jnp.abs(exact).max()))
 
 
+def test_a_bank_serves_each_row_with_its_own_and_learns_each_alone(case, tmp_path):
+    """Values and gradients of every row are those of its adapter alone; slot 0 is the model; contents are arguments."""
+    params = make_params()
+    base = adapt(case, params)
+    made = [moved(base, seed) for seed in (1, 2, 3)]
+    frozen = sj.partition(base)[1]
+    bank, rows = sj.bank(params, made[:2], slots=4, trainable=True), jnp.array([2, 0, 1, 2])
+    weights = jax.random.normal(jax.random.key(3), X.shape)
+    alone_of = jax.jit(
+        jax.value_and_grad(lambda t, x, w: jnp.sum(w * sj.with_adapters(scanned)(sj.combine(t, frozen), x)), (0, 1))
+    )
+
+    @jax.jit
+    def run(bank, rows, x):
+        trainable, fixed = sj.partition(bank)
+
+        def loss(t, x):
+            y = sj.per_row(scanned)(sj.combine(t, fixed), rows, x)
+            return jnp.sum(weights * y), y
+
+        (_, y), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(trainable, x)
+        return y, gradients
+
+    y, (learned, inputs) = run(bank, rows, X)
+    empty, _ = run(sj.banks.remove(sj.banks.remove(bank, 1), 2), rows, X)
+    np.testing.assert_array_equal(y[1], empty[1])
+    close(empty, scanned(params, X))
+    for slot in (1, 2):
+        mine = np.flatnonzero(np.asarray(rows) == slot)
+        _, (want, into) = alone_of(sj.partition(made[slot - 1])[0], X[mine], weights[mine])
+        close(sj.partition(sj.banks.take(sj.combine(learned, sj.partition(bank)[1]), slot))[0], want)
+        close(inputs[mine], into)
+        close(y[mine], sj.with_adapters(scanned)(made[slot - 1], X[mine]))
+    close(inputs[1], jax.grad(lambda x: jnp.sum(weights[1] * scanned(params, x[None])[0]))(X[1]))
+    for slot in (0, 3):  # the plain model, and a slot of no row and no adapter
+        assert not any(np.asarray(v).any() for v in jax.tree.leaves(_slot(learned, slot)))
+
+    changed = sj.banks.put(sj.banks.remove(bank, 1), 3, made[2])
+    y, _ = run(changed, jnp.array([3, 1, 0, 2]), X)
+    assert run._cache_size() == 1
+    np.testing.assert_array_equal(y[1:3], empty[1:3])
+    close(y[0], sj.with_adapters(scanned)(made[2], X[:1])[0])
+    close(y[3], sj.with_adapters(scanned)(made[1], X[3:])[0])
+    path = sj.save_adapter(tmp_path / "bank.safetensors", changed, base=params)
+    np.testing.assert_array_equal(run(sj.load_adapter(path, params), jnp.array([3, 1, 0, 2]), X)[0], y)
+
+
+def _slot(bank, slot):
+    """One slot of everything that learns in a bank of modules."""
+
+    def one(leaf):
+        if not isinstance(leaf, sj.modules.ModuleBank):
+            return leaf
+        learned = {n: v for n, v in leaf.module.data_items() if n in leaf.module.trainable}
+        depth = len(leaf.role.stack_axes)
+        axes = {n: 0 if n in sj.modules.alone(leaf.module) else depth for n in learned}
+        return {n: jnp.take(v, slot, axis=axes[n]) for n, v in learned.items()}
+
+    return jax.tree.map(one, bank, is_leaf=sj.core.is_weight)
+
+
 def test_files_shapes_and_refusals(case, tmp_path):
     params = make_params()
     adapted = moved(adapt(case, params))

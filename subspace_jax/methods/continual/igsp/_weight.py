@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from subspace_jax.core import Operation, RoleError, Scalar, Weight, register_weight, static
+from subspace_jax.core import Operation, RoleError, Scalar, register_weight, static
 from subspace_jax.methods.continual.igsp._routing import probabilities
-from subspace_jax.modules import features_last
+from subspace_jax.modules import Module, features_last
 from subspace_jax.weights import step_keys
 
 
 @register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertPool(Weight):
+class ExpertPool(Module):
     r"""A frozen kernel and \(\sum_e g_e E_e(u)\), \(E_e(u) = s\,(\mathrm{relu}(u D_e + c_e)\,U_e + v_e)\).
 
     The gates are one softmax over the experts that a task has, of the router of that task on the sample's first token.
@@ -45,7 +45,6 @@ class ExpertPool(Weight):
       dropout: probability of dropping a hidden value.
     """
 
-    base: jax.Array
     down: jax.Array
     down_bias: jax.Array
     up: jax.Array
@@ -80,13 +79,7 @@ class ExpertPool(Weight):
         "dropout_key": "stack",
         "scale": "",
     }
-    mergeable: ClassVar[bool] = False
-    uses_context: ClassVar[bool] = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the kernel."""
-        return self.base.shape
+    padded: ClassVar[tuple[str, ...]] = ("size",)
 
     @property
     def rank(self) -> int:
@@ -99,16 +92,9 @@ class ExpertPool(Weight):
             return self
         return dataclasses.replace(self, dropout_key=step_keys(key, self.down.shape[:-3]))
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        """Refuses: what is added depends on the input."""
-        raise RoleError(
-            f"A kernel of shape {self.shape} with a pool of experts is no array: what experts add depends on the "
-            "input. Use it in products with the model's inputs alone, and leave other leaves out of the rule."
-        )
-
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns what the kernel gives and the experts add, and reports the router's probabilities."""
-        y = operation.apply(x, self.base)
+        y = self.contract_base(x, operation)
         u = self._inputs(x, operation)
         first = lax.index_in_dim(u, self.token % u.shape[-2], -2, keepdims=False) if u.ndim > 2 else u
         logits, active = self._logits(first.astype(jnp.float32), self.router)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from subspace_jax.core import Operation, RoleError, Scalar, Weight, product, register_weight, static
+from subspace_jax.core import Operation, RoleError, Scalar, product, register_weight, static
 from subspace_jax.methods.low_rank.queryable_lora._routing import Router, layer_norm, log_prior, route
-from subspace_jax.modules import features_last
+from subspace_jax.modules import Module, features_last
 from subspace_jax.weights import drop_inputs, step_keys
 
 HISTORY, WEIGHTS = "queryable_lora/history", "queryable_lora/weights"
@@ -21,7 +21,7 @@ PRIOR = ("projection", "descriptors")
 
 @register_weight
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QueryableLowRank(Weight):
+class QueryableLowRank(Module):
     r"""A frozen kernel and \(s\,((x A) R) B\), with \(R = \sum_i \alpha_i M_i\) of a memory that all kernels share.
 
     The first kernel of a block finds \(\alpha\) for every row from its own \(x A\) and from those of the blocks before,
@@ -51,7 +51,6 @@ class QueryableLowRank(Weight):
       dropout: probability of dropping an input of the factors; routing sees all.
     """
 
-    base: jax.Array
     a: jax.Array
     b: jax.Array
     block: jax.Array
@@ -93,14 +92,7 @@ class QueryableLowRank(Weight):
         "strength": "",
         "temperature": "",
     }
-    mergeable: ClassVar[bool] = False
-    uses_context: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the kernel."""
-        return self.base.shape
 
     @property
     def rank(self) -> int:
@@ -122,7 +114,7 @@ class QueryableLowRank(Weight):
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns what the kernel gives and the routed factors add, and keeps the routing for later kernels."""
-        y = operation.apply(x, self.base)
+        y = self.contract_base(x, operation)
         rows = features_last(x, operation.x_labels, operation.role.in_axes, self.shape)
         few = _rows(rows.astype(jnp.float32), self.a)
         weights = self._weights(few, operation)

@@ -62,7 +62,7 @@ class MixedAdapter(Bottleneck):
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns what the kernel gives and the adapter, or its drawn part, adds."""
-        y = operation.apply(x, self.base)
+        y = self.contract_base(x, operation)
         few = self._down(self._normed(self.read(y, operation)))
         few = ACTIVATIONS[self.activation](few)
         few = drop_inputs(few, operation, self.dropout_key, self.dropout)

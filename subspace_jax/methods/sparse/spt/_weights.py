@@ -72,7 +72,7 @@ class LayerAdapter(Bottleneck):
 
     def contract(self, x: jax.Array, operation: Operation) -> jax.Array:
         """Returns what the kernel gives and the adapter adds."""
-        y, role = operation.apply(x, self.base), operation.role
+        y, role = self.contract_base(x, operation), operation.role
         if self.own_input:
             hidden = features_last(x, operation.x_labels, role.in_axes, self.shape)
         else:
