@@ -19,6 +19,11 @@ from ._classifiers import LlamaClassifier as LlamaClassifier
 from ._classifiers import VitClassifier as VitClassifier
 from ._classifiers import mean_pool as mean_pool
 from ._classifiers import pool_tokens as pool_tokens
+from ._clip import Clip as Clip
+from ._clip import normalize_clip_images as normalize_clip_images
+from ._clip_config import ClipConfig as ClipConfig
+from ._clip_config import ClipTower as ClipTower
+from ._clip_config import small_clip as small_clip
 from ._decode import greedy_decode as greedy_decode
 from ._gemma3 import gemma3_file as gemma3_file
 from ._gemma3 import load_gemma3 as load_gemma3
@@ -70,6 +75,9 @@ __all__ = [
     "CausalEncoder",
     "CausalExample",
     "ChatTemplate",
+    "Clip",
+    "ClipConfig",
+    "ClipTower",
     "GgufFile",
     "GgufTensor",
     "KVCache",
@@ -106,6 +114,7 @@ __all__ = [
     "load_tokenizer",
     "load_vit_small",
     "mean_pool",
+    "normalize_clip_images",
     "normalize_images",
     "patch_features",
     "pool_tokens",
@@ -114,6 +123,7 @@ __all__ = [
     "resize_positions",
     "rotary_tables",
     "small_bert",
+    "small_clip",
     "small_llama",
     "small_vit",
     "stack_layers",
