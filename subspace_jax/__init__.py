@@ -57,6 +57,7 @@ from subspace_jax.methods.low_rank.matryoshka import matryoshka as matryoshka
 from subspace_jax.methods.low_rank.pissa import pissa as pissa
 from subspace_jax.methods.low_rank.pissa import qpissa as qpissa
 from subspace_jax.methods.low_rank.pissa import to_lora as to_lora
+from subspace_jax.methods.low_rank.qlora import qlora as qlora
 from subspace_jax.methods.low_rank.svfit import svfit as svfit
 from subspace_jax.methods.optimizers.dct_lowrank import dct_adam as dct_adam
 from subspace_jax.methods.optimizers.dct_lowrank import trion as trion
@@ -151,6 +152,7 @@ __all__ = [
     "per_row",
     "pissa",
     "project_orthogonal",
+    "qlora",
     "qpissa",
     "randlora",
     "restore_checkpoint",

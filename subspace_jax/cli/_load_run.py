@@ -73,7 +73,7 @@ def load_run(folder: str | Path) -> Run:
     if not (folder / "adapter.safetensors").exists():
         raise UserError(f"{folder}: the run has not ended; go on with it by `finetune ... --resume`.")
     options = options_from(settings["options"])
-    backbone = load_backbone(options.model, options.dtype)
+    backbone = load_backbone(options.model, options.dtype, packed=options.packed())
     classes = tuple(data.get("classes", ()))
     problem = make_problem(backbone, classes, options.seed, _sample(backbone, data, bool(classes)))
     adapted = sj.load_adapter(folder / "adapter.safetensors", problem.params)

@@ -47,6 +47,9 @@ def _matryoshka(rank: int, alpha: float) -> sj.Method:
 
 ADAPTERS: Mapping[str, Adapter] = {
     "lora": Adapter("adds a trained low-rank product to every kernel", 1e-3, lambda r, a: sj.lora(r, alpha=a)),
+    "qlora": Adapter(
+        "LoRA on weights that stay in 4 bits, or in a GGUF file's blocks", 1e-3, lambda r, a: sj.qlora(r, alpha=a)
+    ),
     "dora": Adapter("LoRA on the direction of columns whose lengths learn apart", 1e-3, _dora),
     "pissa": Adapter("LoRA that starts from the leading singular vectors", 3e-4, lambda r, a: sj.pissa(r)),
     "matryoshka": Adapter("LoRA that is good at every lower rank too", 1e-3, _matryoshka),

@@ -23,7 +23,7 @@ class FinetuneOptions:
 
     Attributes:
       data: file of examples, or folder of images.
-      model: minilm, vit-s14, smollm2, gemma3-270m, or hf:FOLDER with a model's config.json and safetensors.
+      model: minilm, vit-s14, smollm2, gemma3-270m, hf:FOLDER with a model's config.json and safetensors, or gguf:FILE.
       method: how it is adapted; `subspace-jax list` shows the methods.
       compare: several methods on the same split, such as --compare lora dora oft; in place of --method.
       rank: rank of low-rank adapters.
@@ -90,6 +90,10 @@ class FinetuneOptions:
     def methods(self) -> tuple[str, ...]:
         """Returns the methods to run: those of `compare`, split at commas, or the one."""
         return tuple(name for item in self.compare for name in item.split(",") if name) or (self.method,)
+
+    def packed(self) -> bool:
+        """Returns whether the frozen weights of a GGUF file stay in its blocks: where every method stands on them."""
+        return all(method == "qlora" for method in self.methods())
 
     def column_names(self) -> dict[str, str]:
         """Returns the file's name of every column that is called otherwise, by ours.

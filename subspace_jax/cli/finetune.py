@@ -51,7 +51,7 @@ def finetune(options: FinetuneOptions) -> dict[str, dict[str, float]]:
     for method in options.methods():
         find_adapter(method)
     output = console()
-    backbone = load_backbone(options.model, options.dtype)
+    backbone = load_backbone(options.model, options.dtype, packed=options.packed())
     prepared = prepare_data(options, backbone)
     problem = make_problem(backbone, prepared.classes, options.seed, prepared.train.take(np.arange(1), 1))
     show_data(output, prepared)

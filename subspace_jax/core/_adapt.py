@@ -80,6 +80,7 @@ class Method(NamedTuple):
         follows its kernel): gives each leaf its own `init`.
       settings: what makes two methods of one name the same: those of equal settings plan their leaves together. None
         where each call plans for itself alone.
+      on_stored: whether `init` also takes a weight that only stores an array, such as packed blocks, for the array.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Method(NamedTuple):
     needs: tuple[str | Need, ...] = ()
     plan: PlanFn | None = None
     settings: Hashable = None
+    on_stored: bool = False
 
 
 Rules = Mapping[Any, Method | None] | Sequence[tuple[Selector, Method | None]]
@@ -260,6 +262,9 @@ def _identity(method: Method) -> Hashable:
 
 def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None) -> None:
     """Refuses a leaf that cannot learn, before anything is computed."""
+    if is_weight(leaf) and leaf.stored:
+        _check_stored(path, leaf, method)
+        return
     if is_weight(leaf):
         raise PatternError(
             f"{path}: is already a {type(leaf).__name__} made by {leaf.method!r}. merge() it first, or compose the "
@@ -291,11 +296,22 @@ def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None
         )
 
 
+def _check_stored(path: str, leaf: Weight, method: Method) -> None:
+    """Refuses a method that needs the numbers of an array which is only stored in fewer bits."""
+    if not method.on_stored:
+        raise PatternError(
+            f"{path}: is stored as {type(leaf).__name__}, and {method.name} needs the array itself. Take sj.qlora() or "
+            "sj.lora(), which stand on stored weights, or merge() the tree first, which forms them."
+        )
+
+
 def _role(path: str, leaf: Any, roles: Mapping[str, Role] | None) -> Role:
     """The given role; else (in, out) for two axes and none for others, which methods refuse that need a matrix.
 
     What is written by hand, for the path itself or by a glob, counts more than what `roles` found.
     """
+    if is_weight(leaf):
+        return leaf.role  # what stores an array knows how it is read
     given = [roles[name] for name in (path, f"params/{path}") if name in roles] if roles else []
     given += [role for pattern, role in roles.items() if matches(pattern, path)] if roles else []
     role = next((r for r in given if not r.found), given[0] if given else None)

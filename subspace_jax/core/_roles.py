@@ -75,7 +75,8 @@ def roles(
         path: (notes[path].role(leaf.ndim), leaf.ndim) for path, leaf in leaves_with_paths(params) if path in notes
     }
     _check_stack(stack or {}, {path: ndim for path, (_, ndim) in found.items()})
-    return {path: _stacked(role, path, stack or {}) for path, (role, _) in found.items()}
+    known = {path: leaf.role for path, leaf in leaves_with_paths(params) if is_weight(leaf) and leaf.stored}
+    return {path: _stacked(role, path, stack or {}) for path, (role, _) in found.items()} | known
 
 
 def _check_stack(stack: Mapping[str, int | tuple[int, ...]], sizes: Mapping[str, int]) -> None:

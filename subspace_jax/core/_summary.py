@@ -138,7 +138,7 @@ def summary(adapted: Params) -> Summary:
 
     def row(path: str, leaf: Any) -> SummaryRow:
         if is_weight(leaf):
-            method = leaf.method or type(leaf).__name__
+            method = "" if leaf.stored else leaf.method or type(leaf).__name__
             return SummaryRow(path, leaf.role.kind, method, leaf.shape, leaf.rank, trainable_size(leaf), leaf.size)
         shape = tuple(getattr(leaf, "shape", ()))
         return SummaryRow(path, "", "", shape, None, 0, int(getattr(leaf, "size", 1)))

@@ -47,7 +47,8 @@ class Weight(WeightParts, abc.ABC):
     over; `regenerated` names the data fields that follow from the static ones, which files then leave out; `divisible`
     names the sides, "in" and "out", along which a part of the array is that of parts of the fields; `uses_context`
     says that the weight reads or writes the operation's context, so that a scan over it is one over layers;
-    `keeps_state` that what it writes lasts over such a scan from zeros.
+    `keeps_state` that what it writes lasts over such a scan from zeros; `stored` that it only stores an array in fewer
+    bits: nothing of it learns, and methods that say so stand on it as they would on the array.
 
     Attributes:
       role: which axes are stacked, contracted and produced.
@@ -68,6 +69,7 @@ class Weight(WeightParts, abc.ABC):
     mergeable: ClassVar[bool] = True
     uses_context: ClassVar[bool] = False
     keeps_state: ClassVar[bool] = False
+    stored: ClassVar[bool] = False
     regenerated: ClassVar[tuple[str, ...]] = ()
     classes: ClassVar[dict[str, type[Weight]]] = {}
 

@@ -22,6 +22,7 @@ from subspace_jax.io.checkpoint import save_checkpoint as save_checkpoint
 from subspace_jax.io.peft import NameMap as NameMap
 from subspace_jax.io.peft import NameRule as NameRule
 from subspace_jax.io.peft import bert_names as bert_names
+from subspace_jax.io.peft import clip_names as clip_names
 from subspace_jax.io.peft import dinov2_names as dinov2_names
 from subspace_jax.io.peft import export_tensors as export_tensors
 from subspace_jax.io.peft import import_tensors as import_tensors
@@ -41,6 +42,7 @@ __all__ = [
     "TensorFiles",
     "abstract_checkpoint",
     "bert_names",
+    "clip_names",
     "describe",
     "dinov2_names",
     "export_tensors",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from subspace_jax.core import Params, is_weight, leaves_with_paths
+from subspace_jax.core import Params, Weight, is_weight, leaves_with_paths
 from subspace_jax.io._array import ArraySpec, array_spec, on_host, to_stored
 from subspace_jax.io._errors import ManifestError
 
@@ -35,14 +35,17 @@ class BaseArrays:
         """Takes the leaves of a tree.
 
         Args:
-          params: the original parameters.
+          params: the original parameters; weights that only store arrays, such as packed blocks, may be among them.
           sparse: store only the changed entries of arrays that differ from their leaf in few of them.
         """
         self.leaves: dict[str, Any] = dict(leaves_with_paths(params))
+        self._parts: dict[str, Any] = {}
         self._sparse = sparse
         self._digests: dict[str, str] = {}
         for path, leaf in self.leaves.items():
-            if is_weight(leaf):
+            if is_weight(leaf) and leaf.stored:
+                self._parts |= {f"{path}/{name}": value for name, value in leaf.data_items()}
+            elif is_weight(leaf):
                 raise ManifestError(
                     f"{path}: the base tree holds a {type(leaf).__name__}; base= takes the original parameters, as "
                     "they were before adapt()."
@@ -50,16 +53,21 @@ class BaseArrays:
             if not hasattr(leaf, "dtype"):
                 raise ManifestError(f"{path}: the base tree holds a {type(leaf).__name__}, expected an array.")
 
+    def array(self, path: str) -> Any:
+        """Returns the array at `path`, or that part of a weight which only stores an array; None if there is none."""
+        leaf = self.leaves.get(path)
+        return self._parts.get(path) if leaf is None or is_weight(leaf) else leaf
+
     def holds(self, path: str, value: Any) -> bool:
         """Tells whether the leaf at `path` has the shape, dtype and bytes of `value`."""
-        leaf = self.leaves.get(path)
+        leaf = self.array(path)
         if leaf is None or leaf.shape != value.shape or leaf.dtype != value.dtype:
             return False
         return leaf is value or np.array_equal(_bytes(leaf, path), _bytes(value, path))
 
     def changes(self, path: str, value: Any) -> Changes | None:
         """Returns what changes the leaf at `path` into `value`; None if that takes over half the bytes of `value`."""
-        leaf = self.leaves.get(path)
+        leaf = self.array(path)
         if not self._sparse or leaf is None or leaf.shape != value.shape or leaf.dtype != value.dtype:
             return None
         spec = array_spec(value, path)
@@ -73,9 +81,14 @@ class BaseArrays:
         return Changes(positions, new[positions].reshape(-1).view(spec.dtype))
 
     def digest(self, path: str) -> str:
-        """Returns the SHA-256 of the bytes of one leaf."""
+        """Returns the SHA-256 of the bytes of one leaf, of a part of it, or of all parts of a stored weight."""
         if path not in self._digests:
-            self._digests[path] = digest(self.leaves[path], path)
+            leaf = self.leaves.get(path)
+            if isinstance(leaf, Weight):
+                parts = "".join(self.digest(f"{path}/{name}") for name, _ in leaf.data_items())
+                self._digests[path] = hashlib.sha256(parts.encode()).hexdigest()
+            else:
+                self._digests[path] = digest(self.array(path), path)
         return self._digests[path]
 
     def check(self, references: Iterable[tuple[str, ArraySpec, str]], *, verify: bool = True) -> list[str]:
@@ -90,7 +103,7 @@ class BaseArrays:
         """
         wrong = []
         for path, spec, recorded in references:
-            leaf = self.leaves.get(path)
+            leaf = self.array(path)
             if leaf is None:
                 wrong.append(f"{path!r} is missing from the base tree, expected {spec}")
                 continue

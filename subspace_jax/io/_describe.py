@@ -103,8 +103,10 @@ class _Description:
             )
         static = {n: encode(getattr(weight, n), f"{path}.{n}") for n in static_names(cls)}
         data = _regenerated(weight, path) | _numbers(weight, path)
+        # What only stores an array has its parts in the parameters, too, where it stands there for the whole leaf.
+        inside = (lambda name: join(leaf_path, name)) if weight.stored else (lambda _: leaf_path)
         data |= {
-            name: self.node(value, join(path, name), leaf_path, frozen=name not in weight.trainable)
+            name: self.node(value, join(path, name), inside(name), frozen=name not in weight.trainable)
             for name, value in weight.data_items()
             if name not in data
         }

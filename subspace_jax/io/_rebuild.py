@@ -50,7 +50,7 @@ def rebuild(manifest: Any, arrays: Mapping[str, Any], base: Any = None) -> Any:
     def leaf(name: str, spec: ArraySpec, reference: tuple[str, str] | Regenerated | None) -> Any:
         if isinstance(reference, Regenerated):
             return reference.make()
-        return arrays[name] if reference is None else leaves.leaves[reference[0]]
+        return arrays[name] if reference is None else leaves.array(reference[0])
 
     return rebuild_node(node, "", leaf)
 
@@ -272,7 +272,7 @@ def concrete_leaf(
             return reference.make() if place is None else jax.device_put(reference.make(), place)
         if reference is None:
             return from_stored(arrays[name], spec, name)
-        value = base.leaves[reference[0]]
+        value = base.array(reference[0])
         return value if place is None else put(value, place)
 
     return leaf

@@ -20,6 +20,7 @@ from subspace_jax.methods.low_rank import matryoshka as matryoshka
 from subspace_jax.methods.low_rank import orthogonal_adaptation as orthogonal_adaptation
 from subspace_jax.methods.low_rank import pego as pego
 from subspace_jax.methods.low_rank import pissa as pissa
+from subspace_jax.methods.low_rank import qlora as qlora
 from subspace_jax.methods.low_rank import queryable_lora as queryable_lora
 from subspace_jax.methods.low_rank import svfit as svfit
 from subspace_jax.methods.merging import capvector as capvector
@@ -98,6 +99,7 @@ __all__ = [
     "osf",
     "pego",
     "pissa",
+    "qlora",
     "queryable_lora",
     "randlora",
     "root",

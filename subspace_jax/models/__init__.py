@@ -19,11 +19,20 @@ from ._classifiers import LlamaClassifier as LlamaClassifier
 from ._classifiers import VitClassifier as VitClassifier
 from ._classifiers import mean_pool as mean_pool
 from ._classifiers import pool_tokens as pool_tokens
+from ._clip import Clip as Clip
+from ._clip import normalize_clip_images as normalize_clip_images
+from ._clip_config import ClipConfig as ClipConfig
+from ._clip_config import ClipTower as ClipTower
+from ._clip_config import small_clip as small_clip
 from ._decode import greedy_decode as greedy_decode
+from ._gemma3 import gemma3_file as gemma3_file
 from ._gemma3 import load_gemma3 as load_gemma3
 from ._gguf import GgufFile as GgufFile
-from ._gguf import GgufTensor as GgufTensor
 from ._gguf import read_gguf as read_gguf
+from ._gguf_model import gguf_tokenizer as gguf_tokenizer
+from ._gguf_model import load_gguf as load_gguf
+from ._gguf_tensor import GgufTensor as GgufTensor
+from ._gguf_write import write_gguf as write_gguf
 from ._hf import load_hf as load_hf
 from ._hidden_states import hidden_states as hidden_states
 from ._hidden_states import patch_features as patch_features
@@ -33,6 +42,7 @@ from ._llama import Llama as Llama
 from ._llama_config import LlamaConfig as LlamaConfig
 from ._llama_config import small_llama as small_llama
 from ._load import CARRIED as CARRIED
+from ._load import has_blocks as has_blocks
 from ._load import load as load
 from ._minilm import load_minilm as load_minilm
 from ._onnx import OnnxGraph as OnnxGraph
@@ -65,6 +75,9 @@ __all__ = [
     "CausalEncoder",
     "CausalExample",
     "ChatTemplate",
+    "Clip",
+    "ClipConfig",
+    "ClipTower",
     "GgufFile",
     "GgufTensor",
     "KVCache",
@@ -86,17 +99,22 @@ __all__ = [
     "chat_prompt",
     "cubic_resize_matrix",
     "encode_texts",
+    "gemma3_file",
+    "gguf_tokenizer",
     "greedy_decode",
+    "has_blocks",
     "hidden_states",
     "init_cache",
     "load",
     "load_gemma3",
+    "load_gguf",
     "load_hf",
     "load_minilm",
     "load_smollm2",
     "load_tokenizer",
     "load_vit_small",
     "mean_pool",
+    "normalize_clip_images",
     "normalize_images",
     "patch_features",
     "pool_tokens",
@@ -105,10 +123,12 @@ __all__ = [
     "resize_positions",
     "rotary_tables",
     "small_bert",
+    "small_clip",
     "small_llama",
     "small_vit",
     "stack_layers",
     "unpack_q4_1",
     "unpack_q8_0",
     "unstack_layers",
+    "write_gguf",
 ]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.banks import per_row
-from subspace_jax.core import Params
+from subspace_jax.core import Params, is_weight, with_adapters
 
 from ._cache import KVCache, init_cache
 from ._llama import Llama
@@ -33,12 +33,12 @@ def greedy_decode(
 
     Args:
         module: the model.
-        params: its parameters, or a tree with stand-in weights together with `apply`.
+        params: its parameters, or a tree with stand-in weights.
         tokens: `[batch, length]` integer prompt.
         max_new_tokens: number of tokens to add; it is part of the compiled shape.
         mask: `[batch, length]`, true at real tokens; shorter prompts are padded on the left.
         stop_token: id that ends a sequence; the loop ends once all sequences have ended.
-        apply: function in place of `module.apply`, for example `with_adapters(module.apply)`. Keep one such
+        apply: function in place of `module.apply`, which by default understands stand-in weights. Keep one such
           function and reuse it: each new function compiles anew.
         rows: `[batch]` slots of a bank of adapters, which `params` is then: every sequence is continued by its own.
 
@@ -68,12 +68,20 @@ def greedy_decode(
         apply=_by_row(module)  # pyright: ignore[reportArgumentType]
         if rows is not None
         else module.apply
+        if apply is None and not any(map(is_weight, jax.tree.leaves(params, is_leaf=is_weight)))
+        else _adapted(module)  # pyright: ignore[reportArgumentType]
         if apply is None
         else apply,
         config=module.config,
         max_new_tokens=max_new_tokens,
         stop_token=stop_token,
     )
+
+
+@functools.cache
+def _adapted(module: Llama) -> Callable[..., Any]:
+    """The module on stand-in weights; one function for each module, so that it compiles once."""
+    return with_adapters(module.apply)
 
 
 @functools.cache

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import _k_blocks as blocks
-from ._blocks import unpack_q4_1, unpack_q8_0
+from ._gguf_tensor import KINDS, GgufTensor
 
 _MAGIC = b"GGUF"
 _SCALARS = {
@@ -33,72 +33,8 @@ _SCALARS = {
 }
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_AXES = 4
-_BLOCK, _LARGE_BLOCK = 32, 256
 _HEAD_BYTES = 24
 _LEAST_ENTRY, _LEAST_TENSOR = 13, 24
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    name: str
-    block: int
-    block_bytes: int
-
-
-_KINDS = {
-    0: _Kind("F32", 1, 4),
-    1: _Kind("F16", 1, 2),
-    2: _Kind("Q4_0", _BLOCK, 18),
-    3: _Kind("Q4_1", _BLOCK, 20),
-    6: _Kind("Q5_0", _BLOCK, 22),
-    7: _Kind("Q5_1", _BLOCK, 24),
-    8: _Kind("Q8_0", _BLOCK, 34),
-    12: _Kind("Q4_K", _LARGE_BLOCK, 144),
-    13: _Kind("Q5_K", _LARGE_BLOCK, 176),
-    14: _Kind("Q6_K", _LARGE_BLOCK, 210),
-    30: _Kind("BF16", 1, 2),
-}
-_DEQUANTIZE = {
-    "Q4_0": blocks.dequantize_q4_0,
-    "Q5_0": blocks.dequantize_q5_0,
-    "Q5_1": blocks.dequantize_q5_1,
-    "Q4_K": blocks.dequantize_q4_k,
-    "Q5_K": blocks.dequantize_q5_k,
-    "Q6_K": blocks.dequantize_q6_k,
-    "BF16": blocks.dequantize_bf16,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class GgufTensor:
-    """One tensor of a GGUF file, still in its stored form.
-
-    Attributes:
-        name: in the file.
-        shape: in numpy's order, the contiguous axis last.
-        kind: `"F32"`, `"F16"`, `"BF16"`, `"Q4_0"`, `"Q4_1"`, `"Q5_0"`, `"Q5_1"`, `"Q8_0"`, `"Q4_K"`, `"Q5_K"` or
-            `"Q6_K"`.
-        raw: `[bytes]` uint8, a read-only view of the file.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    raw: np.ndarray
-
-    def dequantize(self) -> np.ndarray:
-        """Returns the tensor as a new float32 array of `shape`."""
-        if self.kind in _DEQUANTIZE:
-            flat = _DEQUANTIZE[self.kind](self.raw)
-        elif self.kind == "Q4_1":
-            scales, minimums, codes = unpack_q4_1(self.raw)
-            flat = codes * scales[:, None] + minimums[:, None]
-        elif self.kind == "Q8_0":
-            scales, codes = unpack_q8_0(self.raw)
-            flat = codes * scales[:, None]
-        else:
-            flat = self.raw.view("<f4" if self.kind == "F32" else "<f2").astype(np.float32)
-        return flat.reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +44,17 @@ class GgufFile:
     Attributes:
         metadata: value by key; arrays of numbers are numpy arrays, arrays of strings lists.
         tensors: tensor by name.
+        mapped: the file in memory, where it was mapped.
     """
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    mapped: mmap.mmap | None = None
+
+    def release(self) -> None:
+        """Gives back the memory of what was read so far; what is read again comes from the file again."""
+        if self.mapped is not None and hasattr(self.mapped, "madvise"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def read_gguf(path: str | Path) -> GgufFile:
@@ -130,7 +73,9 @@ def read_gguf(path: str | Path) -> GgufFile:
     path = Path(path)
     if path.stat().st_size < _HEAD_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes; a GGUF file has at least {_HEAD_BYTES}")
-    return parse_gguf(np.memmap(path, np.uint8, "r"), str(path))
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return dataclasses.replace(parse_gguf(np.frombuffer(mapped, np.uint8), str(path)), mapped=mapped)
 
 
 def parse_gguf(data: np.ndarray, source: str) -> GgufFile:
@@ -252,9 +197,9 @@ def _tensors(
     tensors: dict[str, GgufTensor] = {}
     end_of_last = 0
     for name, shape, kind_number, offset in sorted(infos, key=lambda info: info[3]):
-        kind = _KINDS.get(kind_number)
+        kind = KINDS.get(kind_number)
         if kind is None:
-            known = ", ".join(k.name for k in _KINDS.values())
+            known = ", ".join(k.name for k in KINDS.values())
             raise ValueError(f"{source}: tensor {name!r} has GGML type {kind_number}; only {known} are read")
         # Python integers: a hostile product of sizes must not wrap around.
         if 0 in shape or shape[-1] % kind.block:

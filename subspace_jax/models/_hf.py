@@ -16,6 +16,7 @@ from subspace_jax.core import WeightFileError
 from subspace_jax.io import ManifestError, TensorFiles, import_tensors
 
 from ._bert import Bert
+from ._clip import Clip
 from ._hf_config import Described, describe_model
 from ._llama import Llama
 from ._pretrained import PretrainedModel, TextFormat, override_config
@@ -28,8 +29,8 @@ Place = Callable[[str, np.ndarray], Any]
 def load_hf(folder: str | Path, *, place: Place | None = None, **overrides: Any) -> PretrainedModel:
     """Loads a folder with `config.json` and safetensors, whole or in shards.
 
-    Served are Llama (SmolLM2 too), Mistral, Qwen 2 and 3, Gemma 3 (text), BERT, RoBERTa, ViT and DINOv2. A model with
-    a head of pretraining or of a task is loaded without it; a language model keeps its head over tokens.
+    Served are Llama (SmolLM2 too), Mistral, Qwen 2 and 3, Gemma 3 (text), BERT, RoBERTa, ViT, DINOv2 and CLIP. A model
+    with a head of pretraining or of a task is loaded without it; a language model keeps its head over tokens.
 
     Args:
         folder: of the model, on this machine.
@@ -82,15 +83,17 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _sample(module: Any) -> jax.ShapeDtypeStruct:
+def _samples(module: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     if isinstance(module, Llama | Bert):
-        return jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    side = module.config.patch_size
-    return jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        return (tokens,)
+    side = module.config.patch_size * (module.config.position_grid if isinstance(module, Clip) else 1)
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    return (tokens, images) if isinstance(module, Clip) else (images,)
 
 
 def _read(folder: Path, described: Described, module: Any, config: Any, place: Place | None) -> Any:
-    like = jax.eval_shape(module.init, jax.random.key(0), _sample(module))["params"]
+    like = jax.eval_shape(module.init, jax.random.key(0), *_samples(module))["params"]
     files = TensorFiles(folder)
     kept = _named(files.shapes, described)
 

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from subspace_jax.core import WeightFileError
-from subspace_jax.io import NameMap, bert_names, dinov2_names, llama_names, vit_names
+from subspace_jax.io import NameMap, bert_names, clip_names, dinov2_names, llama_names, vit_names
 
 from ._bert import Bert, BertConfig
+from ._clip import Clip
+from ._hf_clip import clip_config
+from ._hf_facts import Facts
 from ._llama import Llama
 from ._llama_config import LlamaConfig
 from ._rotary import RopeScaling
@@ -35,38 +38,6 @@ class Described:
     names: NameMap
     prefix: str = ""
     dropped: tuple[str, ...] = ()
-
-
-class Facts:
-    """The entries of a `config.json`, read by name; entries that decide something we do not have are refused.
-
-    Args:
-        entries: of the file.
-        source: what messages call it.
-    """
-
-    def __init__(self, entries: Mapping[str, Any], source: str) -> None:
-        self.entries, self.source = entries, source
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.entries:
-            raise WeightFileError(f"{self.source}: the entry {name!r} is missing; is the file whole?")
-        return self.entries[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Returns an entry, or the default where it is missing or null."""
-        value = self.entries.get(name)
-        return default if value is None else value
-
-    def refuse(self, name: str, value: Any, why: str) -> None:
-        """Raises for an entry whose value cannot be served."""
-        raise WeightFileError(f"{self.source}: {name}={value!r} {why}.")
-
-    def expect(self, name: str, *allowed: Any) -> None:
-        """Refuses an entry that is there with another value."""
-        value = self.entries.get(name)
-        if value is not None and value not in allowed:
-            self.refuse(name, value, f"is not served; expected {' or '.join(map(repr, allowed))}")
 
 
 def describe_model(entries: Mapping[str, Any], source: str) -> Described:
@@ -271,6 +242,11 @@ def _dinov2(facts: Facts) -> Described:
     return _vit(facts)
 
 
+def _clip(facts: Facts) -> Described:
+    dropped = ("embeddings.position_ids",)
+    return Described(Clip, clip_config(facts), clip_names(), clip_names(), dropped=dropped)
+
+
 KINDS: Mapping[str, Callable[[Facts], Described]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -281,4 +257,5 @@ KINDS: Mapping[str, Callable[[Facts], Described]] = {
     "roberta": _roberta,
     "vit": lambda facts: _vit(facts, layer_scale=False),
     "dinov2": _dinov2,
+    "clip": _clip,
 }

@@ -9,6 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from subspace_jax.core import is_weight
+from subspace_jax.weights import Packed, stack_packed
+
 LAYER_PREFIX = "layer_"
 STACK_NAME = "layers"
 
@@ -60,7 +63,8 @@ def run_layers(
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
 
-def _layer_names(node: Mapping[str, Any]) -> list[str]:
+def layer_names(node: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the unrolled layers of a group, in order."""
     names = [name for name in node if name.startswith(LAYER_PREFIX) and name[len(LAYER_PREFIX) :].isdecimal()]
     return sorted(names, key=lambda name: int(name[len(LAYER_PREFIX) :]))
 
@@ -89,7 +93,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 def _stack(node: Any, path: str) -> Any:
     if not isinstance(node, Mapping):
         return node
-    names = _layer_names(node)
+    names = layer_names(node)
     out = {name: _stack(child, f"{path}/{name}") for name, child in node.items() if name not in names}
     if not names:
         return out
@@ -97,15 +101,23 @@ def _stack(node: Any, path: str) -> Any:
     if names != expected:
         raise ValueError(f"{path or '/'}: cannot stack layers {names}; expected {expected} without a gap")
     layers = [_stack(node[name], f"{path}/{name}") for name in names]
-    structures = [jax.tree.map(jnp.shape, layer) for layer in layers]
+    structures = [jax.tree.map(lambda leaf: tuple(leaf.shape), layer, is_leaf=is_weight) for layer in layers]
     for name, structure in zip(names, structures, strict=True):
         if structure != structures[0]:
             raise ValueError(
                 f"{path}/{name}: parameters {structure} differ from {structures[0]} of {names[0]}; "
                 "only layers of one structure and shape can be stacked"
             )
-    out[STACK_NAME] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    out[STACK_NAME] = jax.tree.map(_stack_leaves, *layers, is_leaf=is_weight)
     return out
+
+
+def _stack_leaves(*leaves: Any) -> Any:
+    if not is_weight(leaves[0]):
+        return jnp.stack(leaves)
+    if not all(isinstance(leaf, Packed) for leaf in leaves):
+        raise ValueError(f"cannot stack layers of {type(leaves[0]).__name__}; stack the layers before adapt().")
+    return jax.tree.map(jnp.asarray, stack_packed(leaves))
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +147,7 @@ def _unstack(node: Any, path: str) -> Any:
     if STACK_NAME not in node:
         return out
     stack = node[STACK_NAME]
-    depths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(stack)}
+    depths = {tuple(leaf.shape)[:1] for leaf in jax.tree.leaves(stack, is_leaf=is_weight)}
     if len(depths) != 1 or depths == {()}:
         raise ValueError(
             f"{path}/{STACK_NAME}: leading axes {sorted(depths)}; expected one layer axis of the same length "
@@ -143,5 +155,15 @@ def _unstack(node: Any, path: str) -> Any:
         )
     ((depth,),) = depths
     for layer in range(depth):
-        out[f"{LAYER_PREFIX}{layer}"] = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack)
+        out[f"{LAYER_PREFIX}{layer}"] = jax.tree.map(
+            lambda leaf, layer=layer: _layer_of(leaf, layer), stack, is_leaf=is_weight
+        )
     return out
+
+
+def _layer_of(leaf: Any, layer: int) -> Any:
+    if not is_weight(leaf):
+        return leaf[layer]
+    mapped, rebuild = leaf.split_stack(0)
+    one = rebuild(jax.tree.map(lambda part: part[layer], mapped))
+    return one.alone() if isinstance(one, Packed) else one

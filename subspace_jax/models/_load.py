@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ._gemma3 import load_gemma3
+from ._gguf_model import load_gguf
 from ._hf import load_hf
 from ._minilm import load_minilm
 from ._pretrained import PretrainedModel
@@ -22,12 +23,19 @@ CARRIED: Mapping[str, tuple[Callable[..., PretrainedModel], str]] = {
 }
 
 
+def has_blocks(name: str) -> bool:
+    """Returns whether a model of this name comes in a GGUF file, so that `load` takes `packed=True`."""
+    return name.startswith("gguf:") or name in ("smollm2", "gemma3-270m")
+
+
 def load(name: str, **overrides: Any) -> PretrainedModel:
     """Loads a pretrained model.
 
     Args:
-        name: a carried model: `minilm`, `vit-s14`, `smollm2` or `gemma3-270m`; or `hf:FOLDER`, see `load_hf`.
-        **overrides: fields of its configuration that the weights leave open, such as `scan_layers` and `dtype`.
+        name: a carried model: `minilm`, `vit-s14`, `smollm2` or `gemma3-270m`; or `hf:FOLDER`, see `load_hf`; or
+            `gguf:FILE`, see `load_gguf`.
+        **overrides: fields of its configuration that the weights leave open, such as `scan_layers` and `dtype`; of
+            models in GGUF files also `packed=True`.
 
     Returns:
         The model, with its names in PyTorch.
@@ -45,8 +53,10 @@ def load(name: str, **overrides: Any) -> PretrainedModel:
     """
     if name.startswith("hf:"):
         return load_hf(name[3:], **overrides)
+    if name.startswith("gguf:"):
+        return load_gguf(name[5:], **overrides)
     if name not in CARRIED:
         near = difflib.get_close_matches(name, CARRIED, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"there is no model {name!r}{hint} Known are {', '.join(CARRIED)}, hf:FOLDER.")
+        raise ValueError(f"there is no model {name!r}{hint} Known are {', '.join(CARRIED)}, hf:FOLDER, gguf:FILE.")
     return CARRIED[name][0](**overrides)

@@ -13,13 +13,13 @@ from safetensors.numpy import load_file
 from subspace_jax.io import bert_names
 
 from ._bert import Bert, BertConfig
+from ._finish import finish_params
 from ._pretrained import (
     PretrainedModel,
     TensorRule,
     WeightFileError,
     assemble_params,
     checked_depth,
-    finish_params,
     locate,
     override_config,
 )

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from subspace_jax.core import WeightFileError
+from subspace_jax.core import Role, WeightFileError
 from subspace_jax.io import NameMap
 
 from ._bert import Bert
 from ._classifiers import BertClassifier, LlamaClassifier, VitClassifier
-from ._layers import stack_layers
 from ._llama import Llama
 from ._vit import Vit
 
@@ -68,11 +67,17 @@ class TensorRule:
         shape: that the file must have.
         path: of the leaf in the unrolled parameter tree, `/` between names; None to check and drop.
         convert: from the file's array to the leaf's.
+        role: of a matrix that can stay in the file's blocks.
+        leaf_shape: of the leaf, where there is a role.
+        rows: puts the rows of the file's matrix into the leaf's order, whatever a row holds.
     """
 
     shape: tuple[int, ...]
     path: str | None
     convert: Callable[[np.ndarray], np.ndarray] = lambda array: array
+    role: Role | None = None
+    leaf_shape: tuple[int, ...] = ()
+    rows: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
 
 
 def assemble_params(
@@ -82,6 +87,7 @@ def assemble_params(
     *,
     ignorable: Callable[[str], bool] = lambda name: False,
     read: Callable[[Any], np.ndarray] = np.asarray,
+    store: Callable[[Any, TensorRule], Any] = lambda tensor, rule: None,
 ) -> dict[str, Any]:
     """Builds a nested parameter dict, refusing anything missing, left over or misshapen.
 
@@ -91,9 +97,10 @@ def assemble_params(
         source: what error messages call the file.
         ignorable: tells of an unexpected name whether it may be dropped.
         read: from the file's object to a floating-point array.
+        store: makes the leaf of the file's object and its rule without reading it; None of what is to be read.
 
     Returns:
-        Nested dict of numpy arrays.
+        Nested dict of numpy arrays, and of what `store` made.
 
     Raises:
         WeightFileError: names the tensors and what was expected.
@@ -113,17 +120,22 @@ def assemble_params(
             raise WeightFileError(f"{source}: tensor {name!r} has shape {shape}; expected {rule.shape}")
         if rule.path is None:
             continue
-        array = read(tensors[name])
-        if not np.issubdtype(array.dtype, np.floating):
-            raise WeightFileError(f"{source}: tensor {name!r} has dtype {array.dtype}; expected floating point")
-        if not np.isfinite(array).all():
-            raise WeightFileError(f"{source}: tensor {name!r} holds NaN or infinity; the file is damaged")
         *parents, leaf = rule.path.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = rule.convert(array)
+        stored = store(tensors[name], rule)
+        node[leaf] = rule.convert(_read(read(tensors[name]), name, source)) if stored is None else stored
     return params
+
+
+def _read(array: np.ndarray, name: str, source: str) -> np.ndarray:
+    if not np.issubdtype(array.dtype, np.floating):
+        raise WeightFileError(f"{source}: tensor {name!r} has dtype {array.dtype}; expected floating point")
+    flat = array.reshape(-1)
+    if not all(np.isfinite(flat[start : start + (1 << 22)]).all() for start in range(0, flat.size, 1 << 22)):
+        raise WeightFileError(f"{source}: tensor {name!r} holds NaN or infinity; the file is damaged")
+    return array
 
 
 def _shown(names: list[str], limit: int = 5) -> str:
@@ -131,12 +143,6 @@ def _shown(names: list[str], limit: int = 5) -> str:
         return "none"
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(repr, names[:limit])) + rest
-
-
-def finish_params(params: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Casts to `config.param_dtype`, stacks the layers if `config.scan_layers`, puts them on the default device."""
-    arrays = jax.tree.map(lambda leaf: jnp.asarray(leaf, config.param_dtype), params)
-    return stack_layers(arrays) if config.scan_layers else arrays
 
 
 def override_config(config: Any, overrides: Mapping[str, Any], free: tuple[str, ...]) -> Any:

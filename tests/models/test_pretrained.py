@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from subspace_jax.models import PretrainedModel, WeightFileError, add_classifier
+from subspace_jax.models._finish import finish_params
 from subspace_jax.models._pretrained import (
     TensorRule,
     assemble_params,
     checked_depth,
-    finish_params,
     override_config,
 )
 from tests.models.model_helpers import random_params, tiny

@@ -1,6 +1,7 @@
 """Folders of PyTorch's PEFT, one form of adapter a file: `_lora`, `_dora`, `_oft`, `_randlora`, `_full`."""
 
 from subspace_jax.io.peft._backbones import bert_names as bert_names
+from subspace_jax.io.peft._backbones import clip_names as clip_names
 from subspace_jax.io.peft._backbones import dinov2_names as dinov2_names
 from subspace_jax.io.peft._backbones import llama_names as llama_names
 from subspace_jax.io.peft._backbones import vit_names as vit_names
@@ -15,6 +16,7 @@ __all__ = [
     "NameMap",
     "NameRule",
     "bert_names",
+    "clip_names",
     "dinov2_names",
     "export_tensors",
     "import_tensors",

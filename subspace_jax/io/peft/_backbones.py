@@ -134,6 +134,37 @@ def llama_names(*, tie_embeddings: bool = True, post_norms: bool = False) -> Nam
     )
 
 
+def clip_names() -> NameMap:
+    """Returns the names of `Clip` as `CLIPModel` has them.
+
+    Example:
+      >>> {rule.path: rule.module for rule in clip_names().rules}["image/encoder/layers/attention/output"]
+      'vision_model.encoder.layers.{layer}.self_attn.out_proj'
+    """
+    dense = {f"attention/{part}": f"self_attn.{part[0]}_proj" for part in ("query", "key", "value")}
+    dense |= {"mlp/fc1": "mlp.fc1", "mlp/fc2": "mlp.fc2"}
+    heads = NameRule("attention/output", "self_attn.out_proj", inputs=2)
+    layer = [*_dense(dense), heads, *_vectors({"norm1": "layer_norm1", "norm2": "layer_norm2"})]
+    image = "vision_model.embeddings"
+    return NameMap(
+        (
+            *(
+                NameRule(f"text/embeddings/{part}", f"text_model.embeddings.{part}_embedding", "embedding")
+                for part in ("token", "position")
+            ),
+            NameRule("image/embeddings/patch", f"{image}.patch_embedding", "conv"),
+            NameRule("image/embeddings", image, "array", leaves=(("cls", "class_embedding"),)),
+            NameRule("image/embeddings/position", f"{image}.position_embedding", "embedding"),
+            *_layers("text/encoder", "text_model.encoder.layers", layer),
+            *_layers("image/encoder", "vision_model.encoder.layers", layer),
+            *_vectors({"text/norm": "text_model.final_layer_norm", "image/norm": "vision_model.post_layernorm"}),
+            *_vectors({"image/norm_before": "vision_model.pre_layrnorm"}),
+            *_dense({"text_projection": "text_projection", "image_projection": "visual_projection"}),
+            NameRule("", "logit_scale", "array", leaves=(("logit_scale", ""),)),
+        )
+    )
+
+
 def _dense(names: Mapping[str, str]) -> list[NameRule]:
     return [NameRule(ours, theirs) for ours, theirs in names.items()]
 

@@ -45,6 +45,12 @@ def require_parts(path: str, weight: Weight, *names: str) -> None:
 
 def check_original(path: str, array: Any, base: BaseArrays) -> None:
     """Raises ManifestError unless the frozen part of a weight is the array that PEFT will have there."""
+    original = base.leaves.get(path)
+    if isinstance(array, Weight) and array.stored and isinstance(original, Weight):
+        parts = [f"{path}/{name}" for name, value in array.data_items() if not base.holds(f"{path}/{name}", value)]
+        if parts:
+            raise ManifestError(f"{parts[0]}: differs from that of base_params. Pass the tree that adapt() was given.")
+        return
     if isinstance(array, Weight):
         raise ManifestError(
             f"{path}: stands on a {type(array).__name__}, and PEFT puts adapters on the original array, so the numbers "

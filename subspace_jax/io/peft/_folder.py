@@ -148,8 +148,8 @@ def _pack(adapted: Any, base_params: Any, names: NameMap) -> tuple[dict[str, np.
     method = _method(leaves)
     _check_frozen(leaves, base)
     places = names.places(leaves)
-    require_places((path for path, leaf in leaves.items() if is_weight(leaf)), places, names)
-    adapters = {path: leaf for path, leaf in leaves.items() if is_weight(leaf) and not isinstance(leaf, Full)}
+    require_places((path for path, leaf in leaves.items() if _learns(leaf)), places, names)
+    adapters = {path: leaf for path, leaf in leaves.items() if _learns(leaf) and not isinstance(leaf, Full)}
     tensors, config = _PACK[method](adapters, places, base)
     modules = {module for path in adapters for module in places[path].modules}
     others, full_config = pack_full(leaves, places, modules, method)
@@ -157,11 +157,16 @@ def _pack(adapted: Any, base_params: Any, names: NameMap) -> tuple[dict[str, np.
     return tensors | others, config | full_config | {"target_modules": _targets(modules, known)}
 
 
+def _learns(leaf: Any) -> bool:
+    """Whether a leaf is more than an array, or what only stores one."""
+    return is_weight(leaf) and not leaf.stored
+
+
 def _method(leaves: Mapping[str, Any]) -> str:
     """PEFT's name of the one method of all adapters in a tree."""
     found: dict[str, str] = {}
     for path, leaf in leaves.items():
-        if not is_weight(leaf) or isinstance(leaf, Full):
+        if not _learns(leaf) or isinstance(leaf, Full):
             continue
         if is_low_rank(leaf):
             method = "LORA"

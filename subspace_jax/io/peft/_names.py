@@ -209,7 +209,9 @@ class NameMap:
 
 
 def _least_axes(rule: NameRule, tensor: str) -> int:
-    if tensor != "weight" or rule.kind in ("vector", "array"):
+    if rule.kind == "array":
+        return 0
+    if tensor != "weight" or rule.kind == "vector":
         return 1
     return {"dense": rule.inputs + 1, "conv": 3, "embedding": 2}[rule.kind]
 

@@ -86,7 +86,7 @@ def lora(
             trainable=("a", "b"),
         )
 
-    return Method("rslora" if rank_stabilized else "lora", make)
+    return Method("rslora" if rank_stabilized else "lora", make, on_stored=True)
 
 
 def _factors(
