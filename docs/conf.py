@@ -37,9 +37,12 @@ add_module_names = False
 toc_object_entries = False  # a page of the reference begins with a table of its names; these would double the time
 python_maximum_signature_line_length = 100
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 # As plain sections: a colon in a sentence about what is returned does not end its type.
 napoleon_custom_sections = ["Returns", "Source"]
 default_role = "code"
+# Formulas as drawings: no fonts are fetched beside the program.
+mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@4/tex-mml-svg.js"
 
 html_theme = "sphinx_book_theme"
 html_title = "subspace_jax"

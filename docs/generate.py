@@ -32,13 +32,13 @@ def methods() -> str:
 def all_methods() -> str:
     """Returns the table of all methods with their figures, to be sorted by a click on a column's head."""
     measured = figures_of_adapters()
-    head = ["method", "family", "year", "accuracy %", "trained", "saved", "time / LoRA", "what its experiment shows"]
+    head = ["method", "family", "accuracy %", "trained", "saved", "time", "what its experiment shows"]
     rows = []
     for source in sj.catalogue():
         accuracy, trained, saved, _, time, _ = measured.get(source.slug, ["", "", "", "", "", ""])
         link, family = f"[{source.slug}](methods/{source.slug}.md)", source.family.replace("_", " ")
         claim = runner.find(source.experiment).claim
-        rows.append([link, family, str(source.year), accuracy, trained, saved, time, claim])
+        rows.append([link, family, accuracy, trained, saved, time, claim])
     return markdown_table([head, *rows])
 
 

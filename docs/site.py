@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,12 +18,16 @@ from docs import docstrings, reference
 from docs.method_page import title
 
 ROOT = Path(__file__).parents[1]
+WIDE = ("which-method", "methods/README", "experiments", "benchmarks")
 
 
 def write_sources(app: Sphinx) -> None:
     """Writes the pages of the reference and copies the notebooks to where Sphinx looks for them."""
     _write(Path(app.srcdir) / "reference", reference.pages())
-    notebooks = {p.name: p.read_text() for p in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    # A badge would be fetched from another machine whenever a page is read; a link is as good.
+    badge = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]")
+    found = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    notebooks = {path.name: badge.sub("[Open in Colab]", path.read_text()) for path in found}
     _write(Path(app.srcdir) / "notebooks", notebooks)
 
 
@@ -96,11 +101,18 @@ def _is_linked(node: nodes.Node) -> bool:
     return False
 
 
+def widen(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Leaves the contents beside a page out where its table needs the room."""
+    if pagename in WIDE:
+        context["meta"] = {**(context.get("meta") or {}), "html_theme.sidebar_secondary.remove": "true"}
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connects the parts."""
     sys.setrecursionlimit(10_000)
     app.connect("builder-inited", write_sources)
     app.connect("source-read", add_contents)
+    app.connect("html-page-context", widen, priority=100)
     app.connect("autodoc-process-docstring", read_docstring, priority=400)
     app.connect("autodoc-skip-member", skip_member)
     app.add_post_transform(LinkNames)

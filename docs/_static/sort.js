@@ -19,7 +19,7 @@ document.addEventListener("DOMContentLoaded", () => {
 
   for (const table of document.querySelectorAll("article table")) {
     const body = table.tBodies[0];
-    if (!table.tHead || !body || body.rows.length < 5) continue;
+    if (!table.tHead || !body || body.rows.length < 8) continue;
     const before = [...body.rows];
     const heads = [...table.tHead.rows[0].cells];
     table.classList.add("sortable");
