@@ -36,10 +36,9 @@ autodoc_preserve_defaults = True
 add_module_names = False
 toc_object_entries = False  # a page of the reference begins with a table of its names; these would double the time
 python_maximum_signature_line_length = 100
-napoleon_use_ivar = True
 napoleon_attr_annotations = False
 # As plain sections: a colon in a sentence about what is returned does not end its type.
-napoleon_custom_sections = ["Returns", "Source"]
+napoleon_custom_sections = ["Returns", "Source", ("Attributes", "params_style")]
 default_role = "code"
 # Formulas as drawings: no fonts are fetched beside the program.
 mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@4/tex-mml-svg.js"
