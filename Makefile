@@ -1,14 +1,14 @@
 # Two commands do all the set-up from a fresh clone:
 #   make quickstart   the main job: fine-tune a pretrained MiniLM on real text, five ways
 #   make test         the tests
-# Contributors also use `make lint` (ruff and pyright) and `make tables`; see CONTRIBUTING.md.
+# Contributors also use `make lint` (ruff and pyright), `make tables`, `make docs` and `make dist-check`; see CONTRIBUTING.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 EXTRAS ?= experiments,test
 TESTS ?= tests subspace_jax experiments
 
-.PHONY: quickstart test lint tables clean
+.PHONY: quickstart test lint tables docs dist-check clean
 
 $(VENV)/.installed-$(EXTRAS): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +33,21 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Writes the generated parts of README.md and docs/.
+# The site, in build/docs; a warning is an error. Its notebooks show stored outputs, which docs/write_notebooks.py makes.
+$(VENV)/.installed-docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch "$@"
+
+docs: $(VENV)/.installed-docs
+	JAX_PLATFORMS=cpu $(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
+# Wheel and sdist, each installed into an environment of its own on every Python from 3.11 on that this machine has.
+dist-check:
+	sh .ci/dist-check
+
+# Writes the generated parts of docs/.
 tables: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/python -m docs.generate
 

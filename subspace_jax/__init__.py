@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     from subspace_jax import models as models
     from subspace_jax import training as training
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 io.register_library_for_export()  # once all stand-in weights are defined
 

@@ -11,7 +11,20 @@ import pytest
 import subspace_jax as sj
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["beyond-the-weight.md", "frameworks.md", "your-own-data.md"]
+PAGES = [
+    "beyond-the-weight.md",
+    "concepts.md",
+    "continual-learning.md",
+    "exports.md",
+    "frameworks.md",
+    "nothing-learns.md",
+    "own-model.md",
+    "peft-files.md",
+    "resume.md",
+    "serving.md",
+    "sharding.md",
+    "your-own-data.md",
+]
 BLOCK = re.compile(r"```python( \w+)?\n(.*?)```", flags=re.DOTALL)
 
 

@@ -29,6 +29,9 @@ class Source:
       uses: names of `subspace_jax` that several methods share and that complete this one.
       experiment: the runnable experiment that shows it.
       module: full name of its home.
+      use_for: when to use it, in a sentence for its page.
+      not_for: when not to.
+      differs: where this library departs from the publication, or the publication's text from its code.
     """
 
     slug: str
@@ -41,6 +44,9 @@ class Source:
     uses: tuple[str, ...]
     experiment: str
     module: str
+    use_for: str
+    not_for: str
+    differs: str
 
     @property
     def citation(self) -> str:
@@ -57,6 +63,9 @@ def register(
     kinds: tuple[Kind, ...],
     uses: tuple[str, ...] = (),
     experiment: str | None = None,
+    use_for: str = "",
+    not_for: str = "",
+    differs: str = "",
 ) -> Source:
     """Enters a method into the catalogue; each method's home does this once, at its end.
 
@@ -71,6 +80,9 @@ def register(
       kinds: what kinds of object the method is made of.
       uses: names of `subspace_jax` that several methods share and that complete this one.
       experiment: name of its experiment; the slug if None.
+      use_for: when to use it, in a sentence for its page.
+      not_for: when not to.
+      differs: where this library departs from the publication, or the publication's text from its code.
 
     Returns:
       The entry.
@@ -88,7 +100,8 @@ def register(
     if unknown or not kinds:
         raise ValueError(f"{module}: kinds={kinds!r}; expected some of {', '.join(get_args(Kind))}.")
     public = tuple(sys.modules[module].__all__)
-    source = Source(slug, family, kinds, title, authors, year, public, uses, experiment or slug, module)
+    told = (use_for, not_for, differs)
+    source = Source(slug, family, kinds, title, authors, year, public, uses, experiment or slug, module, *told)
     for name in public:
         # Names that `lazy_names` hands out are cited when they are loaded.
         if name in vars(sys.modules[module]):

@@ -126,6 +126,10 @@ def _embed(config: BertConfig, rows: int, name: str) -> nn.Embed:
     )
 
 
+def join_tokens(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1]) if jax.device_count() == 1 else x
+
+
 class BertEmbeddings(nn.Module):
     """Sum of word, position and token-type embeddings, normalized."""
 
@@ -157,7 +161,10 @@ class BertAttention(nn.Module):
         """Attends within `x` `[batch, length, width]` where `mask` `[batch, 1, 1, length]` is true."""
         config = self.config
         heads = (*x.shape[:-1], config.num_heads, config.width // config.num_heads)
-        query, key, value = (_dense(config, config.width, name)(x).reshape(heads) for name in ("query", "key", "value"))
+        rows = join_tokens(x)
+        query, key, value = (
+            _dense(config, config.width, name)(rows).reshape(heads) for name in ("query", "key", "value")
+        )
         use_dropout = config.dropout > 0.0 and not self.deterministic
         mixed = nn.dot_product_attention(
             query,
@@ -171,7 +178,7 @@ class BertAttention(nn.Module):
             dtype=config.dtype,
             force_fp32_for_softmax=True,
         )
-        return _dense(config, config.width, "output")(mixed.reshape(x.shape))
+        return _dense(config, config.width, "output")(mixed.reshape(rows.shape)).reshape(x.shape)
 
 
 class BertMlp(nn.Module):
@@ -182,8 +189,8 @@ class BertMlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., width]` to `[..., width]`."""
-        hidden = nn.gelu(_dense(self.config, self.config.mlp_width, "fc1")(x), approximate=False)
-        return _dense(self.config, self.config.width, "fc2")(hidden)
+        hidden = nn.gelu(_dense(self.config, self.config.mlp_width, "fc1")(join_tokens(x)), approximate=False)
+        return _dense(self.config, self.config.width, "fc2")(hidden).reshape(x.shape)
 
 
 class BertLayer(nn.Module):

@@ -1,5 +1,6 @@
 """The command finds what is asked for, and a mistake of the user ends it with one message and exit code 2."""
 
+import subprocess
 import sys
 from types import ModuleType
 
@@ -70,3 +71,15 @@ def test_every_command_says_what_it_is_for(capsys):
             cli.main([name, "--help"])
         assert ended.value.code == 0
         assert f"subspace-jax {name}" in capsys.readouterr().out
+
+
+def test_without_the_extra_the_command_says_what_is_missing():
+    """In a process in which the packages of the extra cannot be imported."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['tyro', 'pyarrow', 'tokenizers', 'jinja2', 'matplotlib'])); "
+        "from subspace_jax import cli; cli.main(['doctor'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'subspace-jax[cli]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -283,4 +283,9 @@ register(
     authors="Shuttleworth, Andreas, Torralba, Sharma",
     year=2025,
     kinds=("analysis",),
+    use_for=(
+        "Looking at what a training did to a model's weights, and scaling large new directions down to forget less."
+    ),
+    not_for="You want a number that predicts forgetting: over our arms the count and forgetting hardly go together.",
+    differs="All matrices are looked at by default, where the paper takes those of attention and MLP.",
 )

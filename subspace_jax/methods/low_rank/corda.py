@@ -329,4 +329,9 @@ register(
     authors="Yang et al.",
     year=2024,
     kinds=("weight",),
+    use_for="Forgetting less while learning, or starting from what a few batches of your task say about the inputs.",
+    not_for="No batches are at hand before training, or the rates are tuned anyway: then it ends as PiSSA does.",
+    differs=(
+        'The covariance is that of captured Grams; capture it with `scale_examples="max_abs"` for the published one.'
+    ),
 )

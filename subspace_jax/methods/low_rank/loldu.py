@@ -213,4 +213,10 @@ register(
     authors="Shi et al.",
     year=2024,
     kinds=("weight",),
+    use_for="A few values for each matrix where a decomposition must be cheap.",
+    not_for="Files must be small: the frozen factors are large to save. LoRA of rank 8 learns far more.",
+    differs=(
+        "The start is the pretrained model whatever the pivots start at; the authors' code always takes the same "
+        'part out (`residual="ldu"`). A pivot of zero counts as one.'
+    ),
 )

@@ -112,4 +112,6 @@ register(
     year=2022,
     kinds=("weight",),
     experiment="quickstart",
+    use_for="The first try, whatever the task: every tool loads it, and many adapters fit in one batch.",
+    not_for="The change that is wanted has full rank, or the base is to be kept exactly in chosen directions.",
 )

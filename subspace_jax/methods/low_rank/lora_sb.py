@@ -316,4 +316,9 @@ register(
     authors="Ponkshe, Singhal et al.",
     year=2024,
     kinds=("weight", "transformation"),
+    use_for="Very few trained values, with a gradient of your task to start from.",
+    not_for=(
+        "There are no batches before training: `lora_xs` starts from the weight alone, and is the weaker one "
+        "where the change is far from the weight's own directions."
+    ),
 )

@@ -298,4 +298,9 @@ register(
     authors="Meng, Wang, Zhang",
     year=2024,
     kinds=("weight",),
+    use_for="Fast first steps at one small rate, and a 4-bit base whose error is partly made up for (`qpissa`).",
+    not_for="Rates are tuned, where LoRA ends level; or a rate of LoRA's is copied, which is up to ten times too high.",
+    differs=(
+        "The residual is subtracted from the factors as they are stored, so that the start is exact in bfloat16 too."
+    ),
 )

@@ -93,4 +93,8 @@ register(
     kinds=("transformation",),
     uses=("in_subspace",),
     experiment="projected_gradients",
+    use_for="Full-rank weights under Adam with the moments of a low rank.",
+    not_for=(
+        "A stream of tasks: projecting the gradient alone does not keep old tasks. For SVD-free steps see DCT- AdamW."
+    ),
 )

@@ -25,4 +25,10 @@ register(
     authors="Min, Huang, Wan, Chen",
     year=2026,
     kinds=("analysis",),
+    use_for=(
+        "Choosing, out of a large pool, the training examples whose gradients help a target for which you have a "
+        "small validation set."
+    ),
+    not_for="There is no validation set of the target, or one pass of gradients over the whole pool is too dear.",
+    differs='`aggregate` follows the released code (a mean for each subtask); "example" is the paper\'s text.',
 )

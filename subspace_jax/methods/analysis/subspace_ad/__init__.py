@@ -47,4 +47,10 @@ register(
     authors="Lendering, Akdag, Bondarev",
     year=2026,
     kinds=("analysis",),
+    use_for="Localizing defects from one or a few normal images, without training.",
+    not_for="Only whole images have to be judged: there the distance to the mean is level.",
+    differs=(
+        "Our experiment has ten turned copies in place of 30 and a small backbone; `score`, `mix` and `how` offer "
+        "other choices beside the published ones."
+    ),
 )

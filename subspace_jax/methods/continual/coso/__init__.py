@@ -21,4 +21,12 @@ register(
     authors="Cheng, Wan, Wu, Hou, Zhang",
     year=2025,
     kinds=("transformation", "learner"),
+    use_for=(
+        "A stream of tasks with plain kernels and the state of a low-rank optimizer, where no old data may be kept."
+    ),
+    not_for="Biases, norms or other leaves have to learn as well: they forget, since only kernels are protected.",
+    differs=(
+        '`side="in"`, `guard` and `rotate_moments` are of this library; the released code keeps moments as they '
+        "are when the subspace changes."
+    ),
 )

@@ -23,4 +23,10 @@ register(
     kinds=("learner",),
     uses=("project_orthogonal", "sandwich"),
     experiment="projected_gradients",
+    use_for="A stream of tasks that are told apart, with full kernels learning and little forgetting.",
+    not_for="Tasks are many and wide: the memory of input directions fills up, and then nothing can learn.",
+    differs=(
+        "Gradient and update are both projected, so that Adam keeps what plain SGD keeps; the released code "
+        "leaves out one vector at the first task, which `official_off_by_one` repeats."
+    ),
 )

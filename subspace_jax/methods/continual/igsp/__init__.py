@@ -43,4 +43,7 @@ register(
     authors="Cui et al.",
     year=2026,
     kinds=("module", "learner"),
+    use_for="A stream of tasks that partly resemble each other, with exact outputs for old tasks.",
+    not_for="The task of an input cannot be told or guessed: a router has to be chosen for it.",
+    differs="Experts read a block's input after the norm, where the host's code takes the stream before it.",
 )

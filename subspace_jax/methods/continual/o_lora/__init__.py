@@ -20,4 +20,7 @@ register(
     year=2023,
     kinds=("weight", "penalty", "learner"),
     experiment="projected_gradients",
+    use_for="A stream of tasks where an adapter for each is kept in one merged model.",
+    not_for="Forgetting must be small: a penalty is softer than a projection, and GPM keeps more in our streams.",
+    differs="The penalty acts on the side of the inputs, as the authors' code has it; the paper writes the other side.",
 )

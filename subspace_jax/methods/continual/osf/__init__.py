@@ -27,4 +27,16 @@ register(
     authors="Nayak et al.",
     year=2025,
     kinds=("weight", "transformation", "learner"),
+    use_for=(
+        "A stream of tasks trained with nearly all of a model's capacity, or tuning that keeps the large "
+        "directions of the weights."
+    ),
+    not_for=(
+        "Memory or time is short: factors are kept in float32, and a step of the learner takes two to three times "
+        "that of full fine-tuning."
+    ),
+    differs=(
+        "The defaults of the policy by importance are recalled from the paper; a public variant has others, see "
+        "`sj.methods.osf.ranks`."
+    ),
 )

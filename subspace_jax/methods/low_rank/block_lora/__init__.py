@@ -19,4 +19,10 @@ register(
     authors="Zhou, Shen, Yu, Bu, Wang",
     year=2025,
     kinds=("weight",),
+    use_for="Small files at a given nominal rank, with shared lower blocks.",
+    not_for="You expect more than LoRA of rank r / n: it is that LoRA, whose upper factor learns n times as fast.",
+    differs=(
+        "`arm_dropout` is of this library: without it arms that start equal stay equal. Alpha is divided by the "
+        "root of the nominal rank, as in the code that the paper extends."
+    ),
 )

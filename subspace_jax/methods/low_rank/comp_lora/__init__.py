@@ -24,4 +24,10 @@ register(
     year=2025,
     kinds=("weight",),
     uses=("project_orthogonal",),
+    use_for="Tuning on little data while singular directions that carry the old knowledge stay exactly as they are.",
+    not_for="The new task needs those directions: what is kept is paid for with what is not learned.",
+    differs=(
+        "The paper's rule for the number of protected directions was not to be had; it is an option here, or "
+        "follows from the spectrum."
+    ),
 )

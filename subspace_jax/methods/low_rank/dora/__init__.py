@@ -17,4 +17,10 @@ register(
     year=2024,
     kinds=("weight",),
     experiment="quickstart",
+    use_for="LoRA whose lengths of output columns learn apart, at one low rate and small ranks.",
+    not_for="Many adapters are served at once, or every percent of a step's time counts.",
+    differs=(
+        'The norm is held fixed in the backward pass by default, as the authors advise; `norm="exact"` '
+        "differentiates it."
+    ),
 )

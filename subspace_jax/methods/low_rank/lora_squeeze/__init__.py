@@ -27,4 +27,7 @@ register(
     authors="Vulic, Grycner, de Laroussilhe, Pfeiffer",
     year=2026,
     kinds=("system", "analysis"),
+    use_for="Finding the rank after training, or training at a high rank for a small file.",
+    not_for="The wanted change has full rank and the target is tiny: then it does not reach direct training.",
+    differs="The decomposition works on the factors and is exact; the paper's randomized one is an option.",
 )

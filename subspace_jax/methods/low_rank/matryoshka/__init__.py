@@ -25,4 +25,10 @@ register(
     authors="Modoranu, Safaryan, Alistarh",
     year=2026,
     kinds=("weight",),
+    use_for="One training whose adapter is cut to any smaller rank when it is served.",
+    not_for="Only one rank is needed, or the smallest ranks matter most: DyLoRA's small ranks are better.",
+    differs=(
+        '`inference="keep_p"` keeps the gains of training and is better here than the published scale of the rank '
+        "alone."
+    ),
 )

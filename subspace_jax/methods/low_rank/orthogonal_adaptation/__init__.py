@@ -21,4 +21,7 @@ register(
     authors="Po, Yang, Aberman, Wetzstein",
     year=2024,
     kinds=("weight",),
+    use_for="Concepts trained apart by people who share nothing but a seed, and summed later.",
+    not_for="Experts can be merged with knowledge of each other, or there is no token that learns beside each adapter.",
+    differs="Columns can be dealt out without overlap, which the paper draws at random.",
 )

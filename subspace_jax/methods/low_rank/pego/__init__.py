@@ -22,4 +22,7 @@ register(
     authors="Hu, Zhang, Qi, Shi, Gao",
     year=2024,
     kinds=("weight", "penalty"),
+    use_for="Changing features little while a new domain is learned, with a penalty that needs no old data.",
+    not_for="The best accuracy on the new domain is all that counts: no factor of the penalty helps there.",
+    differs="The penalty sums absolute entries, as run by the authors; it can be normalized by width.",
 )

@@ -31,4 +31,7 @@ register(
     authors="Vaidya, Jerzak, Ho, Bajaj",
     year=2026,
     kinds=("module",),
+    use_for="Updates that depend on the input, such as an operator that the input names.",
+    not_for="Plain fine-tuning: at equal size LoRA is ahead, and the result cannot be merged.",
+    differs="The paper's formulas could not be read: what its abstract leaves open is this library's design.",
 )

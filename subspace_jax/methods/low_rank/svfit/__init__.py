@@ -15,4 +15,6 @@ register(
     authors="Sun et al.",
     year=2024,
     kinds=("weight",),
+    use_for="A few hundred trained values, between the weight's own singular vectors.",
+    not_for="Files must be small (the frozen factors are large), or the wanted change lies outside those directions.",
 )

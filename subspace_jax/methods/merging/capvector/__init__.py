@@ -23,4 +23,7 @@ register(
     authors="Song, Zhao, Li et al.",
     year=2026,
     kinds=("penalty",),
+    use_for="A skill learned once with a costly auxiliary loss, carried over to trainings of the same base.",
+    not_for="The new training starts from other weights, or the skill and the task use the same directions.",
+    differs="The paper's form of the penalty was not to be had: four candidates are offered.",
 )

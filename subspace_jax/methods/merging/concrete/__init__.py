@@ -31,4 +31,6 @@ register(
     authors="Tang, Shen, Luo, Ding, Hu, Du, Tao",
     year=2023,
     kinds=("system",),
+    use_for="Merging experts of different tasks with some inputs, but without labels.",
+    not_for="There are no inputs at all: use `sj.merging.ties` or task arithmetic.",
 )

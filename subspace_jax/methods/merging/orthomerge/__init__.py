@@ -19,4 +19,6 @@ register(
     authors="Yang, Shi, Liu",
     year=2026,
     kinds=("merger",),
+    use_for="Merging OFT adapters, or experts whose changes are mostly rotations, at the base's singular values.",
+    not_for="Experts are LoRA of small rank: task arithmetic keeps them as one adapter.",
 )

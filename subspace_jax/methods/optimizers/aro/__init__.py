@@ -21,4 +21,7 @@ register(
     authors="Gong, Zazo, Luo, Wang, Hensman, Ma",
     year=2026,
     kinds=("transformation",),
+    use_for="Steepest descent with other rules than Muon's, in rotated coordinates.",
+    not_for="Memory of the optimizer is short: the rotations add four fifths to Muon's state.",
+    differs="Which side is rotated can be said by path; the paper goes by the side of the residual stream.",
 )

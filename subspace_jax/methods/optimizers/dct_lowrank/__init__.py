@@ -23,4 +23,7 @@ register(
     authors="Modoranu, Safaryan, Schultheis, Ryabinin, Chumachenko, Alistarh",
     year=2025,
     kinds=("transformation",),
+    use_for="Low-rank Adam or Muon without any SVD, with one fixed basis for all layers.",
+    not_for="The model is small enough for Adam's full state.",
+    differs='`basis="random_qr"` is a control of this library.',
 )

@@ -43,4 +43,6 @@ register(
     authors="Xue, Lau",
     year=2021,
     kinds=("transformation",),
+    use_for="Learning an orthogonal dictionary, or any matrix in the spectral ball, from a stream of single samples.",
+    not_for="All data fit in memory: closed-form alternation is simpler.",
 )

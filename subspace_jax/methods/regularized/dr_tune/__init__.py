@@ -32,4 +32,7 @@ register(
     authors="Zhou, Chen, Huang",
     year=2023,
     kinds=("penalty",),
+    use_for="Tuning an encoder with a new head on few labels, when rates cannot be tuned.",
+    not_for="Rates are tuned: then cross-entropy alone is level.",
+    differs="Equal weights for the class means (`confidence=False`) are an option that is not published.",
 )

@@ -75,4 +75,10 @@ register(
     authors="Ricci, Biondi, Pernici, Patras, Del Bimbo",
     year=2025,
     kinds=("penalty", "transformation", "module"),
+    use_for="Replacing an encoder without recomputing a gallery: a map that adapts and loses little elsewhere.",
+    not_for="The free affine map already loses nothing elsewhere.",
+    differs=(
+        "The distance scales with the size of the kernel by default; weights that the paper leaves open are this "
+        "library's."
+    ),
 )

@@ -25,4 +25,6 @@ register(
     authors="Achour, Malgouyres, Mamalet",
     year=2022,
     kinds=("penalty", "transformation"),
+    use_for="Convolutions with a bound on their spectrum, on images of any size, from a penalty on kernels.",
+    not_for="Exact orthogonality is needed at every step, or padding is not circular at the borders.",
 )

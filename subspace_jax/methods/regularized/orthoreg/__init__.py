@@ -23,4 +23,7 @@ register(
     authors="Liu, Yin, Wang, Qi, Shi, Li, Gao, Tao",
     year=2026,
     kinds=("penalty", "analysis"),
+    use_for="Experts whose task vectors are less alike, to be merged later.",
+    not_for="Kernels are small: singular values of one are more than they need, and merging loses.",
+    differs="The norm itself is the default, as in the released code; `squared=True` is the paper's equation.",
 )

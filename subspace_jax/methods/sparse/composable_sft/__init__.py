@@ -35,4 +35,6 @@ register(
     authors="Ansell, Ponti, Korhonen, Vulic",
     year=2022,
     kinds=("weight", "penalty"),
+    use_for="Task and language (or domain) learned apart and added up.",
+    not_for="One task alone: sparse is not better than dense here.",
 )

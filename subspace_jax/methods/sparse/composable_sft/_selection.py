@@ -29,7 +29,7 @@ class Selection:
 
     @property
     def count(self) -> int:
-        r"""\\(K\\), the number of chosen entries."""
+        r"""\(K\), the number of chosen entries."""
         return sum(int(mask.sum()) for mask in self.chosen.values())
 
     @property

@@ -26,4 +26,10 @@ register(
     authors="Liu, Pang, Balabanov, Yang, Huang, Yin, Yang, Liu",
     year=2025,
     kinds=("weight", "transformation"),
+    use_for="Fine-tuning with a sparse set of entries and an optimizer state of that size.",
+    not_for="A step's time counts: entries are reselected by an SVD-like step, and gradients are whole.",
+    differs=(
+        "Selection by blocks is an option of this library. The released optimizer takes the largest entries only "
+        "if its mask type says so in a word that the scripts leave out; this follows the paper."
+    ),
 )

@@ -27,4 +27,10 @@ register(
     authors="Zhang, Zou, An, Liu, Zhang",
     year=2024,
     kinds=("module",),
+    use_for="Adapters on a few hundred examples.",
+    not_for="Data are plenty, or two passes a step are too dear.",
+    differs=(
+        "One array stands for the released N copies with masked gradients, the same under SGD and under Adam with "
+        "one counter."
+    ),
 )

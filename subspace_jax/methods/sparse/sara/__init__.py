@@ -27,4 +27,10 @@ register(
     authors="Hu, Zhang, Yi, Huang, Wang, Ma",
     year=2025,
     kinds=("weight", "transformation", "penalty"),
+    use_for="Tuning all parts of a model a little while the source task stays.",
+    not_for="The change is large, or arrays differ in scale: one threshold for all arrays may take one of them whole.",
+    differs=(
+        '`mode="random_one"` follows the release, "all" the paper\'s text; `threshold_for`, a share in place of a '
+        "threshold, is of this library."
+    ),
 )

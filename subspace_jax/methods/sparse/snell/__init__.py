@@ -31,4 +31,7 @@ register(
     authors="Shen, Sun, Ji, Huang, Wang",
     year=2024,
     kinds=("weight",),
+    use_for="Sparse or full-rank changes with the parameters of two narrow factors.",
+    not_for="A step's memory counts: the kernel matrix is formed for each layer.",
+    differs='`rule="soft"` is the paper\'s, "hard" the released code\'s.',
 )

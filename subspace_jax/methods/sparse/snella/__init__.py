@@ -29,4 +29,7 @@ register(
     authors="Shen, Sun, Wang, Huang",
     year=2025,
     kinds=("weight", "transformation"),
+    use_for="Layers that compete for a budget of trained entries.",
+    not_for="All layers have to change alike: even shares fit as well.",
+    differs="`least`, entries that every layer keeps, is of this library, and 0 as published.",
 )

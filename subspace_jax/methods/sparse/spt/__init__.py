@@ -23,4 +23,7 @@ register(
     authors="He, Cai, Zhang, Tao, Zhuang",
     year=2023,
     kinds=("weight",),
+    use_for="Spending one budget of trained values where gradients say that it matters.",
+    not_for="Rates are tuned: entries of large gradient bear only small ones, and LoRA is level.",
+    differs="The released constant for when a module pays is the default; the paper's text is `alpha=1`.",
 )

@@ -19,4 +19,6 @@ register(
     authors="Si, Wang, Yang, Xu, Li, Dai, Qiao, Yang, Shen",
     year=2024,
     kinds=("weight",),
+    use_for="Convolutions, whose axes stay axes.",
+    not_for="Dense kernels: there it is LoRA with a core between the factors.",
 )

@@ -17,4 +17,7 @@ register(
     authors="Qiu, Liu, Feng, Xue, Feng, Liu, Zhang, Weller, Schölkopf",
     year=2023,
     kinds=("weight", "transformation"),
+    use_for="Changes that turn features and keep the singular values, and merges that keep them as well.",
+    not_for="Lengths have to change: a rotation cannot, unless `magnitude=True`.",
+    differs="The exact Cayley transform is the default; `terms=5` is the usual series.",
 )

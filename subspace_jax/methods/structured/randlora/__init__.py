@@ -17,4 +17,10 @@ register(
     authors="Albert, Zhang, Saratchandran, Rodriguez-Opazo, van den Hengel, Abbasnejad",
     year=2025,
     kinds=("weight",),
+    use_for="Full-rank updates with few trained values.",
+    not_for="The change has low rank, or a step's time counts: it is twice LoRA's.",
+    differs=(
+        "Bases are sized to what the weights read; the authors' code takes the largest inputs and outputs of any "
+        'weights. `pairing="peft"` follows PEFT.'
+    ),
 )

@@ -23,4 +23,6 @@ register(
     authors="Chong, Qu",
     year=2025,
     kinds=("weight", "transformation"),
+    use_for="Structured changes that are sums of Kronecker products, starting from the weight's own.",
+    not_for="A step's time counts (twice LoRA's), or files must be small: the start is saved with them.",
 )

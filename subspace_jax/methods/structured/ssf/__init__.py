@@ -23,4 +23,6 @@ register(
     authors="Lian, Zhou, Feng, Wang",
     year=2022,
     kinds=("weight",),
+    use_for="The smallest adapter that costs nothing when served, beside norms and biases.",
+    not_for="The change needs new mixtures of features, not other scales.",
 )

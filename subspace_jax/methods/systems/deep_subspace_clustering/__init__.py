@@ -55,4 +55,7 @@ register(
     authors="Sindicic, Kopriva",
     year=2025,
     kinds=("system",),
+    use_for="Grouping images or features that lie near subspaces, without labels.",
+    not_for="Groups are round clouds: k-means is simpler.",
+    differs="Training stops by a window of ten iterations, where the usual rule looks at a single change.",
 )

@@ -20,4 +20,7 @@ register(
     authors="Wang, Li, Zhang",
     year=2023,
     kinds=("system", "transformation"),
+    use_for="Features of a class that should spread, for transfer or retrieval, at softmax's accuracy.",
+    not_for="Accuracy alone counts: softmax is level.",
+    differs='`transport="project"` is the paper\'s form; "none" that of the authors\' code.',
 )

@@ -49,4 +49,10 @@ register(
     authors="Shrestha, Sharma, Zhou, Kumar",
     year=2025,
     kinds=("system", "module"),
+    use_for="An adapter for a new subject from one image, without training.",
+    not_for="You can train on the subject itself: an adapter of its own needs no hypernetwork.",
+    differs=(
+        "The combination of guidances was not to be had; the simplest one is used. Stable Diffusion and CLIP were "
+        "not run."
+    ),
 )

@@ -67,4 +67,10 @@ register(
     authors="Sun, Zhang, Schaeffer",
     year=2024,
     kinds=("system", "weight"),
+    use_for="Partial differential equations with few samples of a new one.",
+    not_for="There is one equation and plenty of data.",
+    differs=(
+        "The two cosine fluxes complete the paper's list; in the official code queries, keys and values are not "
+        "adapted, which `official_targets=True` repeats."
+    ),
 )
