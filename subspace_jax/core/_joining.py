@@ -44,6 +44,8 @@ def _join(operands: list[Any], axis: int) -> list[Any] | None:
     if len(weights) < len(views) or len(orders) > 1:
         return None
     rest, observed = iter(weights), isinstance(weights[0], Observed)
+    if observed and len(views) < len(operands):
+        return None  # every leaf observes: what does not is an activation, as the tokens beside a class token
     common: dict[str, Any] = {"role": weights[0].role, "dtype": views[0].dtype}
 
     def part(value: Any) -> Weight:

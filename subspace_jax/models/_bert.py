@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ._config import require_divisible, require_positive
 from ._layers import run_layers
+from ._tokens import join_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +125,6 @@ def _embed(config: BertConfig, rows: int, name: str) -> nn.Embed:
         embedding_init=nn.initializers.normal(0.02),
         name=name,
     )
-
-
-def join_tokens(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, x.shape[-1]) if jax.device_count() == 1 else x
 
 
 class BertEmbeddings(nn.Module):

@@ -12,6 +12,7 @@ from ._cache import KVCache, LayerView, view_sequence
 from ._layers import run_layers
 from ._llama_config import LlamaConfig
 from ._rotary import apply_rotary
+from ._tokens import join_tokens
 
 
 def _norm(config: LlamaConfig, name: str) -> nn.Module:
@@ -48,10 +49,11 @@ class LlamaAttention(nn.Module):
         config = self.config
         options = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         sin, cos, mask = view.at(windowed)
+        rows = join_tokens(x)
 
         def heads(count, name):
             split = nn.DenseGeneral((count, config.head_dim), use_bias=config.qkv_bias, name=name, **options)
-            return split(x)
+            return split(rows).reshape(*x.shape[:-1], count, config.head_dim)
 
         def turned(count, name):
             found = heads(count, name)
@@ -67,7 +69,7 @@ class LlamaAttention(nn.Module):
             cache = (key, value)
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=config.attention_scale)
         output = nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=config.output_bias, name="output", **options)
-        return output(mixed), cache
+        return output(mixed.reshape(*rows.shape[:-1], *mixed.shape[-2:])).reshape(x.shape), cache
 
 
 class LlamaMlp(nn.Module):
@@ -80,10 +82,11 @@ class LlamaMlp(nn.Module):
         """Maps `[..., width]` to `[..., width]`."""
         config = self.config
         options = {"use_bias": config.mlp_bias, "dtype": config.dtype, "param_dtype": config.param_dtype}
-        gate = nn.Dense(config.mlp_width, name="gate", **options)(x)
-        up = nn.Dense(config.mlp_width, name="up", **options)(x)
+        rows = join_tokens(x)
+        gate = nn.Dense(config.mlp_width, name="gate", **options)(rows)
+        up = nn.Dense(config.mlp_width, name="up", **options)(rows)
         opened = nn.silu(gate) if config.activation == "silu" else nn.gelu(gate, approximate=True)
-        return nn.Dense(config.width, name="down", **options)(opened * up)
+        return nn.Dense(config.width, name="down", **options)(opened * up).reshape(x.shape)
 
 
 class LlamaLayer(nn.Module):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ._config import require_divisible, require_positive
 from ._layers import run_layers
 from ._position import resize_positions
+from ._tokens import join_tokens
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -156,9 +157,12 @@ class VitAttention(nn.Module):
         config = self.config
         heads = (config.num_heads, config.width // config.num_heads)
         types = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        query, key, value = (nn.DenseGeneral(heads, name=name, **types)(x) for name in ("query", "key", "value"))
-        mixed = jax.nn.dot_product_attention(query, key, value)
-        return nn.DenseGeneral(config.width, axis=(-2, -1), name="output", **types)(mixed)
+        rows, split = join_tokens(x), (*x.shape[:-1], *heads)
+        query, key, value = (
+            nn.DenseGeneral(heads, name=name, **types)(rows).reshape(split) for name in ("query", "key", "value")
+        )
+        mixed = jax.nn.dot_product_attention(query, key, value).reshape(*rows.shape[:-1], *heads)
+        return nn.DenseGeneral(config.width, axis=(-2, -1), name="output", **types)(mixed).reshape(x.shape)
 
 
 class VitMlp(nn.Module):
@@ -170,8 +174,8 @@ class VitMlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., width]` to `[..., width]`."""
         types = {"dtype": self.config.dtype, "param_dtype": self.config.param_dtype}
-        hidden = nn.gelu(nn.Dense(self.config.mlp_width, name="fc1", **types)(x), approximate=False)
-        return nn.Dense(self.config.width, name="fc2", **types)(hidden)
+        hidden = nn.gelu(nn.Dense(self.config.mlp_width, name="fc1", **types)(join_tokens(x)), approximate=False)
+        return nn.Dense(self.config.width, name="fc2", **types)(hidden).reshape(x.shape)
 
 
 class LayerScale(nn.Module):
