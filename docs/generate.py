@@ -22,8 +22,8 @@ def methods() -> str:
     def row(source: sj.core.Source) -> list[str]:
         start = [short_name(source, name) for name in main_functions(source)] + [f"sj.{n}" for n in source.uses]
         link = f"[{source.slug}]({source.slug}.md)"
-        more = len(functions(source)) - len(start[:3])
-        names = ", ".join(f"`{n}`" for n in start[:3]) + (f" and {more} more" if more > 0 else "")
+        more = len(functions(source)) - len(start[:2])
+        names = ", ".join(f"`{n}`" for n in start[:2]) + (f" and {more} more" if more > 0 else "")
         return [source.family.replace("_", " "), link, summary(source).rstrip("."), names]
 
     return markdown_table([["family", "method", "what it does", "start with"], *map(row, sj.catalogue())])

@@ -105,9 +105,21 @@ def _when(source: sj.core.Source) -> list[str]:
 
 
 def _code(source: sj.core.Source) -> list[str]:
-    programs = [example(getattr(_home(source), name)) for name in main_functions(source)[:2]]
+    programs = [_program(source, name) for name in main_functions(source)[:2]]
     blocks = [f"```python\n{program}\n```" for program in programs if program]
     return ["## Code", "These run as they are, after `pip install subspace-jax`.", *blocks] if blocks else []
+
+
+def _program(source: sj.core.Source, name: str) -> str:
+    """The example of a docstring, with an import of what it calls by a bare name."""
+    program = example(getattr(_home(source), name))
+    used = [
+        n for n in source.public if re.search(rf"(?<![\w.]){n}\b(?!\s*=)", program) and f"import {n}" not in program
+    ]
+    bare = [n for n in used if not re.search(rf"import .*\b{n}\b|^{n}\b.*= |, {n} = ", program, flags=re.MULTILINE)]
+    return (
+        f"from subspace_jax.methods.{source.slug} import {', '.join(bare)}\n{program}" if bare and program else program
+    )
 
 
 def _measured(source: sj.core.Source) -> list[str]:

@@ -24,7 +24,7 @@ def cells(program: str) -> list[tuple[str, str]]:
         head, _, text = part.partition("\n")
         is_text = "[markdown]" in head
         lines = text.strip("\n").split("\n")
-        kept = [line.removeprefix("# ").removeprefix("#") for line in lines] if is_text else lines
+        kept = [re.sub("^# ?", "", line) for line in lines] if is_text else lines
         found.append(("markdown" if is_text else "code", "\n".join(kept)))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import subprocess
 import sys
@@ -212,6 +213,19 @@ def test_pages_of_methods_are_up_to_date():
     assert {p.name for p in folder.glob("*.md")} == set(pages), "run `make tables`"
     for name, text in pages.items():
         assert (folder / name).read_text() == text, f"docs/methods/{name}: run `make tables`"
+
+
+def test_programs_on_pages_of_methods_are_whole():
+    """They run as doctests in their files; on a page they have to bring every name along."""
+    for name, text in generate.method_pages().items():
+        for program in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            tree = ast.parse(program)
+            bound = {a.asname or a.name.split(".")[0] for n in ast.walk(tree) for a in getattr(n, "names", ())}
+            bound |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            bound |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)} | set(vars(builtins))
+            bound |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+            missing = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - bound
+            assert not missing, f"docs/methods/{name}: {sorted(missing)}"
 
 
 def test_import_is_light():

@@ -1,4 +1,4 @@
-"""The catalogue of published methods, from which README's table, docs/methods and the command line are made."""
+"""The catalogue of published methods, from which docs/methods, its tables and the command line are made."""
 
 from __future__ import annotations
 
