@@ -81,6 +81,7 @@ ARMS: dict[str, Arm] = {
     "full": Arm(lambda: {"**": sj.full()}, 1e-4),
     "lora": Arm(_kernels(lambda: sj.lora(4)), 3e-3),
     "dora": Arm(_kernels(lambda: sj.dora(sj.lora(4))), 3e-3),
+    "qlora": Arm(_kernels(lambda: sj.qlora(4)), 3e-3),
     "pissa": Arm(_kernels(lambda: sj.pissa(4)), 1e-3),
     "corda": Arm(_kernels(lambda: sj.corda(4)), 1e-3, needs="gram"),
     "lora_sb": Arm(_kernels(lambda: sj.lora_sb(64, learning_rate=1e-3)), 1e-3, needs="gradient"),

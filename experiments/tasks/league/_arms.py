@@ -107,6 +107,7 @@ ARMS: dict[str, Arm] = {
     "full": Arm(_everything, 1e-4),
     "lora": Arm(_kernels(lambda b: sj.lora(RANK)), 3e-3),
     "dora": Arm(_kernels(lambda b: sj.dora(sj.lora(RANK))), 3e-3),
+    "qlora": Arm(_kernels(lambda b: sj.qlora(RANK)), 3e-3),
     "pissa": Arm(_kernels(lambda b: sj.pissa(RANK)), 1e-3),
     "corda": Arm(_kernels(lambda b: sj.corda(RANK)), 1e-3, needs="gram"),
     "lora_sb": Arm(_kernels(lambda b: sj.lora_sb(_square_root(b), learning_rate=1e-3)), 1e-3, needs="gradient"),
