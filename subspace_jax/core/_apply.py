@@ -122,7 +122,8 @@ def with_adapters(
 
 
 def _check_words(rules: MaterializeRules) -> None:
-    words: list[Any] = [rules] if isinstance(rules, str) else [word for _, word in _pairs(rules)]
+    by_rules = isinstance(rules, (Mapping, list, tuple))
+    words: list[Any] = [word for _, word in _pairs(rules)] if by_rules else [rules]
     for word in words:
         if word not in ("error", "warn", "allow"):
             raise ValueError(f'on_materialize is "error", "warn" or "allow", for all or by rules, not {word!r}.')

@@ -196,10 +196,12 @@ class Joined(Weight):
                 continue
             before = [i for i in old if i < self.axis and self.shape[i] > 1]
             axis = next((i for i in new if shape[i] > 1), new[0])
-            inside = sum(self.sizes) // shape[axis]
-            if before or shape[axis] * inside != sum(self.sizes) or any(n % inside for n in self.sizes):
+            # Of the axes that are joined or split, each part takes its share of the first.
+            shares = [n * shape[axis] for n in self.sizes]
+            total = sum(self.sizes)
+            if before or any(n % total for n in shares):
                 return None
-            shapes = [(*shape[:axis], n // inside, *shape[axis + 1 :]) for n in self.sizes]
+            shapes = [(*shape[:axis], n // total, *shape[axis + 1 :]) for n in shares]
             return self._with([part.reshape(s) for part, s in zip(self.parts, shapes, strict=True)], axis)
         return None
 

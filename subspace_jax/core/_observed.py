@@ -64,7 +64,8 @@ class Notes:
             main = dataclasses.replace(main, primitive="add")
         outer = tuple(self.stack_axes)
         inner = tuple(a for a in main.stack_axes if a not in outer)
-        return dataclasses.replace(main, stack_axes=outer + inner, uses=len(found), found=True)
+        sides = {name: tuple(a for a in getattr(main, name) if a not in outer) for name in ("in_axes", "out_axes")}
+        return dataclasses.replace(main, stack_axes=outer + inner, uses=len(found), found=True, **sides)
 
 
 @register_weight

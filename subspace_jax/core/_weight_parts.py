@@ -134,7 +134,7 @@ class WeightParts:
                 return value.permuted(permutation)
             return jnp.transpose(value, permutation) if self.axes[name] == "array" else value
 
-        return _replace(self.map_fields(one), role=role)
+        return self._with_fields(one, role)
 
     def reshape(self: P, shape: tuple[int, ...]) -> P | None:
         """Returns the weight of the reshaped array, or None where the new axes cut across its matrices.
@@ -160,15 +160,23 @@ class WeightParts:
             if total != target or not moved[name]:
                 return None
         role = dataclasses.replace(self.role, **moved)
-        if len(role.stack_axes) != len(self.role.stack_axes):
-            return None
+        depth, stack = len(self.role.stack_axes), tuple(shape[i] for i in role.stack_axes)
 
         def one(name: str, value: Any) -> Any:
             if isinstance(value, WeightParts):
                 return value.reshape(shape)
-            return value.reshape(shape) if self.axes[name] == "array" else value
+            if self.axes[name] == "array":
+                return value.reshape(shape)
+            if len(stack) == depth or "stack" not in self.axes[name].split():
+                return value
+            return jax.tree.map(lambda array: array.reshape(*stack, *array.shape[depth:]), value)
 
-        return _replace(self.map_fields(one), role=role)
+        return self._with_fields(one, role)
+
+    def _with_fields(self: P, function: Callable[[str, Any], Any], role: Role) -> P | None:
+        """Returns the weight with other fields and another role; None where one of the fields must be formed."""
+        fields = {name: function(name, value) for name, value in self.data_items()}
+        return None if any(value is None for value in fields.values()) else _replace(self, role=role, **fields)
 
     def partition_specs(self: P, spec: PartitionSpec, *, exact: bool = False) -> P:
         """Returns the weight with the partition spec of each array in its place.

@@ -15,6 +15,7 @@ from ._image_folder import unreadable as unreadable
 from ._image_task import ImageSplit as ImageSplit
 from ._image_task import ImageTask as ImageTask
 from ._image_task import load_image_task as load_image_task
+from ._languages import messages_by_application as messages_by_application
 from ._operator_task import OperatorSplit as OperatorSplit
 from ._operator_task import OperatorTask as OperatorTask
 from ._operator_task import load_operator_task as load_operator_task
@@ -67,6 +68,7 @@ __all__ = [
     "load_pair_task",
     "load_text_task",
     "load_texture_task",
+    "messages_by_application",
     "operator_tasks",
     "pair_tasks",
     "prepare",

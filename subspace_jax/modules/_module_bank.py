@@ -109,7 +109,7 @@ class ModuleBank(Weight):
 
     def _with_role_of(self, rest: Any) -> ModuleBank | None:
         """The bank around a changed kernel: of the modules that changes what they stand for, and no array."""
-        if rest is None:
+        if rest is None or len(rest.role.stack_axes) != len(self.role.stack_axes):
             return None
         return dataclasses.replace(rest, module=dataclasses.replace(self.module, role=with_slots(rest.role)))
 

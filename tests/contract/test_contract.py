@@ -240,7 +240,10 @@ def test_every_weight_class_is_in_the_battery():
     beside = {"ShiftedBias", "ScaledShifted", "AdapterBank", "Bottleneck", "KeptInput", "ModuleBank"}
     beside |= {"LayerAdapter", "MixedAdapter", "QueryableLowRank"}
     beside |= {"ExpertPool"}  # its experts depend on what routers saw: tests/methods/continual/test_igsp.py
-    beside |= {"Rescaled"}  # lives while a program runs, around another weight: tests/core/test_foreign_uses.py
+    beside |= {
+        "Rescaled",
+        "Joined",
+    }  # live while a program runs, around others: tests/core/test_foreign_uses.py, test_joined.py
     library = {
         name
         for name, cls in Weight.classes.items()

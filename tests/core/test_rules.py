@@ -208,7 +208,7 @@ REFUSED = {
     "norm": (lambda w: jnp.linalg.norm(w), "(mul|square)"),
     "padded": (lambda w: X @ jnp.pad(w, ((0, 0), (0, 1))), "pad"),
     "columns sorted": (lambda w: X @ jnp.sort(w, axis=1), "sort"),
-    "joined and bent": (lambda w: X @ jnp.tanh(jnp.concatenate([w, w], 1)), "tanh"),
+    "bent": (lambda w: X @ jnp.tanh(w), "tanh"),
     "matrices joined": (lambda w: jnp.ones(24) @ w.reshape(24), "reshape"),
     "flipped": (lambda w: X @ w[::-1], "rev"),
     "both operands": (lambda w: w @ w.T, "dot_general"),

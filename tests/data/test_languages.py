@@ -46,6 +46,33 @@ def test_messages_are_cleaned_and_shared_or_short_ones_dropped(lay_carrier):
         list(_languages.languages(("de", "fr")))
 
 
+def test_applications_label_the_same_message_in_every_language(lay_carrier):
+    shared = {"Save it now": "Jetzt speichern"}
+    lay_carrier(
+        "django",
+        {
+            "django/conf/locale/de/LC_MESSAGES/django.mo": catalogue({"Enter a %(kind)s value": "Einen Wert eingeben"}),
+            "django/contrib/admin/locale/de/LC_MESSAGES/django.mo": catalogue(
+                {"Log in again": "Wieder anmelden"} | shared
+            ),
+            "django/contrib/auth/locale/de/LC_MESSAGES/django.mo": catalogue({"No": "Nein"} | shared),
+        },
+    )
+    german = list(_languages.messages_by_application("de"))
+    assert [(r.text, r.label, r.group) for r in german] == [
+        ("Einen Wert eingeben", "conf", "Enter a %(kind)s value"),
+        ("Wieder anmelden", "contrib/admin", "Log in again"),
+    ]
+    english = list(_languages.messages_by_application("en"))
+    assert [(r.text, r.label, r.group) for r in english] == [
+        ("Enter a value", "conf", "Enter a %(kind)s value"),
+        ("Log in again", "contrib/admin", "Log in again"),
+    ]
+    assert len(list(_languages.messages_by_application("de", shortest=1))) == 3
+    with pytest.raises(ValueError, match="no messages in the locale fr"):
+        list(_languages.messages_by_application("fr"))
+
+
 @pytest.mark.carried
 def test_published_counts(need):
     need("django")

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -113,9 +114,13 @@ def compose(params: Params, *vectors: Vector) -> Params:
         for at, values in parts:
             total[at] += values.astype(wide)
         touched = np.unique(np.concatenate([at for at, _ in parts]))
-        flat = jnp.ravel(array)
-        summed = (flat[touched].astype(wide) + total[touched]).astype(array.dtype)
-        return flat.at[touched].set(summed).reshape(array.shape)
+        if not getattr(array, "is_fully_addressable", True):
+            flat = jnp.ravel(array)
+            summed = (flat[touched].astype(wide) + total[touched]).astype(array.dtype)
+            return flat.at[touched].set(summed).reshape(array.shape)
+        host = np.array(array).ravel()  # a copy: on a device every support would be a program of its own
+        host[touched] = (host[touched].astype(wide) + total[touched]).astype(host.dtype)
+        return jax.device_put(host.reshape(array.shape), getattr(array, "sharding", None))
 
     return map_with_paths(one, params)
 

@@ -1,6 +1,8 @@
 """SaRA: trains the entries of smallest magnitude, with a nuclear-norm penalty and a second selection half way."""
 
 from subspace_jax.core import register
+from subspace_jax.methods.sparse.sara._export import export as export
+from subspace_jax.methods.sparse.sara._export import with_strength as with_strength
 from subspace_jax.methods.sparse.sara._method import default_rate as default_rate
 from subspace_jax.methods.sparse.sara._method import sara as sara
 from subspace_jax.methods.sparse.sara._method import threshold_for as threshold_for
@@ -14,11 +16,13 @@ __all__ = [
     "PenaltyMode",
     "ScaleBySaraState",
     "default_rate",
+    "export",
     "nuclear_norm",
     "sara",
     "sara_adam",
     "scale_by_sara",
     "threshold_for",
+    "with_strength",
 ]
 
 register(
