@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+import subspace_jax as sj
 from subspace_jax.io import NameMap, export_tensors, import_tensors, read_safetensors, write_safetensors
-from subspace_jax.models import TextFormat
+from subspace_jax.models import GgufExportError, Precision, TextFormat, export_gguf, load_gguf
 
 from ._backbone import Backbone
 from ._errors import UserError
@@ -45,6 +46,27 @@ def write_merged(folder: Path, merged: Any, backbone: Backbone, problem: Problem
     if backbone.model.text_format is not None and not problem.classifies:
         _write_text_format(folder, backbone.model.text_format)
     return folder
+
+
+def write_gguf_file(path: Path, run: Run, precision: Precision) -> Any:
+    """Writes a run's merged weights as a GGUF file; returns the parameters read back.
+
+    Args:
+      path: of the file.
+      run: of a language model that came in a GGUF file.
+      precision: of the matrices.
+
+    Raises:
+      UserError: the format cannot say what the run is; nothing is written.
+    """
+    if run.problem.classifies:
+        raise UserError(f"{run.folder}: a GGUF file has no place for a head of classes; use --to hf.")
+    try:
+        export_gguf(path, sj.merge(run.adapted, keep_float32=True), run.backbone.model, precision=precision)
+    except GgufExportError as error:
+        raise UserError(str(error)) from error
+    config = run.backbone.model.config
+    return load_gguf(path, scan_layers=config.scan_layers, param_dtype=config.param_dtype).params
 
 
 def _write_text_format(folder: Path, form: TextFormat) -> None:
