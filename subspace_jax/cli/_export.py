@@ -83,7 +83,9 @@ def _config(backbone: Backbone, problem: Problem) -> dict[str, Any]:
     if backbone.name.startswith("hf:"):
         entries = read_json(Path(backbone.name[3:]) / CONFIG)
         labels = {str(i): str(name) for i, name in enumerate(problem.classes)}
-        return entries | ({"id2label": labels} if labels else {})
+        # What is written is in full precision, whatever the folder held.
+        kept = {name: value for name, value in entries.items() if name != "quantization_config"}
+        return kept | ({"id2label": labels} if labels else {})
     shared = {"num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads}
     shared |= {"hidden_size": config.width, "intermediate_size": config.mlp_width}
     if problem.classifies:
