@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+import subspace_jax as sj
 from subspace_jax.io import NameMap, export_tensors, import_tensors, read_safetensors, write_safetensors
-from subspace_jax.models import TextFormat
+from subspace_jax.models import GgufExportError, Precision, TextFormat, export_gguf, load_gguf
 
 from ._backbone import Backbone
 from ._errors import UserError
@@ -47,6 +48,27 @@ def write_merged(folder: Path, merged: Any, backbone: Backbone, problem: Problem
     return folder
 
 
+def write_gguf_file(path: Path, run: Run, precision: Precision) -> Any:
+    """Writes a run's merged weights as a GGUF file; returns the parameters read back.
+
+    Args:
+      path: of the file.
+      run: of a language model that came in a GGUF file.
+      precision: of the matrices.
+
+    Raises:
+      UserError: the format cannot say what the run is; nothing is written.
+    """
+    if run.problem.classifies:
+        raise UserError(f"{run.folder}: a GGUF file has no place for a head of classes; use --to hf.")
+    try:
+        export_gguf(path, sj.merge(run.adapted, keep_float32=True), run.backbone.model, precision=precision)
+    except GgufExportError as error:
+        raise UserError(str(error)) from error
+    config = run.backbone.model.config
+    return load_gguf(path, scan_layers=config.scan_layers, param_dtype=config.param_dtype).params
+
+
 def _write_text_format(folder: Path, form: TextFormat) -> None:
     """Writes what texts begin and end with, in the files in which Hugging Face's library looks for it."""
     write_json(folder / "generation_config.json", {"eos_token_id": list(form.end_tokens)})
@@ -61,7 +83,9 @@ def _config(backbone: Backbone, problem: Problem) -> dict[str, Any]:
     if backbone.name.startswith("hf:"):
         entries = read_json(Path(backbone.name[3:]) / CONFIG)
         labels = {str(i): str(name) for i, name in enumerate(problem.classes)}
-        return entries | ({"id2label": labels} if labels else {})
+        # What is written is in full precision, whatever the folder held.
+        kept = {name: value for name, value in entries.items() if name != "quantization_config"}
+        return kept | ({"id2label": labels} if labels else {})
     shared = {"num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads}
     shared |= {"hidden_size": config.width, "intermediate_size": config.mlp_width}
     if problem.classifies:

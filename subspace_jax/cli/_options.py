@@ -19,7 +19,8 @@ class FinetuneOptions:
     """Fine-tune a pretrained model on your own data.
 
     The data is a table (.jsonl, .csv, .parquet) with columns text and label (classification), prompt and completion,
-    messages (conversations) or text alone; or a folder of images with one folder for each class.
+    messages (conversations) or text alone; of images a folder with one folder for each class, or a table with columns
+    image (a file, as seen from the table's folder) and label.
 
     Attributes:
       data: file of examples, or folder of images.
@@ -102,7 +103,7 @@ class FinetuneOptions:
           UserError: an entry is not of the form ours=theirs, or names no column that we know.
         """
         pairs = [entry.partition("=") for entry in self.columns]
-        known = ("text", "label", "prompt", "completion", "messages")
+        known = ("text", "label", "image", "prompt", "completion", "messages")
         bad = [f"{ours}{equals}{theirs}" for ours, equals, theirs in pairs if not theirs or ours not in known]
         if bad:
             raise UserError(f"--columns {' '.join(bad)}: expected OURS=YOURS with OURS of {', '.join(known)}.")

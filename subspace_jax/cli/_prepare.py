@@ -44,6 +44,11 @@ def prepare_data(options: FinetuneOptions, backbone: Backbone) -> Prepared:
     columns = options.column_names()
     rows = read_rows(options.data)
     form = find_form(rows, columns)
+    if form == "images":
+        raise UserError(
+            f"{options.data}: a list of images trains an image encoder, and --model {backbone.name} is a "
+            f"{backbone.kind}. Name vit-s14, or give rows with text and label."
+        )
     if form != "classification" and backbone.kind != "language model":
         raise UserError(
             f"{options.data}: rows of the form {form!r} train a language model, and --model {backbone.name} is a "

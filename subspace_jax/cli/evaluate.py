@@ -36,7 +36,8 @@ def run(
     """
     loaded = load_run(run)
     if loaded.backbone.kind == "image encoder":
-        examples = read_image_examples(data, loaded.data["image_size"], loaded.problem.classes)
+        columns = loaded.options.column_names()
+        examples = read_image_examples(data, loaded.data["image_size"], loaded.problem.classes, columns)
     else:
         columns = loaded.options.column_names()
         rows = read_rows(data)

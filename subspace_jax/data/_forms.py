@@ -15,6 +15,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "classification": ("text", "label"),
     "text": ("text",),
+    "images": ("image", "label"),
 }
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -28,7 +29,7 @@ def find_form(rows: Rows, columns: Mapping[str, str] | None = None) -> str:
 
     Returns:
         `"messages"` for conversations, `"completion"` for prompts with their completions, `"classification"` for
-        texts with labels, `"text"` for plain texts.
+        texts with labels, `"text"` for plain texts, `"images"` for files of images with labels.
 
     Raises:
         DataError: a column that `columns` names is missing, a row fits no form, or rows have different forms.
@@ -100,7 +101,7 @@ def check_form(rows: Rows, form: str, columns: Mapping[str, str] | None = None) 
         kept.append(fields)
     if bad:
         raise DataError(f"{rows.source}: {len(bad)} fields cannot be used:", bad)
-    if form == "classification":
+    if form in ("classification", "images"):
         _check_types(rows, [fields["label"] for fields in kept])
     return kept
 

@@ -29,6 +29,9 @@ from ._gemma3 import gemma3_file as gemma3_file
 from ._gemma3 import load_gemma3 as load_gemma3
 from ._gguf import GgufFile as GgufFile
 from ._gguf import read_gguf as read_gguf
+from ._gguf_export import GgufExportError as GgufExportError
+from ._gguf_export import Precision as Precision
+from ._gguf_export import export_gguf as export_gguf
 from ._gguf_model import gguf_tokenizer as gguf_tokenizer
 from ._gguf_model import load_gguf as load_gguf
 from ._gguf_tensor import GgufTensor as GgufTensor
@@ -78,6 +81,7 @@ __all__ = [
     "Clip",
     "ClipConfig",
     "ClipTower",
+    "GgufExportError",
     "GgufFile",
     "GgufTensor",
     "KVCache",
@@ -86,6 +90,7 @@ __all__ = [
     "LlamaConfig",
     "OnnxGraph",
     "OnnxNode",
+    "Precision",
     "PretrainedModel",
     "RopeScaling",
     "TemplateError",
@@ -99,6 +104,7 @@ __all__ = [
     "chat_prompt",
     "cubic_resize_matrix",
     "encode_texts",
+    "export_gguf",
     "gemma3_file",
     "gguf_tokenizer",
     "greedy_decode",

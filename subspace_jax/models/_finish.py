@@ -60,7 +60,10 @@ class _Hands:
         return hand_over(leaf, self.dtype, self.read)
 
     def stack(self, leaves: list[Any]) -> Any:
-        if is_weight(leaves[0]):
+        stored = [is_weight(leaf) for leaf in leaves]
+        if any(stored) and not all(stored):  # a file may leave the matrices of some layers unquantized
+            leaves = [np.asarray(leaf.materialize()) if is_weight(leaf) else leaf for leaf in leaves]
+        elif stored[0]:
             whole = stack_packed(leaves)
             self.read()
             return self.place(whole)

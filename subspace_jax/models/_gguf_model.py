@@ -113,7 +113,8 @@ def load_gguf(
     names = llama_names(tie_embeddings=config.tie_embeddings, post_norms=config.post_norms)
     # By the file, not by its tables: those of a large vocabulary take tens of megabytes.
     tokenizer = functools.partial(gguf_tokenizer, path)
-    return PretrainedModel(Llama(config), params, config, tokenizer, names, gguf_text_format(gguf.metadata))
+    form = gguf_text_format(gguf.metadata)
+    return PretrainedModel(Llama(config), params, config, tokenizer, names, form, Path(path))
 
 
 def gguf_tokenizer(path: str | Path) -> Any:

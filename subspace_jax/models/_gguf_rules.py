@@ -56,35 +56,37 @@ def gguf_rules(config: LlamaConfig, keep: int, *, permuted: bool) -> dict[str, T
         Rule by tensor name; matrices are `(out, in)` in the file.
     """
 
-    def norm(array: np.ndarray) -> np.ndarray:
-        return array - 1.0 if config.unit_offset else array
-
+    offset = 1.0 if config.unit_offset else 0.0
     width = config.width
     table = Role("embedding", (), (0,), (1,), uses=2 if config.tie_embeddings else 1)
     shape = (config.vocab_size, width)
     rules = {
         "token_embd.weight": TensorRule(shape, "embedding/embedding", role=table, leaf_shape=shape),
-        "output_norm.weight": TensorRule((width,), "norm/scale", norm),
+        "output_norm.weight": dataclasses.replace(_norm(width, offset), path="norm/scale"),
     }
     if not config.tie_embeddings:
         turned = (width, config.vocab_size)
-        rules["output.weight"] = TensorRule(shape, "head/kernel", np.transpose, Role.dense(), turned)
+        rules["output.weight"] = TensorRule(
+            shape, "head/kernel", np.transpose, Role.dense(), turned, restore=np.transpose
+        )
     for layer in range(config.num_layers):
         ours = f"decoder/layer_{layer}" if layer < keep else None
-        for name, (path, rule) in _layer_rules(config, norm, permuted).items():
+        for name, (path, rule) in _layer_rules(config, offset, permuted).items():
             rules[f"blk.{layer}.{name}"] = dataclasses.replace(rule, path=ours and f"{ours}/{path}")
     return rules
 
 
-def _layer_rules(
-    config: LlamaConfig, norm: Callable[[np.ndarray], np.ndarray], permuted: bool
-) -> dict[str, tuple[str, TensorRule]]:
+def _norm(features: int, offset: float) -> TensorRule:
+    return TensorRule((features,), None, lambda a: a - offset, restore=lambda a: a + np.float32(offset))
+
+
+def _layer_rules(config: LlamaConfig, offset: float, permuted: bool) -> dict[str, tuple[str, TensorRule]]:
     """Path within a layer and rule by the name within it."""
     width, hidden, size = config.width, config.mlp_width, config.head_dim
     query, key_value = config.num_heads, config.num_kv_heads
 
     def dense(inputs: int, outputs: int) -> TensorRule:
-        return TensorRule((outputs, inputs), None, np.transpose, Role.dense(), (inputs, outputs))
+        return TensorRule((outputs, inputs), None, np.transpose, Role.dense(), (inputs, outputs), restore=np.transpose)
 
     def heads(count: int, turned: bool) -> tuple[TensorRule, TensorRule]:
         """Rules of the kernel and of the bias of a projection to heads."""
@@ -93,19 +95,42 @@ def _layer_rules(
         def rows(found: np.ndarray) -> np.ndarray:
             return unpermute_rotary(found, count) if turned and permuted else found
 
-        role = Role.dense((0,), (1, 2))
-        kernel = TensorRule((count * size, width), None, lambda a: rows(a).T.reshape(shape), role, shape, rows)
-        return kernel, TensorRule((count * size,), None, lambda a: rows(a[:, None]).reshape(count, size))
+        def stored(found: np.ndarray) -> np.ndarray:
+            return permute_rotary(found, count) if turned and permuted else found
+
+        kernel = TensorRule(
+            (count * size, width),
+            None,
+            lambda a: rows(a).T.reshape(shape),
+            Role.dense((0,), (1, 2)),
+            shape,
+            rows,
+            lambda a: stored(a.reshape(width, -1).T),
+        )
+        bias = TensorRule(
+            (count * size,),
+            None,
+            lambda a: rows(a[:, None]).reshape(count, size),
+            restore=lambda a: stored(a.reshape(-1, 1)).reshape(-1),
+        )
+        return kernel, bias
 
     shape = (query, size, width)
-    output = TensorRule((width, query * size), None, lambda a: a.T.reshape(shape), Role.dense((0, 1), (2,)), shape)
+    output = TensorRule(
+        (width, query * size),
+        None,
+        lambda a: a.T.reshape(shape),
+        Role.dense((0, 1), (2,)),
+        shape,
+        restore=lambda a: a.reshape(-1, width).T,
+    )
     found: dict[str, tuple[str, TensorRule]] = {
         "attn_output.weight": ("attention/output/kernel", output),
         "ffn_gate.weight": ("mlp/gate/kernel", dense(width, hidden)),
         "ffn_up.weight": ("mlp/up/kernel", dense(width, hidden)),
         "ffn_down.weight": ("mlp/down/kernel", dense(hidden, width)),
-        "attn_norm.weight": ("attention_norm/scale", TensorRule((width,), None, norm)),
-        "ffn_norm.weight": ("mlp_norm/scale", TensorRule((width,), None, norm)),
+        "attn_norm.weight": ("attention_norm/scale", _norm(width, offset)),
+        "ffn_norm.weight": ("mlp_norm/scale", _norm(width, offset)),
     }
     for name, count in (("query", query), ("key", key_value), ("value", key_value)):
         kernel, bias = heads(count, turned=name != "value")
@@ -113,12 +138,12 @@ def _layer_rules(
         if config.qkv_bias:
             found[f"attn_{name[0]}.bias"] = (f"attention/{name}/bias", bias)
         if config.qk_norm and name != "value":
-            found[f"attn_{name[0]}_norm.weight"] = (f"attention/{name}_norm/scale", TensorRule((size,), None, norm))
+            found[f"attn_{name[0]}_norm.weight"] = (f"attention/{name}_norm/scale", _norm(size, offset))
     if config.output_bias:
         found["attn_output.bias"] = ("attention/output/bias", TensorRule((width,), None))
     if config.post_norms:
-        found["post_attention_norm.weight"] = ("attention_post_norm/scale", TensorRule((width,), None, norm))
-        found["post_ffw_norm.weight"] = ("mlp_post_norm/scale", TensorRule((width,), None, norm))
+        found["post_attention_norm.weight"] = ("attention_post_norm/scale", _norm(width, offset))
+        found["post_ffw_norm.weight"] = ("mlp_post_norm/scale", _norm(width, offset))
     return found
 
 

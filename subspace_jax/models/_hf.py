@@ -18,6 +18,7 @@ from subspace_jax.io import ManifestError, TensorFiles, import_tensors
 from ._bert import Bert
 from ._clip import Clip
 from ._hf_config import Described, describe_model
+from ._hf_float8 import SCALES, dequantize_float8, split_scales
 from ._llama import Llama
 from ._pretrained import PretrainedModel, TextFormat, override_config
 from ._tokenizer import load_tokenizer
@@ -95,7 +96,7 @@ def _samples(module: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
 def _read(folder: Path, described: Described, module: Any, config: Any, place: Place | None) -> Any:
     like = jax.eval_shape(module.init, jax.random.key(0), *_samples(module))["params"]
     files = TensorFiles(folder)
-    kept = _named(files.shapes, described)
+    kept, scales = split_scales(_named(files.shapes, described))
 
     def put(path: str, array: np.ndarray) -> Any:
         if not np.isfinite(array.astype(np.float32)).all():
@@ -105,10 +106,13 @@ def _read(folder: Path, described: Described, module: Any, config: Any, place: P
 
     def read(name: str) -> np.ndarray:
         tensor = files.read(kept[name])
+        if name in scales:
+            scale = files.read(scales[name])
+            return dequantize_float8(tensor, scale, described.float8_block, f"{folder}: tensor {kept[name]!r}")
         if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize == 1:
             raise WeightFileError(
-                f"{folder}: tensor {kept[name]!r} is {tensor.dtype}; expected float32, float16 or bfloat16. Quantized "
-                "weights need their scales, which are not read here."
+                f"{folder}: tensor {kept[name]!r} is {tensor.dtype} without a scale beside it; expected float32, "
+                f"float16 or bfloat16, or float8 with {' or '.join(ending[1:] for ending in SCALES)}."
             )
         return tensor
 
@@ -117,7 +121,7 @@ def _read(folder: Path, described: Described, module: Any, config: Any, place: P
         params, used = import_tensors(read, shapes, like, described.file_names, place=put)
     except ManifestError as error:
         raise WeightFileError(f"{folder}: {error}") from error
-    rest = sorted(kept.keys() - used - {"lm_head.weight"})
+    rest = sorted((kept.keys() | scales.keys()) - used - {"lm_head.weight"})
     if rest:
         raise WeightFileError(
             f"{folder}: {len(rest)} tensors are of no use to this model: {', '.join(rest[:5])}. Does config.json "

@@ -13,9 +13,10 @@ from ._bert import Bert, BertConfig
 from ._clip import Clip
 from ._hf_clip import clip_config
 from ._hf_facts import Facts
+from ._hf_float8 import float8_block
+from ._hf_rope import rope_of, windows_of
 from ._llama import Llama
 from ._llama_config import LlamaConfig
-from ._rotary import RopeScaling
 from ._vit import Vit, VitConfig
 
 
@@ -30,6 +31,7 @@ class Described:
         names: what they are called in PyTorch's modules, where that differs.
         prefix: that names in files may have in front, where the file is of a model with a head.
         dropped: ends of the names of tensors that are of no use here: buffers, and heads of pretraining.
+        float8_block: rows and columns that share a scale, of weights in float8 whose scales are of blocks.
     """
 
     module: type
@@ -38,6 +40,7 @@ class Described:
     names: NameMap
     prefix: str = ""
     dropped: tuple[str, ...] = ()
+    float8_block: tuple[int, int] = (128, 128)
 
 
 def describe_model(entries: Mapping[str, Any], source: str) -> Described:
@@ -54,71 +57,19 @@ def describe_model(entries: Mapping[str, Any], source: str) -> Described:
     kind = facts["model_type"]
     if kind not in KINDS:
         facts.refuse("model_type", kind, f"is not served; expected one of {', '.join(KINDS)}")
-    quantized = facts.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method", "?") if isinstance(quantized, Mapping) else quantized
-        facts.refuse("quantization_config", method, "is not read; give the model's plain weights")
+    block = float8_block(facts)
     try:
-        return KINDS[kind](facts)
+        return dataclasses.replace(KINDS[kind](facts), float8_block=block)
     except WeightFileError:
         raise
     except (ValueError, TypeError) as error:
         raise WeightFileError(f"{source}: impossible entries: {error}") from error
 
 
-def _rope(facts: Facts, layer_type: str | None = None) -> tuple[float | None, RopeScaling | None]:
-    """Base and scaling, of the older `rope_theta` and `rope_scaling` or the newer `rope_parameters`."""
-    found = facts.get("rope_parameters")
-    if found is None:
-        found = {"rope_theta": facts.get("rope_theta"), **(facts.get("rope_scaling") or {})}
-    elif "rope_type" not in found and any(isinstance(value, Mapping) for value in found.values()):
-        found = found.get(layer_type) or {}
-    kind = found.get("rope_type", found.get("type", "default"))
-    partial = found.get("partial_rotary_factor", facts.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1, 1.0):
-        facts.refuse("partial_rotary_factor", partial, "is not served; every dimension is turned")
-    if kind in ("default", None):
-        scaling = None
-    elif kind == "linear":
-        scaling = RopeScaling("linear", float(found["factor"]))
-    elif kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        lacking = [name for name in names if name not in found]
-        if lacking:
-            facts.refuse("rope_scaling", found, f"lacks {', '.join(lacking)}")
-        factor, low, high, original = (float(found[name]) for name in names)
-        scaling = RopeScaling("llama3", factor, low, high, int(original))
-    else:
-        facts.refuse("rope_type", kind, "is not served; expected default, linear or llama3")
-        raise AssertionError
-    base = found.get("rope_theta", facts.get("rope_theta"))
-    return None if base is None else float(base), scaling
-
-
-def _windows(facts: Facts, layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
-    """The window, and in which layers it holds."""
-    window, types = facts.get("sliding_window"), facts.get("layer_types")
-    if types is not None:
-        strange = sorted(set(types) - {"full_attention", "sliding_attention"})
-        if strange or len(types) != layers:
-            facts.refuse("layer_types", types, f"is not served; expected {layers} of full or sliding attention")
-        slides = tuple(one == "sliding_attention" for one in types)
-    elif (pattern := facts.get("sliding_window_pattern", facts.get("_sliding_window_pattern"))) is not None:
-        slides = tuple(bool((layer + 1) % pattern) for layer in range(layers))
-    elif facts.get("model_type") in ("qwen2", "qwen3"):
-        used = bool(facts.get("use_sliding_window", False))
-        slides = tuple(used and layer >= facts.get("max_window_layers", layers) for layer in range(layers))
-    else:
-        slides = (window is not None,) * layers
-    if window is None or not any(slides):
-        return None, None
-    return int(window), slides
-
-
 def _decoder(facts: Facts, **options: Any) -> Described:
     layers, heads = int(facts["num_hidden_layers"]), int(facts["num_attention_heads"])
-    base, scaling = _rope(facts, "full_attention")
-    window, slides = _windows(facts, layers)
+    base, scaling = rope_of(facts, "full_attention")
+    window, slides = windows_of(facts, layers)
     facts.expect("attn_logit_softcapping")
     facts.expect("final_logit_softcapping")
     facts.expect("use_bidirectional_attention", False)
@@ -169,12 +120,12 @@ def _qwen3(facts: Facts) -> Described:
 def _gemma3(facts: Facts) -> Described:
     facts.expect("hidden_activation", "gelu_pytorch_tanh")
     facts.expect("attention_bias", False)
-    local, local_scaling = _rope(facts, "sliding_attention")
+    local, local_scaling = rope_of(facts, "sliding_attention")
     if facts.get("rope_parameters") is None:
         local, local_scaling = float(facts.get("rope_local_base_freq", 10000.0)), None
     if local_scaling is not None:
         facts.refuse("rope_parameters", "sliding_attention", "with a scaling is not served")
-    base, _ = _rope(facts, "full_attention")
+    base, _ = rope_of(facts, "full_attention")
     return _decoder(
         facts,
         rope_base=1e6 if base is None else base,

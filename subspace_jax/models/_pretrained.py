@@ -49,6 +49,7 @@ class PretrainedModel:
         load_tokenizer: makes the tokenizer; None for models without one.
         names: what the module's parts are called in PyTorch, for `save_peft` and `load_peft`; None where unknown.
         text_format: of a causal language model; None for others.
+        source: the GGUF file that it was read from; None for models of other files.
     """
 
     module: nn.Module
@@ -57,6 +58,7 @@ class PretrainedModel:
     load_tokenizer: Callable[[], Any] | None = None
     names: NameMap | None = None
     text_format: TextFormat | None = None
+    source: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ class TensorRule:
         role: of a matrix that can stay in the file's blocks.
         leaf_shape: of the leaf, where there is a role.
         rows: puts the rows of the file's matrix into the leaf's order, whatever a row holds.
+        restore: from the leaf's array to the file's; undoes `convert`.
     """
 
     shape: tuple[int, ...]
@@ -78,6 +81,7 @@ class TensorRule:
     role: Role | None = None
     leaf_shape: tuple[int, ...] = ()
     rows: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
+    restore: Callable[[np.ndarray], np.ndarray] = lambda array: array
 
 
 def assemble_params(

@@ -11,7 +11,15 @@ import numpy as np
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_CONTROL = 3
+_CONTROL, _USER_DEFINED = 3, 4
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How texts are cut into words, by the name that a GGUF file has for it; None is single digits, then GPT-2's way.
+PRE_TOKENIZERS: Mapping[str, str | None] = {
+    "smollm": None,
+    "qwen2": rf"{_WORDS}|\p{{N}}|{_REST}",
+    "llama-bpe": rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
+}
 
 
 def tokenizers_library() -> Any:
@@ -57,7 +65,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         source: what error messages call the file.
 
     Returns:
-        The tokenizer: single digits, byte-level BPE, control tokens as special ones.
+        The tokenizer: byte-level BPE, control tokens as special ones.
 
     Raises:
         ImportError: `tokenizers` is not installed.
@@ -65,8 +73,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     """
     library = tokenizers_library()
     kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
-    if kind != ("gpt2", "smollm"):
-        raise ValueError(f"{source}: tokenizer {kind}; only the byte-level BPE ('gpt2', 'smollm') is read")
+    if kind[0] != "gpt2" or kind[1] not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"{source}: tokenizer {kind}; only the byte-level BPE 'gpt2' with {', '.join(PRE_TOKENIZERS)} is read"
+        )
     tokens, merges, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges", "token_type"))
     if not isinstance(tokens, list) or not isinstance(merges, list) or types is None:
         raise ValueError(f"{source}: tokenizer metadata lacks tokens, merges or token_type")
@@ -78,16 +88,23 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         tokenizer = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=pairs))
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{source}: tokenizer metadata is inconsistent: {error}") from error
-    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
-        [
-            library.pre_tokenizers.Digits(individual_digits=True),
-            library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    tokenizer.pre_tokenizer = _pre_tokenizer(library, str(kind[1]))
     tokenizer.decoder = library.decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
-    tokenizer.add_special_tokens([library.AddedToken(token, special=True, normalized=False) for token in special])
+    for number in (_CONTROL, _USER_DEFINED):
+        named = [token for token, kind in zip(tokens, types, strict=True) if kind == number]
+        made = [library.AddedToken(token, special=number == _CONTROL, normalized=False) for token in named]
+        (tokenizer.add_special_tokens if number == _CONTROL else tokenizer.add_tokens)(made)
     return tokenizer
+
+
+def _pre_tokenizer(library: Any, name: str) -> Any:
+    pattern = PRE_TOKENIZERS[name]
+    bytes_of = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    if pattern is None:
+        first = library.pre_tokenizers.Digits(individual_digits=True)
+    else:
+        first = library.pre_tokenizers.Split(library.Regex(pattern), "isolated")
+    return library.pre_tokenizers.Sequence([first, bytes_of])
 
 
 def encode_texts(

@@ -49,6 +49,9 @@ def test_a_run_on_packed_blocks_learns_and_is_loaded_again(packed_model, shell, 
     done = shell("evaluate", out, data, "--out", tmp_path / "e")
     assert done.code == 0, done.err
     assert np.isfinite(json.loads((tmp_path / "e" / "metrics.json").read_text())["loss"])
+    for command in (("explain", out, "**/query/*"), ("generate", out, "one two")):
+        done = shell(*command)
+        assert done.code == 0, done.err
     done = shell("export", out, tmp_path / "peft", "--to", "peft")
     assert done.code == 0, done.err
 

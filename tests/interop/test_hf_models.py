@@ -211,7 +211,7 @@ def copy(folders, tmp_path):
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config='fp8'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config='awq'"),
         ({"num_hidden_layers": 2}, "of no use"),
         ({"num_hidden_layers": 4}, "do not fit"),
         ({"attention_bias": True}, "do not fit"),

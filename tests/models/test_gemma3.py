@@ -141,10 +141,11 @@ def test_the_license_keeps_it_out_of_what_is_fetched_unasked():
 
 @pytest.mark.carried
 @pytest.mark.slow
-def test_the_carried_model_counts_and_knows_water():
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_the_carried_model_counts_and_knows_water(packed):
     if not all(is_available(name) for name in GROUPS["gemma3-270m"]):
         pytest.skip("python -m experiments fetch gemma3-270m; its license has terms to agree to")
-    model = load_gemma3(scan_layers=True)
+    model = load_gemma3(scan_layers=True, packed=packed)
     tokenizer = model.load_tokenizer()
     for prompt, expected in (("one, two, three, four,", " five"), ("The chemical formula of water is H", "2")):
         found = greedy_decode(model.module, model.params, [tokenizer.encode(prompt).ids], 1)

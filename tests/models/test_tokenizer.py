@@ -89,3 +89,15 @@ def test_inconsistent_metadata_is_refused(changes, message):
     pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match=message):
         tokenizer_from_gguf(gguf_metadata(**changes), "f")
+
+
+@pytest.mark.parametrize(("name", "digits"), [("qwen2", ["1", "2", "3", "4"]), ("llama-bpe", ["123", "4"])])
+def test_a_gguf_file_says_how_texts_are_cut_into_words(name, digits):
+    tokens = [*(chr(ord("!") + i) for i in range(94)), "\u0120", "\u010a", "12", "123", "\u0120a", "<u>"]
+    merges = ["1 2", "12 3", "\u0120 a"]
+    types = [1] * (len(tokens) - 1) + [4]
+    entries = {"model": "gpt2", "pre": name, "tokens": tokens, "merges": merges, "token_type": types}
+    tokenizer = tokenizer_from_gguf({f"tokenizer.ggml.{key}": value for key, value in entries.items()}, "m.gguf")
+    found = tokenizer.encode("It's a 1234<u>").tokens
+    assert found == ["I", "t", "'", "s", "\u0120a", "\u0120", *digits, "<u>"]
+    assert tokenizer.decode(tokenizer.encode("It's a 1234\nB").ids) == "It's a 1234\nB"
