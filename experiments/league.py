@@ -5,8 +5,8 @@
 - causal: the next token of Django's messages in twelve languages on SmolLM2. Before, it knew English film reviews.
 
 Every method sees the same examples in the same order, starts from the same head, takes the same number of steps under
-the same schedule, and trains about as many values as LoRA of rank 4 on all kernels of the backbone where its mathematics
-allows. Its learning rate is the best on the validation split with a seed of its own, on a grid 1, 3, 10, 30, ... that
+the same schedule, and trains about as many values as LoRA of rank 4 on all kernels of the backbone where its
+mathematics allows. Its learning rate is the best on the validation split with a seed of its own, on a grid 1, 3, 10, 30, ... that
 grows until the best lies inside. "Forgotten" is what the pretrained model knew and the tuned one does not: points of
 accuracy lost on a task that it was not tuned for, with the probe as it was (next token of English for the language
 model). What is judged has been saved, loaded and merged.

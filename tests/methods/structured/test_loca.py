@@ -202,9 +202,7 @@ def test_automatic_evaluation_takes_the_cheapest():
     few = adapt(np.zeros((256, 256)), sj.loca(4))
     many = adapt(np.zeros((256, 256)), sj.loca(4000))
     apply = sj.with_adapters(lambda p, x: x @ p["w"])
-    forms = lambda adapted, rows: (
-        "f32[256,256] = add" in str(jax.make_jaxpr(apply)(adapted, jnp.ones((rows, 256))))
-    )
+    forms = lambda adapted, rows: "f32[256,256] = add" in str(jax.make_jaxpr(apply)(adapted, jnp.ones((rows, 256))))
     assert not forms(few, 8)
     assert forms(many, 4096)
     transform = str(jax.make_jaxpr(many["w"].change)())
