@@ -1,4 +1,4 @@
-"""The league table: every way of fine-tuning on three real tasks, with what it makes the model forget.
+r"""The league table: every way of fine-tuning on three real tasks, with what it makes the model forget.
 
 - text: film reviews, good or bad, on MiniLM. Before, a linear probe told the topics of Reuters' news.
 - vision: clothes of Fashion-MNIST on ViT-S/14 at 70 x 70 pixels. Before, a linear probe told handwritten digits.
@@ -6,10 +6,10 @@
 
 Every method sees the same examples in the same order, starts from the same head, takes the same number of steps under
 the same schedule, and trains about as many values as LoRA of rank 4 on all kernels of the backbone where its
-mathematics allows. Its learning rate is the best on the validation split with a seed of its own, on a grid 1, 3, 10, 30, ... that
-grows until the best lies inside. "Forgotten" is what the pretrained model knew and the tuned one does not: points of
-accuracy lost on a task that it was not tuned for, with the probe as it was (next token of English for the language
-model). What is judged has been saved, loaded and merged.
+mathematics allows. Its learning rate is the best on the validation split with a seed of its own, on a grid 1, 3, 10,
+30, ... that grows until the best lies inside. "Forgotten" is what the pretrained model knew and the tuned one does not:
+points of accuracy lost on a task that it was not tuned for, with the probe as it was (next token of English for the
+language model). What is judged has been saved, loaded and merged.
 
 Operations are the compiler's count for a step; memory is what the compiled step holds at most, model included; time is
 the median ratio to LoRA's step, taken in turns; "start" is what `adapt` takes, statistics of the data included.
@@ -18,7 +18,16 @@ the median ratio to LoRA's step, taken in turns; "start" is what `adapt` takes, 
     python -m experiments run league --resume
     python -m experiments report
 
-A whole run takes hours on two cores; it is kept run by run, and goes on where it was stopped.
+A whole run takes hours on two cores; it is kept run by run, and goes on where it was stopped. The record here has nine
+ways on the text task so far, on one thread beside other work:
+
+    python -m experiments run league --set tasks=text \
+        "methods=head only,full,lora,dora,pissa,corda,lora_sb,lora_xs,lora_pro"
+
+Measured there over three seeds, in percent: full fine-tuning 79.1 ± 0.2, DoRA 78.8 ± 0.9 and LoRA 78.4 ± 1.1 cannot be
+told apart, the head alone has 74.0 ± 0.7; PiSSA, LoRA-XS, LoRA-Pro, LoRA-SB and CorDA lie between. What they forget
+differs by far more: full fine-tuning loses 73 ± 25 of the points that the probe of news had, CorDA 14 ± 7, LoRA-XS 12 ±
+5, LoRA-SB 8 ± 5, PiSSA 4 ± 1, DoRA, LoRA and LoRA-Pro one or less.
 """
 
 from __future__ import annotations

@@ -85,5 +85,7 @@ register(
     authors="Dettmers, Pagnoni, Holtzman, Zettlemoyer",
     year=2023,
     kinds=("weight",),
-    experiment="quickstart",
+    use_for="The base does not fit: it stays packed in 4 bits or in its GGUF file's own blocks while LoRA learns.",
+    not_for="The base fits in bfloat16, where LoRA takes no time to unpack it and keeps all its digits.",
+    differs="Scales of scales are float8 over one mean, as published; a GGUF file's blocks are a base as well.",
 )
