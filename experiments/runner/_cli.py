@@ -19,6 +19,9 @@ from experiments.runner._results import environment, markdown_table, read_json, 
 OutFolder = Annotated[Path, tyro.conf.arg(help="Folder that receives the results, one folder per experiment.")]
 Resume = Annotated[bool, tyro.conf.arg(help="Keep finished parts of an earlier run with the same settings.")]
 
+# The table that `report` shows first.
+LEAGUE = "league"
+
 
 def list_experiments(name: Annotated[str | None, tyro.conf.Positional] = None) -> None:
     """Show all experiments by family with their claims, or one with its settings.
@@ -67,20 +70,28 @@ def report(
     out: OutFolder = Path("runs"),
     write: Annotated[Path | None, tyro.conf.arg(help="Also write the tables as Markdown to this file.")] = None,
 ) -> None:
-    """Show the tables of all results in a folder.
+    """Show the tables of all results in a folder, the league of all methods first.
+
+    Where the folder has no league of yours, the recorded one stands for it, and says so.
 
     Args:
       out: folder of results.
     """
     console, pages = Console(), []
-    for path in sorted(out.glob("*/result.json")):
+    found = sorted(out.glob("*/result.json"))
+    if not found:
+        console.print(f"{out}: no results here; `python -m experiments quickstart` makes the first.")
+    league = [path for path in found if path.parent.name == LEAGUE]
+    recorded = Path(experiments.__file__).parent / "results" / f"{LEAGUE}.json"
+    if not league and recorded.exists():
+        console.print(f"[dim]No league in {out}: this one is the record of the repository.[/dim]")
+        league = [recorded]
+    for path in [*league, *(path for path in found if path not in league)]:
         results = read_json(path)
         experiment = _registry.find(results["experiment"])
         rows = experiment.rows(results)
         console.print(terminal_table(rows, f"{experiment.name}: {experiment.claim}"))
         pages.append(f"## {experiment.name}\n\n{experiment.claim}\n\n{markdown_table(rows)}\n")
-    if not pages:
-        raise SystemExit(f"{out}: no results here; `python -m experiments quickstart` makes the first.")
     if write is not None:
         write.write_text("# Results\n\n" + "\n".join(pages))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -59,9 +61,22 @@ def test_badly_typed_setting_is_refused(capsys):
     assert "steps" in capsys.readouterr().err
 
 
-def test_report_without_results_says_how_to_make_one(tmp_path):
-    with pytest.raises(SystemExit, match="quickstart"):
-        runner.main(["report", "--out", str(tmp_path)])
+def test_report_without_results_says_how_to_make_one_and_shows_the_recorded_league(tmp_path, capsys):
+    runner.main(["report", "--out", str(tmp_path), "--write", str(tmp_path / "report.md")])
+    shown = capsys.readouterr().out
+    assert "quickstart" in shown
+    assert "the record of the repository" in shown
+    assert (tmp_path / "report.md").read_text().count("## ") == 1
+
+
+def test_report_shows_the_league_first_and_one_s_own_before_the_recorded(tmp_path):
+    record = Path(experiments.__file__).parent / "results"
+    for name in ("adapters", "league"):
+        (tmp_path / name).mkdir()
+        shutil.copy(record / f"{name}.json", tmp_path / name / "result.json")
+    runner.main(["report", "--out", str(tmp_path), "--write", str(tmp_path / "report.md")])
+    headings = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("## ")]
+    assert headings == ["## league", "## adapters"]
 
 
 @pytest.mark.parametrize("name", runner.names())
