@@ -22,6 +22,7 @@ ROOMS = {
     "merging": "several experts become one model",
     "continual": "streams of tasks",
     "banks": "one batch, many adapters",
+    "reports": "what a training did to the weights",
     "modules": "small networks in the blocks of any model",
     "io": "checkpoints, adapter files, PEFT folders",
     "training": "mesh, state, step and loop",

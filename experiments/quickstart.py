@@ -25,7 +25,7 @@ import dataclasses
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ from experiments.tasks.text_job import KERNELS, TextJob
 from experiments.tasks.training import evaluate
 
 METHODS = ("head", "full", "lora", "dora", "pissa")
+# What PyTorch calls the parts of the classifier.
+NAMES = sj.io.bert_names().inside("backbone", "bert") + sj.io.NameMap((sj.io.NameRule("classifier", "classifier"),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +71,16 @@ class QuickstartConfig:
       tuning_seed: of the runs by which they are chosen.
     """
 
-    tasks: tuple[str, ...] = ("rotten_tomatoes", "reuters_r8")
-    methods: tuple[str, ...] = METHODS
+    tasks: tuple[str, ...] = ("rotten_tomatoes",)
+    methods: tuple[str, ...] = ("head", "full", "lora", "dora")
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 28
+    steps: int = 120
     batch_size: int = 16
-    max_length: int = 32
-    train_size: int = 2000
-    test_size: int = 192
+    max_length: int = 40
+    train_size: int = 4000
+    test_size: int = 1000
     rank: int = 8
-    learning_rates: tuple[float, ...] = (3e-2, 1e-4, 3e-3, 3e-3, 1e-3)
+    learning_rates: tuple[float, ...] = (1e-2, 1e-4, 3e-3, 3e-3, 1e-3)
     tune: bool = False
     tuning_seed: int = 100
 
@@ -117,7 +119,19 @@ def run(config: QuickstartConfig, context: Context) -> dict[str, Any]:
                     path.parent.mkdir(exist_ok=True)
                     write_json(path, _cell(job, config, method, seed, context))
                 cells.append(read_json(path))
+    _say_how_to_load(config, context)
     return {"cells": cells, "tuning": tuning}
+
+
+def _say_how_to_load(config: QuickstartConfig, context: Context) -> None:
+    """Says which lines load the first LoRA, here and in PyTorch."""
+    if "lora" in config.methods:
+        saved = context.folder / "adapters" / f"{config.tasks[0]}-lora-{config.seeds[0]}"
+        for line in (
+            f"here:    params = sj.merge(sj.load_adapter('{saved}.safetensors', params))",
+            f"PyTorch: model = peft.PeftModel.from_pretrained(model, '{saved}-peft')",
+        ):
+            context.console.print(line, soft_wrap=True)
 
 
 def _fingerprint(config: QuickstartConfig) -> str:
@@ -153,6 +167,9 @@ def _cell(job: TextJob, config: QuickstartConfig, method: str, seed: int, contex
     saved.parent.mkdir(exist_ok=True)
     # A residual base is as large as the model; as the equivalent LoRA only factors are stored.
     sj.save_adapter(saved, sj.to_lora(trained.adapted, params), base=params)
+    if method == "lora":
+        folder = saved.with_name(f"{saved.stem}-peft")
+        sj.save_peft(folder, trained.adapted, params, NAMES, task_type="SEQ_CLS", overwrite=True)
     merged = sj.merge(sj.load_adapter(saved, params))
     merged_accuracy, merged_logits = evaluate(job.logits, merged, job.held_out("test"))
     difference = float(np.abs(merged_logits - logits).max())
@@ -223,7 +240,7 @@ def _first(cells: Sequence[Mapping[str, Any]], task: str, key: str) -> float:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Draws the learning curves: mean loss over seeds, smoothed over five steps, with its spread."""
+    """Draws what each method reaches, what a step of it takes, and what there is to keep, a line for each task."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -231,23 +248,36 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
     cells = results["cells"]
     tasks = list(dict.fromkeys(c["task"] for c in cells))
-    figure, axes = plt.subplots(1, max(1, len(tasks)), figsize=(5 * max(1, len(tasks)), 3.6), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=False):
-        for method in dict.fromkeys(c["method"] for c in cells):
-            curves = np.array([c["losses"] for c in cells if c["task"] == task and c["method"] == method])
-            kernel = np.ones(min(5, curves.shape[1])) / min(5, curves.shape[1])
-            smooth = np.array([np.convolve(curve, kernel, mode="valid") for curve in curves])
-            steps = np.arange(smooth.shape[1]) + len(kernel)
-            axis.plot(steps, smooth.mean(0), label=method)
-            axis.fill_between(steps, smooth.min(0), smooth.max(0), alpha=0.15)
-        axis.set_title(task)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("training loss")
-    axes[0][-1].legend()
-    figure.tight_layout()
+    size = (10, 0.6 + 2.4 * max(1, len(tasks)))
+    figure, panels = plt.subplots(max(1, len(tasks)), 3, figsize=size, squeeze=False, layout="constrained")
+    for line, task in zip(panels, tasks, strict=False):
+        mine = [c for c in cells if c["task"] == task]
+        _bars(line[0], mine, lambda c: 100 * c["accuracy"], "test accuracy, %", "{:.1f}")
+        line[0].set_title(task.replace("_", " "), loc="left", fontsize=10)
+        majority = 100 * _first(cells, task, "majority")
+        line[0].set_xlim(left=majority)  # a guess is worth nothing
+        line[0].set_xlabel(f"test accuracy, %, from {majority:.0f} that a constant answer has")
+        full = [c["step_seconds"] for c in mine if c["method"] == "full"]
+        unit = mean_and_spread(full)[0] if full else 1.0
+        _bars(line[1], mine, lambda c, unit=unit: c["step_seconds"] / unit, "time of a step / full's", "{:.2f}")
+        _bars(line[2], mine, lambda c: c["saved_bytes"] / 2**20, "file to keep, MiB", "{:.2g}")
+        line[2].set_xscale("log")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _bars(
+    axes: Any, cells: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float], label: str, form: str
+) -> None:
+    """One bar a method with its spread over seeds, and its number."""
+    for place, method in enumerate(dict.fromkeys(c["method"] for c in cells)):
+        mean, spread = mean_and_spread([value(c) for c in cells if c["method"] == method])
+        axes.barh(place, mean, xerr=spread or None, color=f"C{METHODS.index(method)}", height=0.7, capsize=3)
+        axes.annotate(form.format(mean), (mean, place), textcoords="offset points", xytext=(6, 8), fontsize=8)
+    axes.set_yticks(range(place + 1), dict.fromkeys(c["method"] for c in cells))
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(label)
 
 
 EXPERIMENT = Experiment(

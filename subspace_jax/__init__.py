@@ -19,6 +19,7 @@ from subspace_jax import methods as methods
 from subspace_jax import metrics as metrics
 from subspace_jax import modules as modules
 from subspace_jax import optim as optim
+from subspace_jax import reports as reports
 from subspace_jax import sharding as sharding
 from subspace_jax import weights as weights
 from subspace_jax.banks import bank as bank
@@ -76,6 +77,7 @@ from subspace_jax.modules import bottleneck as bottleneck
 from subspace_jax.optim import project_orthogonal as project_orthogonal
 from subspace_jax.optim import riemannian as riemannian
 from subspace_jax.optim import sandwich as sandwich
+from subspace_jax.reports import report as report
 from subspace_jax.sharding import shardings as shardings
 from subspace_jax.sharding import state_shardings as state_shardings
 
@@ -155,6 +157,8 @@ __all__ = [
     "qlora",
     "qpissa",
     "randlora",
+    "report",
+    "reports",
     "restore_checkpoint",
     "riemannian",
     "roles",

@@ -49,12 +49,12 @@ def test_picture_is_a_picture(tmp_path):
 def test_quickstart_end_to_end(tmp_path):
     arguments = [
         *("quickstart", "--out", str(tmp_path), "--set", "steps=3", "tasks=rotten_tomatoes", "seeds=0"),
-        *("batch_size=4", "max_length=16", "train_size=64", "test_size=24", "methods=head,dora,pissa"),
+        *("batch_size=4", "max_length=16", "train_size=64", "test_size=24", "methods=head,lora,dora,pissa"),
     ]
     runner.main(arguments)
     folder = tmp_path / "quickstart"
     results = json.loads((folder / "result.json").read_text())
-    assert {c["method"] for c in results["cells"]} == {"head", "dora", "pissa"}
+    assert {c["method"] for c in results["cells"]} == {"head", "lora", "dora", "pissa"}
     assert results["environment"]["packages"]["jax"]
     by_method = {c["method"]: c for c in results["cells"]}
     # 36 encoder kernels: rank * (in + out) each; DoRA adds a length per output; the head has 384 x 2 + 2 values.
@@ -65,6 +65,10 @@ def test_quickstart_end_to_end(tmp_path):
     assert all(c["merged_difference"] < 1e-3 for c in results["cells"])
     assert by_method["head"]["saved_bytes"] < 40_000
     assert by_method["pissa"]["saved_bytes"] < 4 * (770 + 2 * factors) + 100_000
+    assert {p.name for p in (folder / "adapters" / "rotten_tomatoes-lora-0-peft").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert (folder / "figure.png").exists()
     assert (folder / "table.md").exists()
     times = {p.name: p.stat().st_mtime_ns for p in (folder / "cells").iterdir()}
