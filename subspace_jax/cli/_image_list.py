@@ -53,7 +53,9 @@ def read_image_list(path: Path, columns: Mapping[str, str], side: int) -> tuple[
     if lacking:
         wanted = " and ".join(repr(columns.get(name, name)) for name in ("image", "label"))
         raise DataError(
-            f"{rows.source}: {len(lacking)} rows lack {wanted}; the columns are {', '.join(rows.columns())}:", lacking
+            f"{rows.source}: {len(lacking)} rows lack {wanted}, the columns are {', '.join(rows.columns())}. Give "
+            "such a list, or a folder of images with a folder for each class. The rows:",
+            lacking,
         )
     find_form(shown, named)
     fields = check_form(shown, FORM, named)

@@ -33,8 +33,8 @@ def cosine_rows(rows: Float[Array, "*stack n"], *, inverse: bool = False) -> Flo
 
     Example:
       >>> import jax.numpy as jnp
-      >>> cosine_rows(jnp.ones((1, 4))).round(3).tolist()
-      [[2.0, 0.0, 0.0, 0.0]]
+      >>> cosine_rows(jnp.arange(2.0)).round(3).tolist()
+      [0.7070000171661377, -0.7070000171661377]
       >>> bool(jnp.allclose(cosine_rows(cosine_rows(jnp.arange(128.0)), inverse=True), jnp.arange(128.0), atol=1e-3))
       True
     """

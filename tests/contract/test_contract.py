@@ -239,11 +239,10 @@ def test_every_weight_class_is_in_the_battery():
     # These stand for a bias, or for what no array stands for: test_ssf.py, test_spt.py, tests/banks, tests/modules.
     beside = {"ShiftedBias", "ScaledShifted", "AdapterBank", "Bottleneck", "KeptInput", "ModuleBank"}
     beside |= {"LayerAdapter", "MixedAdapter", "QueryableLowRank"}
+    beside |= {"Packed"}  # a base made by loaders, not of an array: tests/weights/test_packed.py
     beside |= {"ExpertPool"}  # its experts depend on what routers saw: tests/methods/continual/test_igsp.py
-    beside |= {
-        "Rescaled",
-        "Joined",
-    }  # live while a program runs, around others: tests/core/test_foreign_uses.py, test_joined.py
+    # Live while a program runs, around others: tests/core/test_foreign_uses.py, test_joined.py.
+    beside |= {"Rescaled", "Joined"}
     library = {
         name
         for name, cls in Weight.classes.items()
