@@ -1,5 +1,5 @@
 # Two commands do all the set-up from a fresh clone:
-#   make quickstart   the main job: fine-tune a pretrained MiniLM on real text, five ways
+#   make quickstart   the main job: fine-tune a pretrained MiniLM on real text, four ways
 #   make test         the tests
 # Contributors also use `make lint` (ruff and pyright), `make tables`, `make docs` and `make dist-check`; see CONTRIBUTING.md.
 PYTHON ?= python3

@@ -1,22 +1,21 @@
-"""The main job: fine-tune a pretrained MiniLM on real text, five ways, at equal budgets.
+"""The main job: fine-tune a pretrained MiniLM on film reviews, four ways, at equal budgets.
 
-Head only, full fine-tuning, LoRA, DoRA and PiSSA see the same examples in the same order, start from the same head,
-and take the same number of AdamW steps under the same schedule. Each method's learning rate was the best of three on
-the validation split of the first task, with a seed that the experiment does not use. This searches them anew before it
-runs, by both tasks, on a grid that grows until its best lies inside; the results here do not come from such a search:
+Head only, full fine-tuning, LoRA and DoRA (and PiSSA, if asked for) see the same examples in the same order, start from
+the same head, and take the same number of AdamW steps under the same schedule. Each method's learning rate is the best
+on the validation split, with a seed that the experiment does not use, of a grid that grew until its best lay inside
+(that of `league`, on the same task in 100 steps). This searches them anew before it runs:
 
     python -m experiments run quickstart --set tune=True
 
 Every trained adapter is saved, loaded again onto the pretrained parameters and merged; the logits of the merged
-model must equal those of the adapted one on the test split.
+model must equal those of the adapted one on the test split. The first LoRA is written for PyTorch's PEFT, too.
 
     python -m experiments quickstart
 
-takes under five minutes on two cores. Measured with 32 steps (4:56), three seeds, 192 test examples: on film reviews
-DoRA, LoRA and the head alone reach 74 to 75 %, full fine-tuning 70, PiSSA 69, with spreads of 1 to 2. On newswire
-topics the head alone is best (89 %), LoRA and DoRA have 85 to 86: so few steps are too few for the others there, and
-rates were chosen on the reviews. No method is shown to be better than another by this; what it shows is what each
-costs.
+takes some minutes on two cores (7:42 beside other work, of which 7:17 of computing). Measured over three seeds on
+1,000 test reviews: full fine-tuning 80.6 ± 1.0 %, DoRA 79.9 ± 1.4, LoRA 79.7 ± 1.2, the head on frozen features 74.3 ±
+0.5. LoRA's step takes 0.70 of full fine-tuning's and its file 1.3 MiB in place of 86; no difference between LoRA, DoRA
+and full fine-tuning is shown by this.
 """
 
 from __future__ import annotations
@@ -256,7 +255,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         line[0].set_title(task.replace("_", " "), loc="left", fontsize=10)
         majority = 100 * _first(cells, task, "majority")
         line[0].set_xlim(left=majority)  # a guess is worth nothing
-        line[0].set_xlabel(f"test accuracy, %, from {majority:.0f} that a constant answer has")
+        line[0].set_xlabel(f"test accuracy, % ({majority:.0f}: one answer for all)")
         full = [c["step_seconds"] for c in mine if c["method"] == "full"]
         unit = mean_and_spread(full)[0] if full else 1.0
         _bars(line[1], mine, lambda c, unit=unit: c["step_seconds"] / unit, "time of a step / full's", "{:.2f}")
@@ -282,7 +281,7 @@ def _bars(
 
 EXPERIMENT = Experiment(
     name="quickstart",
-    claim="Within one small budget LoRA and DoRA match full fine-tuning of MiniLM at 1.5 % of its optimizer state.",
+    claim="LoRA and DoRA come within a point of full fine-tuning, five above the frozen features, in 1/60 of its file.",
     config=QuickstartConfig,
     run=run,
     rows=rows,

@@ -62,7 +62,7 @@ def run(
 
 
 def quickstart(settings: Settings = (), resume: Resume = False, out: OutFolder = Path("runs")) -> None:
-    """Fine-tune a pretrained MiniLM on real text, five ways, and compare them: the main job."""
+    """Fine-tune a pretrained MiniLM on real text, four ways, and compare them: the main job."""
     run("quickstart", settings, resume, out)
 
 

@@ -39,8 +39,9 @@ class Context:
     def progress(self) -> Progress:
         """Returns a progress display with what is measured, elapsed and remaining time; a context manager."""
         return Progress(
-            TextColumn("{task.description:<34}"),
-            BarColumn(bar_width=24),
+            # All of it fits into 80 columns.
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=6),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),

@@ -102,9 +102,9 @@ class TextJob:
             bar = progress.add_task(title, total=self.steps, note="compiling")
 
             def on_step(loss: float, seconds: float) -> None:
-                progress.update(bar, advance=1, note=f"loss {loss:.3f}  {1000 * seconds:.0f} ms/step")
+                progress.update(bar, advance=1, note=f"loss {loss:.2f} {1000 * seconds:.0f} ms")
 
             trained = trainer.run(adapted, self.batches(seed), on_step)
             accuracy, logits = evaluate(self.logits, trained.adapted, self.held_out("test"))
-            progress.update(bar, note=f"loss {trained.losses[-1]:.3f}  test accuracy {100 * accuracy:.1f}%")
+            progress.update(bar, note=f"test {100 * accuracy:.1f}%")
         return trained, accuracy, logits

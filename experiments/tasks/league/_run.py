@@ -85,7 +85,7 @@ class Entrant:
             bar = progress.add_task(f"{job.name}, {self.name}, {title}", total=job.steps, note="compiling")
 
             def on_step(loss: float, seconds: float) -> None:
-                progress.update(bar, advance=1, note=f"loss {loss:.3f}  {1000 * seconds:.0f} ms/step")
+                progress.update(bar, advance=1, note=f"loss {loss:.2f} {1000 * seconds:.0f} ms")
 
             return trainer.run(adapted, job.batches(seed), on_step, rate=rate)
 
