@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "optim": {"core", "linalg", "manifolds", "weights"},
     "merging": {"core", "linalg", "weights"},
     "methods": {"continual", "core", "linalg", "manifolds", "merging", "metrics", "modules", "optim", "weights"},
-    "reports": {"core", "linalg", "merging"},
+    "reports": {"core", "linalg", "merging", "methods"},
     "banks": {"core", "methods", "modules", "weights"},
     "modules": {"core", "weights"},
     "io": {"core", "linalg", "methods", "weights"},

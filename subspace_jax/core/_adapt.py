@@ -24,7 +24,7 @@ from subspace_jax.core._need import Need
 from subspace_jax.core._partition import key_for
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths, matches
 from subspace_jax.core._role import Role
-from subspace_jax.core._selectors import Selector, check_selector, few, selects
+from subspace_jax.core._selectors import Selector, check_selector, few, rule_pairs, selects
 from subspace_jax.core._types import Params
 from subspace_jax.core._weight import Weight, is_weight
 
@@ -184,8 +184,7 @@ def chosen_methods(params: Params, rules: Rules) -> dict[str, Method]:
     Raises:
       PatternError: as `adapt`.
     """
-    ordered: list[tuple[Any, Method | None]] = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
-    return _choose(ordered, leaves_with_paths(params))
+    return _choose(rule_pairs(rules), leaves_with_paths(params))
 
 
 def _choose(rules: list[tuple[Selector, Method | None]], leaves: list[tuple[str, Any]]) -> dict[str, Method]:

@@ -22,7 +22,7 @@ from subspace_jax.core._interpret import CustomRules, Interpreter, MaterializeRu
 from subspace_jax.core._links import resolved
 from subspace_jax.core._nnx import advise, is_nnx_module, is_nnx_variable
 from subspace_jax.core._paths import path_string
-from subspace_jax.core._selectors import check_selector, selects
+from subspace_jax.core._selectors import check_selector, rule_pairs, selects
 from subspace_jax.core._weight import Weight, is_weight
 from subspace_jax.core._weight_view import WeightView
 
@@ -123,21 +123,17 @@ def with_adapters(
 
 def _check_words(rules: MaterializeRules) -> None:
     by_rules = isinstance(rules, (Mapping, list, tuple))
-    words: list[Any] = [word for _, word in _pairs(rules)] if by_rules else [rules]
+    words: list[Any] = [word for _, word in rule_pairs(rules)] if by_rules else [rules]
     for word in words:
         if word not in ("error", "warn", "allow"):
             raise ValueError(f'on_materialize is "error", "warn" or "allow", for all or by rules, not {word!r}.')
-
-
-def _pairs(rules: Any) -> list[tuple[Any, Any]]:
-    return list(rules.items()) if isinstance(rules, Mapping) else list(rules)
 
 
 def _chosen_words(rules: MaterializeRules, leaves: list[tuple[str, Any]]) -> OnMaterialize | dict[str, OnMaterialize]:
     """What to do where a stand-in would be formed, by path: what the first matching rule says."""
     if isinstance(rules, str):
         return rules
-    pairs = _pairs(rules)
+    pairs = rule_pairs(rules)
     for selector, _ in pairs:
         check_selector(selector, leaves, "on_materialize: ")
     words: dict[str, OnMaterialize] = {}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from subspace_jax.core._full import Full
 from subspace_jax.core._interpret import Interpreter, rule
 from subspace_jax.core._joined import Joined
-from subspace_jax.core._observed import Notes, Observed
+from subspace_jax.core._observed import Observed
 from subspace_jax.core._weight import Weight
 from subspace_jax.core._weight_view import WeightView
 
@@ -43,15 +43,13 @@ def _join(operands: list[Any], axis: int) -> list[Any] | None:
     orders = {(w.role.stack_axes, w.role.in_axes, w.role.out_axes, isinstance(w, Observed)) for w in weights}
     if len(weights) < len(views) or len(orders) > 1:
         return None
-    rest, observed = iter(weights), isinstance(weights[0], Observed)
-    if observed and len(views) < len(operands):
+    if isinstance(weights[0], Observed) and len(views) < len(operands):
         return None  # every leaf observes: what does not is an activation, as the tokens beside a class token
+    rest = iter(weights)
     common: dict[str, Any] = {"role": weights[0].role, "dtype": views[0].dtype}
 
     def part(value: Any) -> Weight:
-        if isinstance(value, WeightView):
-            return next(rest)
-        return Observed.of(value, Notes()) if observed else Full(value=value, trainable=("value",), **common)
+        return next(rest) if isinstance(value, WeightView) else Full(value=value, trainable=("value",), **common)
 
     names = tuple(v.path if isinstance(v, WeightView) else "" for v in operands)
     joined = Joined(parts=tuple(map(part, operands)), axis=axis, names=names, trainable=("parts",), **common)

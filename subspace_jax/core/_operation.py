@@ -15,6 +15,7 @@ from subspace_jax.core._context import Context
 from subspace_jax.core._errors import MaterializeError
 from subspace_jax.core._labels import Labels, aligned, map_rows, placed_by_label, product
 from subspace_jax.core._role import Role
+from subspace_jax.linalg import is_narrow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,7 +298,7 @@ def dense(factors: Sequence[jax.Array], role: Role, shape: tuple[int, ...]) -> j
         elif factor.ndim == depth + 1:
             total = total * factor[..., None, :]
         else:
-            narrow = jnp.promote_types(total.dtype, factor.dtype).itemsize < 4
+            narrow = is_narrow(jnp.promote_types(total.dtype, factor.dtype))
             total = jnp.matmul(total, factor, precision=None if narrow else lax.Precision.HIGHEST)
     return role.unmatrix(total, shape)
 

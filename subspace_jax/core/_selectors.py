@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,11 @@ from subspace_jax.core._paths import leaves_with_paths, matches
 from subspace_jax.core._types import PyTree
 
 Selector = str | Callable[[str, jax.Array], bool] | tuple[Any, ...]
+
+
+def rule_pairs(rules: Any) -> list[tuple[Any, Any]]:
+    """Returns ordered rules, given as a dict or as pairs, as a list of pairs."""
+    return list(rules.items()) if isinstance(rules, Mapping) else list(rules)
 
 
 def few(paths: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from subspace_jax.core import WeightFileError
 
@@ -29,7 +29,7 @@ class Facts:
         value = self.entries.get(name)
         return default if value is None else value
 
-    def refuse(self, name: str, value: Any, why: str) -> None:
+    def refuse(self, name: str, value: Any, why: str) -> NoReturn:
         """Raises for an entry whose value cannot be served."""
         raise WeightFileError(f"{self.source}: {name}={value!r} {why}.")
 

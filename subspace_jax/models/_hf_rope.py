@@ -32,7 +32,6 @@ def rope_of(facts: Facts, layer_type: str | None = None) -> tuple[float | None, 
         scaling = RopeScaling("llama3", factor, low, high, int(original))
     else:
         facts.refuse("rope_type", kind, "is not served; expected default, linear or llama3")
-        raise AssertionError
     base = found.get("rope_theta", facts.get("rope_theta"))
     return None if base is None else float(base), scaling
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_jax.linalg import wide_matmul
+from subspace_jax.methods.analysis.intruder_dimensions import match_directions
 
 # Share of a change's energy that its counted directions hold.
 ENERGY = 0.9
@@ -36,8 +37,7 @@ def compare(
     # All directions are made, and those that do not count are set to zero: their number is known at run time only.
     lead = jnp.arange(len(values)) < held
     onto = wide_matmul(change, (base_vt * lead[:, None]).T)
-    cosines = jnp.max(jnp.abs(wide_matmul(tuned_vt[:k], base_vt.T)), axis=-1)
-    intruders = (cosines < threshold) & (tuned_values[:k] >= 1e-6 * tuned_values[:1])
+    _, intruders = match_directions(tuned_vt[:k], tuned_values[:k], base_vt, threshold)
     energy = jnp.sum(values**2)
     found = {
         "norm": jnp.linalg.norm(base),

@@ -125,7 +125,7 @@ class LowRankCore(Weight):
         return int(jnp.sum(jnp.any(self.left != 0, axis=-2) & jnp.any(self.right != 0, axis=-1)))
 
     def _is_formed(self, x: jax.Array, operation: Operation) -> bool:
-        if self.wide_only and jnp.dtype(operation.dtype).itemsize < 4:
+        if self.wide_only and is_narrow(operation.dtype):
             return True
         return self.route == "materialized" or (self.route == "auto" and self._forming_is_cheaper(x, operation))
 

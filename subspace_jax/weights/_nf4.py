@@ -88,8 +88,7 @@ class NF4(Stored, Weight):
         """The float32 scale of every block."""
         if self.absmax_scale is None or self.absmax_mean is None:
             return self.absmax
-        groups = jnp.repeat(self.absmax_scale, SCALE_BLOCK, axis=-1)[..., : self.absmax.shape[-1]]
-        return self.absmax.astype(jnp.float32) * groups + self.absmax_mean[..., None]
+        return _read_scales(self.absmax, self.absmax_scale, self.absmax_mean)
 
     def reshape(self, shape: tuple[int, ...]) -> NF4 | None:
         """Returns the weight of the reshaped array."""
@@ -135,7 +134,8 @@ def quantize_nf4(array: jax.Array, role: Role | None = None, order: Order = "out
     if double:
         scales = _quantize_scales(absmax)
         # Codes are those of the scales that will be multiplied by; a scale never falls to zero.
-        absmax = _readable(scales)
+        read = _read_scales(**scales)
+        absmax = jnp.where(read > 0, read, jnp.finfo(jnp.float32).tiny)
     # Levels ascend, so the nearest one is told by the midpoints that lie below.
     midpoints = jnp.asarray((LEVELS[1:] + LEVELS[:-1]) / 2)
     codes = jnp.searchsorted(midpoints, blocks / absmax[..., None]).astype(jnp.uint8)
@@ -166,8 +166,7 @@ def _quantize_scales(absmax: jax.Array) -> dict[str, jax.Array]:
     return {"absmax": codes[..., : difference.shape[-1]], "absmax_scale": scale, "absmax_mean": mean}
 
 
-def _readable(scales: Mapping[str, jax.Array]) -> jax.Array:
-    """The scales as they are read again, for the division; one that rounds to zero or below divides by the least."""
-    groups = jnp.repeat(scales["absmax_scale"], SCALE_BLOCK, axis=-1)[..., : scales["absmax"].shape[-1]]
-    read = scales["absmax"].astype(jnp.float32) * groups + scales["absmax_mean"][..., None]
-    return jnp.where(read > 0, read, jnp.finfo(jnp.float32).tiny)
+def _read_scales(absmax: jax.Array, absmax_scale: jax.Array, absmax_mean: jax.Array) -> jax.Array:
+    """The float32 scales that differences in float8 mean."""
+    groups = jnp.repeat(absmax_scale, SCALE_BLOCK, axis=-1)[..., : absmax.shape[-1]]
+    return absmax.astype(jnp.float32) * groups + absmax_mean[..., None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -102,9 +103,10 @@ class Job(abc.ABC):
             right, total = right + float(found[0]), total + float(found[1])
         return right / total
 
-    @property
+    @functools.cached_property
     def _compiled(self) -> dict[str, Any]:
-        return self.__dict__.setdefault("_functions", {})
+        """What has been compiled, by the name of the method."""
+        return {}
 
 
 def whole(size: int) -> int:

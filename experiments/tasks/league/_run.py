@@ -129,7 +129,8 @@ class Entrant:
     def _measure(self, baseline: Entrant, rounds: int) -> dict[str, Any]:
         mine, theirs = self.timed_step(), baseline.timed_step()
         seconds = [(mine(), theirs()) for _ in range(rounds)]
-        trainer = self._compiled(None)
+        assert self._trainer is not None  # by the timed step
+        trainer = self._trainer
         return {
             "step_flops": trainer.flops,
             "memory_bytes": trainer.memory_bytes,

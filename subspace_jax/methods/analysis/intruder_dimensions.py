@@ -19,6 +19,7 @@ __all__ = [
     "count_intruders",
     "effective_rank",
     "intruder_dimensions",
+    "match_directions",
     "scale_intruders",
 ]
 
@@ -189,6 +190,30 @@ def scale_intruders(
     return map_with_paths(one, after)
 
 
+def match_directions(
+    tuned: jax.Array, values: jax.Array, base: jax.Array, threshold: float
+) -> tuple[jax.Array, jax.Array]:
+    r"""Compares tuned singular vectors with pretrained ones and tells which are intruders.
+
+    Args:
+      tuned: tuned vectors as rows, `[*stack, k, n]`, those of the largest singular values.
+      values: their singular values, `[*stack, k]`, descending.
+      base: pretrained vectors as rows, `[*stack, p, n]`.
+      threshold: \(\epsilon\).
+
+    Returns:
+      The absolute cosines, `[*stack, k, p]`, and whether a vector is an intruder, `[*stack, k]`: its largest cosine is
+      below the threshold, and its singular value not below 1e-6 of the largest.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> match_directions(jnp.eye(3)[1:], jnp.array([2.0, 1.0]), jnp.eye(3)[:2], 0.5)[1].tolist()
+      [False, True]
+    """
+    cosines = jnp.abs(wide_matmul(tuned, jnp.swapaxes(base, -1, -2)))
+    return cosines, (jnp.max(cosines, axis=-1) < threshold) & (values >= RESOLVED * values[..., :1])
+
+
 def effective_rank(matrix: jax.Array) -> jax.Array:
     r"""Returns the exponential of the entropy of singular values' shares, \(\exp(-\sum_i p_i \log p_i)\).
 
@@ -227,17 +252,21 @@ def _lead(u: jax.Array, vt: jax.Array, side: Side) -> jax.Array:
     return vt if side == "out" else jnp.swapaxes(u, -1, -2)
 
 
-def _cosines(base: jax.Array, u: jax.Array, vt: jax.Array, side: Side) -> jax.Array:
+def _matched(
+    base: jax.Array, factors: tuple[jax.Array, jax.Array, jax.Array], count: int, side: Side, threshold: float
+) -> tuple[jax.Array, jax.Array]:
+    """What `match_directions` tells of the first vectors of a side."""
+    u, s, vt = factors
     u0, _, vt0 = jnp.linalg.svd(base, full_matrices=False)
-    return jnp.abs(wide_matmul(_lead(u, vt, side), jnp.swapaxes(_lead(u0, vt0, side), -1, -2)))
+    lead = _lead(u[..., :count], vt[..., :count, :], side)
+    return match_directions(lead, s[..., :count], _lead(u0, vt0, side), threshold)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "side"))
 def _compare(base: jax.Array, tuned: jax.Array, k: int, side: Side, threshold: float) -> Intruders:
     u, s, vt = jnp.linalg.svd(tuned, full_matrices=False)
-    cosines = _cosines(base, u[..., :k], vt[..., :k, :], side)
+    cosines, is_intruder = _matched(base, (u, s, vt), k, side, threshold)
     similarity = jnp.max(cosines, axis=-1)
-    is_intruder = (similarity < threshold) & (s[..., :k] >= RESOLVED * s[..., :1])
     near = s[..., :-1] - s[..., 1:] < DISTINCT * s[..., :-1]
     ends = jnp.zeros_like(near[..., :1])
     clustered = jnp.concatenate([near, ends], axis=-1) | jnp.concatenate([ends, near], axis=-1)
@@ -258,9 +287,8 @@ def _scaled(
     control: bool,
 ) -> jax.Array:
     u, s, vt = jnp.linalg.svd(tuned, full_matrices=False)
-    similarity = jnp.max(_cosines(base, u[..., :window], vt[..., :window, :], side), axis=-1)
     values = s[..., :window]
-    intrudes = (similarity < threshold) & (values >= RESOLVED * values[..., :1])
+    _, intrudes = _matched(base, (u, s, vt), window, side, threshold)
     leading = intrudes & (jnp.arange(window) < k)
     found = jnp.any(leading, axis=-1, keepdims=True)
     if which == "all":
