@@ -21,7 +21,9 @@ import gc
 import jax
 import pytest
 
-jax.config.update("jax_disable_most_optimizations", True)
+from .quick import compile_quickly
+
+compile_quickly()
 
 
 # Tracing makes objects by the million, nearly all of which live: looking for garbage less often saves a tenth.

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 from jax.sharding import AxisType
 
+from .quick import compile_quickly
+
 
 def eight_devices():
     """Returns the environment variables of a process with 8 devices."""
@@ -32,7 +34,7 @@ def run_on_8_devices(test_file, axes):
 
 def make_mesh(kind):
     """Returns a mesh of 4 x 2 devices with "auto" or "explicit" axes; from here on programs are compiled quickly."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    compile_quickly()
     axis = AxisType.Explicit if kind == "explicit" else AxisType.Auto
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis, axis))
 

@@ -9,7 +9,6 @@ from benchmarks import adapters
 from benchmarks._measure import step_cost
 from benchmarks._models import linen
 
-pytestmark = pytest.mark.optimized
 # Full width, since the share of what is no product grows as models shrink; one layer, to compile less.
 CONFIG = adapters.Config(layers=1, rounds=0, longer=0)
 # What is beside the products: norms, softmax, GELU, the optimizer, and what a method computes of its small parts.

@@ -10,7 +10,6 @@ from benchmarks._measure import forward_cost, step_cost
 from benchmarks._models import ModelConfig
 from benchmarks._variants import Variant, variants
 
-pytestmark = pytest.mark.optimized
 TOKENS = jax.ShapeDtypeStruct((4, 128), jnp.int32)
 CASES = [
     ("unrolled", "lora", "full", 0.69),

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import subspace_jax as sj
 from subspace_jax.models import Bert, small_bert
 from subspace_jax.training import fit, init_train_state, initialize_distributed, make_mesh, make_train_step, shard_batch
+from tests.quick import compile_quickly
 from tests.training.problem import content
 
 ROWS, LENGTH, CLASSES = 8, 12, 3
@@ -87,5 +88,5 @@ def main(process, port, folder, steps):
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_disable_most_optimizations", True)
+    compile_quickly()
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

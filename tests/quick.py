@@ -1,0 +1,27 @@
+"""Quick compilation: most of the tests' time goes into compiling thousands of tiny programs."""
+
+import functools
+
+import jax
+
+
+def compile_quickly():
+    """Leaves most optimizations out, and lowers all programs in one MLIR context where JAX would make one for each."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    _share_one_context()
+
+
+def _share_one_context():
+    """A context of its own costs each program 4 ms and, as long as the program lives, 1.2 MB: a quarter of all time.
+
+    Newer releases of JAX use contexts again by themselves. There is no public setting, so this is of the tests alone,
+    and a release that has moved the function goes on as it is.
+    """
+    if jax.__version_info__ >= (0, 11):
+        return
+    try:
+        from jax._src.interpreters import mlir
+
+        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+    except (ImportError, AttributeError):
+        pass
