@@ -1,6 +1,6 @@
 """Quick compilation: most of the tests' time goes into compiling thousands of tiny programs."""
 
-import functools
+import threading
 
 import jax
 
@@ -21,7 +21,15 @@ def _share_one_context():
         return
     try:
         from jax._src.interpreters import mlir
+        from jax._src.lib.mlir import ir
 
-        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+        one, make = mlir.make_ir_context(), mlir.make_ir_context
     except (ImportError, AttributeError):
-        pass
+        return
+
+    def make_or_share():
+        """The one context, but where a program is lowered within the lowering of another, or beside it in a thread."""
+        busy = ir.Context.current is not None or threading.current_thread() is not threading.main_thread()
+        return make() if busy else one
+
+    mlir.make_ir_context = make_or_share
