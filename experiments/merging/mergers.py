@@ -21,7 +21,6 @@ DO-Merging and OrthoMerge with task arithmetic were still rising at the largest 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,9 +32,8 @@ import numpy as np
 import subspace_jax as sj
 from experiments.runner import Context, Experiment, human_bytes, with_spread
 from experiments.tasks import slots
+from experiments.tasks.merger_arms import arms, origin
 from subspace_jax import merging
-from subspace_jax.methods.merging.do_merging import do_merging
-from subspace_jax.methods.merging.orthomerge import orthomerge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,39 +59,10 @@ class MergersConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-# A merger of experts and base: its usual strength, and what it makes at a share of that one.
-Arm = tuple[float | None, Callable[..., Any]]
-
-
 def rules_of(kind: str, config: MergersConfig) -> Any:
     """What is adapted: the first kernel, or everything."""
     methods = {"lora": sj.lora(config.rank, alpha=2 * config.rank), "oft": sj.oft(config.block_size)}
     return {"**": sj.full()} if kind == "full" else {"first/kernel": methods[kind]}
-
-
-def _arms(kind: str, fishers: Any, grams: Any) -> dict[str, Arm]:
-    key = jax.random.key(0)
-    ties = functools.partial(merging.ties, density=0.2)
-    arms: dict[str, Arm] = {
-        "task arithmetic": (0.3, functools.partial(merging.task_arithmetic, weights=0.3)),
-        "TIES": (1.0, ties),
-        "DARE + task arithmetic": (0.3, functools.partial(merging.dare, key=key)),
-        "DARE + TIES": (1.0, functools.partial(merging.dare, key=key, merger=ties)),
-        "TSV-M": (1.0, merging.tsv_m),
-        "Iso-C": (1.0, merging.iso_c),
-        "KnOTS + TIES": (0.6, functools.partial(merging.knots, merger=ties, scale=0.6)),
-        "Fisher": (1.0, functools.partial(merging.fisher, statistics=fishers)),
-        "RegMean": (1.0, functools.partial(merging.regmean, statistics=grams)),
-        "decoupled": (1.0, functools.partial(do_merging, steps=0)),
-    }
-    if kind == "lora":
-        arms["DO-Merging"] = (1.0, do_merging)
-    if kind == "oft":
-        arms["OrthoMerge"] = (None, orthomerge)
-    else:
-        arms["OrthoMerge + task arithmetic"] = (1.0, orthomerge)
-        arms["OrthoMerge + TIES"] = (1.0, functools.partial(orthomerge, merger=ties, targets="conflicts"))
-    return arms
 
 
 def _at_strengths(
@@ -104,13 +73,12 @@ def _at_strengths(
     The strength is a factor of the whole change, or of that from the merged rotation where there is one.
     """
     jax.block_until_ready(jax.tree.leaves(merger(experts, base)))
-    start = time.perf_counter()
+    began = time.perf_counter()
     merged = jax.block_until_ready(merger(experts, base))
-    seconds = time.perf_counter() - start
-    turned = (isinstance(merger, functools.partial) and merger.func is orthomerge) or merger is orthomerge
-    origin = sj.merge(merger(experts, base, scale=0.0)) if turned and len(multiples) > 1 else base
+    seconds = time.perf_counter() - began
+    start = origin(merger, experts, base) if len(multiples) > 1 else base
     plain = sj.merge(merged)
-    trees = [merging.task_arithmetic([plain], origin, weights=m) for m in multiples]
+    trees = [merging.task_arithmetic([plain], start, weights=m) for m in multiples]
     return trees, seconds, _added_bytes(merged, base)
 
 
@@ -144,7 +112,7 @@ def run(config: MergersConfig, context: Context) -> dict[str, Any]:
         singles.append({"kind": kind, "seed": seed, "experts": own, "base": _scores(base, own)})
         if kind == "full":  # ordinary trees, as a checkpoint would hold
             trees = [sj.merge(tree) for tree in trees]
-        for name, (usual, merger) in _arms(kind, *_statistics(trees)).items():
+        for name, (usual, merger) in arms(kind, *_statistics(trees)).items():
             multiples = config.multiples if usual is not None else (1.0,)
             merged, seconds, added = _at_strengths(merger, trees, base, multiples)
             for multiple, tree in zip(multiples, merged, strict=True):

@@ -1,5 +1,6 @@
 """The commands that use a finished run: generate, chat, export, merge, explain, list, doctor."""
 
+import dataclasses
 import io
 import json
 
@@ -93,7 +94,7 @@ def test_an_export_that_lost_something_is_refused(trained, shell, tmp_path, monk
     assert "1.000" in done.err
 
 
-def test_two_runs_become_one_model(talker, shell, tmp_path):
+def test_two_runs_become_one_model_and_spoiled_ones_none(talker, shell, tmp_path, monkeypatch):
     data = write_chats(tmp_path)
     common = ("finetune", data, "--model", "tiny-llama", "--steps", 4, "--max-length", 48, *QUICK)
     for seed in (1, 2):
@@ -107,6 +108,20 @@ def test_two_runs_become_one_model(talker, shell, tmp_path):
     expected = base + 0.5 * sum(kernel - base for kernel in kernels)
     np.testing.assert_allclose(tensors["model.layers.0.mlp.up_proj.weight"], expected[0].T, atol=1e-5)
     assert "--method" in shell("merge", *runs, "--out", tmp_path / "x", "--method", "tie").err
+
+    def spoiled(folder):
+        run = load_run(folder)
+        up = run.adapted["decoder"]["layers"]["mlp"]["up"]
+        up["kernel"] = dataclasses.replace(up["kernel"], a=up["kernel"].a * np.nan)
+        return run
+
+    monkeypatch.setattr("subspace_jax.cli.merge.load_run", spoiled)
+    for given in (runs, runs[:1]):
+        done = shell("merge", *given, "--out", tmp_path / "x")
+        assert done.code == 2
+        assert "decoder/layers/mlp/up/kernel" in done.err
+        assert "NaN" in done.err or "not finite" in done.err
+        assert not (tmp_path / "x").exists()
 
 
 def test_runs_of_two_models_are_not_merged(talker, trained, shell, tmp_path):

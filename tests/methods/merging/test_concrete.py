@@ -160,6 +160,16 @@ def test_refusals():
         init_logits([VECTORS[0], VECTORS[1] | {"w": None}])
     with pytest.raises(ValueError, match="temperature"):
         sample_mask(KEY, {"w": jnp.zeros(2)}, 0.0)
+    whole = sample_mask(KEY, init_logits(VECTORS))
+    for mask, message in (
+        (whole | {"more": jnp.ones(2)}, r"^more: the mask has \(2,\) here, the task vectors have nothing"),
+        (whole | {"w": None}, r"^w: the mask has nothing here, the task vectors have \(4, 3\)"),
+        (whole | {"w": jnp.ones((1, 3))}, r"^w: the mask has \(1, 3\) here"),
+    ):
+        with pytest.raises(StructureError, match=message):
+            add_masked(BASE, VECTORS, 0.3, mask)
+        with pytest.raises(StructureError, match=message):
+            ada_merging(apply, BASE, VECTORS, inputs, KEY, mask=mask, steps=1)
     with pytest.raises(RankError, match="steps"):
         concrete_task_arithmetic(apply, BASE, VECTORS, inputs, KEY, steps=0)
     with pytest.raises(ValueError, match="coefficients"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,6 +113,10 @@ def add_masked(base: Params, vectors: Sequence[Params], coefficients: Any, mask:
     Returns:
       A tree like `base`, added in float32 and cast once.
 
+    Raises:
+      StructureError: the mask is of another tree than the vectors: it has a leaf that they lack, lacks one that they
+        have, or one of another shape; the message has the path.
+
     Example:
       >>> import jax.numpy as jnp
       >>> vectors = [{"w": jnp.ones(2)}, {"w": -jnp.ones(2)}]
@@ -121,6 +125,8 @@ def add_masked(base: Params, vectors: Sequence[Params], coefficients: Any, mask:
     """
     by_path = [dict(leaves_with_paths(vector)) for vector in vectors]
     masks = {} if mask is None else dict(leaves_with_paths(mask))
+    if mask is not None:
+        _check_mask(masks, by_path[0])
 
     def one(path: str, leaf: Any) -> Any:
         if by_path[0].get(path) is None:
@@ -135,3 +141,14 @@ def add_masked(base: Params, vectors: Sequence[Params], coefficients: Any, mask:
         return (leaf.astype(change.dtype) + change).astype(leaf.dtype)
 
     return map_with_paths(one, base)
+
+
+def _check_mask(masks: Mapping[str, Any], vector: Mapping[str, Any]) -> None:
+    shapes = [{path: v.shape for path, v in leaves.items() if v is not None} for leaves in (masks, vector)]
+    for path in shapes[0] | shapes[1]:
+        came, expected = (found.get(path, "nothing") for found in shapes)
+        if came != expected:
+            raise StructureError(
+                f"{path}: the mask has {came} here, the task vectors have {expected}. Make its logits from these "
+                "vectors by init_logits."
+            )
