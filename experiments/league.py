@@ -26,8 +26,8 @@ whole text task, on two threads beside other work:
 Measured there over three seeds, in percent: the head alone has 74.0 ± 0.7, full fine-tuning 79.1 ± 0.2. LIFT (79.5 ±
 0.7), RandLoRA (79.5 ± 0.6), DoRA (78.8 ± 0.9), Block-LoRA, LoCA, SPT, LoRA (78.4 ± 1.1), PEGO, SaRA, OFT, Comp-LoRA and
 QLoRA (78.1 ± 0.6) cannot be told apart from it or from each other; Orthogonal Adaptation, SNELLA and S2FT come close.
-PiSSA, SVFit, GaLore, DCT-Adam, LoRA-XS, LoRA-Pro and SNELL gain 2 points over the head, LoRA-SB and CorDA nothing in so
-few steps, and Trion learns next to nothing at any rate of its grid; why was not looked into.
+PiSSA, SVFit, Trion, GaLore, DCT-Adam, LoRA-XS, LoRA-Pro and SNELL gain 2 points over the head, LoRA-SB and CorDA nothing
+in so few steps. A search for a rate can stop too early where every run is near chance: Trion's began anew at 0.01.
 
 What they forget differs by far more: SSF loses 90 of the points that the probe of news had, full fine-tuning 73 ± 25,
 SVFit 22 ± 6, CorDA 14 ± 7, LoRA-XS 12 ± 5, SoKA 11 ± 7, LoRA-SB 8 ± 5, LIFT and PiSSA 4; LoRA, DoRA, QLoRA, Comp-LoRA,

@@ -11,7 +11,8 @@ be told apart (ROOT's claim is about injected noise, which `root` tries), ARO 1.
 GaLore 1.838 ± 0.013, Adam 1.861 ± 0.008, Trion 1.948 ± 0.011. So optimizers that orthogonalize lead Adam by a sixth of
 a nat here, and projecting to a quarter of the directions costs Adam nothing; but Trion, which orthogonalizes a momentum
 of 16 directions and moves in no others, falls behind Adam. ARO's lead over Muon does not show in so short a run. State
-of the matrices: GaLore 264 KiB and Muon 416 KiB to Adam's 832 KiB.
+of the matrices: GaLore 264 KiB and Muon 416 KiB to Adam's 832 KiB. Operations are the compiler's count, which knows
+nothing of the decompositions that ARO and GaLore call.
 """
 
 from __future__ import annotations

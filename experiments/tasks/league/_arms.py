@@ -148,5 +148,5 @@ ARMS: dict[str, Arm] = {
         _all_kernels, 1e-3, optimizer=lambda schedule, steps, adapted: sj.galore(schedule, RANK, scale=1.0, every=50)
     ),
     "dct_adam": Arm(_all_kernels, 1e-3, optimizer=lambda schedule, steps, adapted: sj.dct_adam(schedule, RANK)),
-    "trion": Arm(_all_kernels, 1e-3, optimizer=lambda schedule, steps, adapted: sj.trion(schedule, RANK)),
+    "trion": Arm(_all_kernels, 1e-2, optimizer=lambda schedule, steps, adapted: sj.trion(schedule, RANK)),
 }
