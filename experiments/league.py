@@ -26,7 +26,7 @@ whole text task, on two threads beside other work:
 Measured there over three seeds, in percent: the head alone has 74.0 ± 0.7, full fine-tuning 79.1 ± 0.2. LIFT (79.5 ±
 0.7), RandLoRA (79.5 ± 0.6), DoRA (78.8 ± 0.9), Block-LoRA, LoCA, SPT, LoRA (78.4 ± 1.1), PEGO, SaRA, OFT, Comp-LoRA and
 QLoRA (78.1 ± 0.6) cannot be told apart from it or from each other; Orthogonal Adaptation, SNELLA and S2FT come close.
-PiSSA, SVFit, Trion, GaLore, DCT-Adam, LoRA-XS, LoRA-Pro and SNELL gain 2 points over the head, LoRA-SB and CorDA nothing
+PiSSA, SVFit, Trion, GaLore, DCT-Adam, LoRA-XS, LoRA-Pro and SNELL gain 2 points over the head, LoRA-SB and CorDA none
 in so few steps. A search for a rate can stop too early where every run is near chance: Trion's began anew at 0.01.
 
 What they forget differs by far more: SSF loses 90 of the points that the probe of news had, full fine-tuning 73 ± 25,
