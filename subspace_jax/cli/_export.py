@@ -153,13 +153,17 @@ def check_export(found: Any, adapted: Any, base: Any, apply: Any, batch: Any, wh
 
 def probe(run: Run) -> dict[str, np.ndarray]:
     """Returns a small batch of arbitrary input on which two models can be compared."""
+    return probe_of(run.backbone, run.problem, run.data.get("image_size", 0))
+
+
+def probe_of(backbone: Backbone, problem: Problem, image_size: int = 0) -> dict[str, np.ndarray]:
+    """Returns such a batch for a model; images have sides of `image_size`."""
     random = np.random.default_rng(0)
-    if run.backbone.kind == "image encoder":
-        side = run.data["image_size"]
-        return {"images": random.integers(0, 256, (2, side, side, 3)).astype(np.uint8)}
-    tokens = random.integers(0, run.backbone.model.config.vocab_size, (2, 16)).astype(np.int32)
+    if backbone.kind == "image encoder":
+        return {"images": random.integers(0, 256, (2, image_size, image_size, 3)).astype(np.uint8)}
+    tokens = random.integers(0, backbone.model.config.vocab_size, (2, 16)).astype(np.int32)
     ones = np.ones_like(tokens)
-    return {"tokens": tokens, "mask": ones > 0} if run.problem.classifies else {"tokens": tokens, "segments": ones}
+    return {"tokens": tokens, "mask": ones > 0} if problem.classifies else {"tokens": tokens, "segments": ones}
 
 
 def read_merged(folder: Path, like: Any, backbone: Backbone, problem: Problem) -> Any:

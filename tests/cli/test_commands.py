@@ -108,6 +108,8 @@ def test_two_runs_become_one_model_and_spoiled_ones_none(talker, shell, tmp_path
     expected = base + 0.5 * sum(kernel - base for kernel in kernels)
     np.testing.assert_allclose(tensors["model.layers.0.mlp.up_proj.weight"], expected[0].T, atol=1e-5)
     assert "--method" in shell("merge", *runs, "--out", tmp_path / "x", "--method", "tie").err
+    check_merge_report(tmp_path / "both", base, expected)
+    check_merge_of_files(runs, shell, tmp_path, tensors)
 
     def spoiled(folder):
         run = load_run(folder)
@@ -115,13 +117,49 @@ def test_two_runs_become_one_model_and_spoiled_ones_none(talker, shell, tmp_path
         up["kernel"] = dataclasses.replace(up["kernel"], a=up["kernel"].a * np.nan)
         return run
 
-    monkeypatch.setattr("subspace_jax.cli.merge.load_run", spoiled)
+    monkeypatch.setattr("subspace_jax.cli._merge_sources.load_run", spoiled)
     for given in (runs, runs[:1]):
         done = shell("merge", *given, "--out", tmp_path / "x")
         assert done.code == 2
         assert "decoder/layers/mlp/up/kernel" in done.err
         assert "NaN" in done.err or "not finite" in done.err
         assert not (tmp_path / "x").exists()
+
+
+def check_merge_report(folder, base, expected):
+    """The report names the adapted leaves, who changed them, and how far they moved."""
+    found = json.loads((folder / "merge.json").read_text())
+    leaves = {leaf["path"]: leaf for leaf in found["leaves"]}
+    moved = np.linalg.norm(expected - base) / np.linalg.norm(base)
+    assert leaves["decoder/layers/mlp/up/kernel"]["changed_by"] == [0, 1]
+    np.testing.assert_allclose(leaves["decoder/layers/mlp/up/kernel"]["moved"], moved, rtol=1e-3)
+    assert leaves["embedding/embedding"]["changed_by"] == []
+    assert leaves["embedding/embedding"]["moved"] == 0
+
+
+def check_merge_of_files(runs, shell, tmp_path, tensors):
+    """PEFT's folder, Hugging Face's, their tensors and our adapter's file stand for the runs that they came from."""
+    for run in runs:
+        assert shell("export", run, tmp_path / f"{run.name}-peft", "--to", "peft").code == 0
+        assert shell("export", run, tmp_path / f"{run.name}-hf", "--to", "hf").code == 0
+    forms = (
+        (tmp_path / "r1-peft", tmp_path / "r2-hf"),
+        (tmp_path / "r1" / "adapter.safetensors", tmp_path / "r2-hf" / "model.safetensors"),
+    )
+    for number, files in enumerate(forms):
+        out = tmp_path / f"files{number}"
+        done = shell("merge", *files, "--base", "tiny-llama", "--out", out, "--strength", 0.5)
+        assert done.code == 0, done.err
+        assert "2 of 2" in done.out
+        found, _ = sj.io.read_safetensors(out / "model.safetensors")
+        for name, tensor in tensors.items():
+            np.testing.assert_allclose(found[name], tensor, atol=1e-5, err_msg=name)
+    for wrong, word in ((tmp_path, "adapter_config.json"), (runs[0] / "absent.safetensors", "expected a folder")):
+        done = shell("merge", wrong, "--base", "tiny-llama", "--out", tmp_path / "x")
+        assert (done.code, word in done.err) == (2, True), done.err
+        assert not (tmp_path / "x").exists()
+    done = shell("merge", tmp_path / "r1-peft", "--base", "tiny-bert", "--out", tmp_path / "x")
+    assert (done.code, "language model" in done.err) == (2, True)
 
 
 def test_runs_of_two_models_are_not_merged(talker, trained, shell, tmp_path):
