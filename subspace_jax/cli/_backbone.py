@@ -76,7 +76,11 @@ def load_backbone(name: str, dtype: str = "auto", *, packed: bool = False) -> Ba
         raise UserError(f"--model {name}: {error}") from error
     kind = next((kind for module, kind in KINDS.items() if isinstance(model.module, module)), None)
     if kind is None:
-        raise UserError(f"--model {name}: {type(model.module).__name__} is no model that commands can use.")
+        raise UserError(
+            f"--model {name}: {type(model.module).__name__} is no model for commands, which take text encoders, "
+            "language models and image encoders. In Python, subspace_jax.models.load gives it with its parameters, and "
+            "sj.adapt takes those."
+        )
     return Backbone(name, model, kind, computed)
 
 

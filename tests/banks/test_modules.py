@@ -7,7 +7,7 @@ import pytest
 
 import subspace_jax as sj
 from subspace_jax.core import MaterializeError, NotMergeableError, StructureError
-from subspace_jax.models import Vit, small_vit
+from subspace_jax.models import Llama, Vit, greedy_decode, small_llama, small_vit
 from tests.tolerances import assert_rounding
 
 KEY = jax.random.key(0)
@@ -64,6 +64,31 @@ def test_adaptformer_pfeiffer_houlsby_lora_and_dora_answer_in_one_batch(case):
     assert run._cache_size() == 1
     np.testing.assert_array_equal(found[:2], base[:2])
     assert_rounding(found[3], sj.with_adapters(fn)(made["houlsby"], images[3:4])[0], size=256)
+
+
+def test_generation_with_a_cache_gives_each_row_its_own_modules_tokens():
+    """Against the model with that module alone, without a bank and without a cache."""
+    module = Llama(small_llama(scan_layers=True))
+    prompt = jax.random.randint(jax.random.key(5), (4, 6), 0, 64)
+    params = module.init(KEY, prompt)["params"]
+    fn = lambda p, t: module.apply({"params": p}, t)
+    roles = sj.roles(fn, params, prompt)
+    rules = (
+        {"**/down/kernel": sj.bottleneck(4, activation="gelu", bias=False)},
+        {"**/{gate,down}/kernel": sj.bottleneck(5, placement="parallel", reads="gate", scale=0.3)},
+        {"**/kernel": sj.lora(3)},
+    )
+    made = [filled(sj.adapt(params, rule, key=KEY, roles=roles), i) for i, rule in enumerate(rules)]
+    rows = jnp.array([3, 0, 2, 1])
+    found = np.asarray(greedy_decode(module, sj.bank(params, made), prompt, 4, rows=rows))
+    changed = (found != np.asarray(greedy_decode(module, params, prompt, 4))).any(1)
+    np.testing.assert_array_equal(changed, rows != 0)
+    for row, text in zip(np.asarray(rows), found, strict=True):
+        # Causal: what stands at a place depends on nothing behind it, so one pass judges all tokens.
+        answer = text[-4:]
+        whole = jnp.concatenate([prompt[list(rows).index(row)], jnp.asarray(answer)])[None]
+        logits = jax.tree.leaves(sj.with_adapters(fn)([params, *made][row], whole))[0]
+        np.testing.assert_array_equal(logits[0, -5:-1].argmax(-1), answer)
 
 
 def mlp(p, x):

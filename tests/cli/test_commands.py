@@ -11,7 +11,7 @@ import pytest
 import subspace_jax as sj
 from subspace_jax.cli import UserError, load_run
 from subspace_jax.cli._generate import Writer
-from subspace_jax.models import load
+from subspace_jax.models import CARRIED, Clip, PretrainedModel, load, small_clip
 from tests.cli.conftest import QUICK, write_chats
 
 pytest.importorskip("matplotlib")
@@ -190,3 +190,13 @@ def test_a_folder_that_is_no_run_is_refused(shell, tmp_path):
     done = shell("evaluate", tmp_path, tmp_path / "data.jsonl")
     assert done.code == 2
     assert "settings.json" in done.err
+
+
+def test_a_model_of_images_and_texts_is_refused_with_what_serves_it(shell, tmp_path, monkeypatch):
+    clip = PretrainedModel(Clip(small_clip()), {}, small_clip())
+    monkeypatch.setitem(CARRIED, "tiny-clip", (lambda **options: clip, "minilm"))
+    (tmp_path / "data.jsonl").write_text('{"text": "good", "label": 1}\n' * 4)
+    done = shell("finetune", tmp_path / "data.jsonl", "--model", "tiny-clip", "--out", tmp_path / "run")
+    assert (done.code, (tmp_path / "run").exists()) == (2, False)
+    assert "Clip" in done.err
+    assert "sj.adapt" in done.err
