@@ -50,9 +50,13 @@ class Notes:
             other.uses = self.uses
 
     def role(self, ndim: int) -> Role:
-        """The role that fits the uses; a lookup outweighs a tied output, the first product every later one."""
+        """The role that fits the uses.
+
+        A lookup outweighs a tied output. Of several products the most frequent form counts, which is the model's own
+        where a norm of the kernel multiplies it from the other side as well, then the first.
+        """
         found = list(self.uses.values())
-        main = min(found, key=lambda r: _ORDER.index(r.kind), default=None)
+        main = min(found, key=lambda r: (_ORDER.index(r.kind), -found.count(r)), default=None)
         if self.reads_rows and ndim == 2 and (main is None or main.kind not in ("scale", "bias")):
             # Rows by a traced number, one at a time: a table, unless they are layers' vectors.
             return Role("embedding", (), (0,), (1,), uses=max(len(found), 1), found=True)
