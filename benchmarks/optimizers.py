@@ -21,6 +21,8 @@ from benchmarks._measure import Cost, combined, cost, interleaved, paired_ratio
 from experiments.runner import human_bytes
 
 BASELINE = "optax.adam"
+# Of transformations of convolutions, which have kernels of their own.
+CONVOLUTIONS = "optax.adam, convolutions"
 RATE = 1e-3
 
 
@@ -32,6 +34,7 @@ class Config:
       width: of the model; every layer has four square matrices of it.
       mlp_width: every layer has two matrices from and to it.
       layers: number of layers, each with matrices of its own.
+      channels: of the 3 x 3 convolutions on which orthogonality is measured, one a layer.
       rank: of the low-rank optimizers.
       every: steps from one decomposition to the next, of those that have one.
       rounds: timed updates of each optimizer, one after the other in every round.
@@ -41,6 +44,7 @@ class Config:
     width: int = 512
     mlp_width: int = 2048
     layers: int = 2
+    channels: int = 256
     rank: int = 64
     every: int = 200
     rounds: int = 10
@@ -53,6 +57,11 @@ def parameters(config: Config) -> dict[str, Any]:
     layer = {name: jnp.zeros((config.width, config.width)) for name in ("q", "k", "v", "out")}
     layer |= {"up": jnp.zeros(wide), "down": jnp.zeros(tall)}
     return {f"layer_{i}": dict(layer) for i in range(config.layers)}
+
+
+def convolutions(config: Config) -> dict[str, Any]:
+    """Returns zeros of the shapes of 3 x 3 kernels."""
+    return {f"layer_{i}": jnp.zeros((3, 3, config.channels, config.channels)) for i in range(config.layers)}
 
 
 def optimizers(config: Config) -> dict[str, Callable[[int], optax.GradientTransformation]]:
@@ -81,7 +90,18 @@ def optimizers(config: Config) -> dict[str, Callable[[int], optax.GradientTransf
         "sj.methods.dct_lowrank.scale_by_trion": lambda every: rated(sj.methods.dct_lowrank.scale_by_trion(rank)),
         "sj.methods.root.scale_by_root": lambda every: rated(sj.methods.root.scale_by_root()),
         "sj.methods.aro.scale_by_aro": lambda every: rated(sj.methods.aro.scale_by_aro()),
+        "sj.methods.frank_wolfe_dictionary.scale_by_spectral_frank_wolfe": lambda every: rated(
+            sj.methods.frank_wolfe_dictionary.scale_by_spectral_frank_wolfe(polar_method="newton_schulz")
+        ),
+        CONVOLUTIONS: lambda every: optax.adam(RATE),
+        "sj.methods.orthogonal_conv.add_orthogonality, Adam": lambda every: optax.chain(
+            sj.methods.orthogonal_conv.add_orthogonality(0.1, {"**": 1}), optax.adam(RATE)
+        ),
     }
+
+
+def _is_convolutional(name: str) -> bool:
+    return name == CONVOLUTIONS or "orthogonal_conv" in name
 
 
 class _Runner:
@@ -106,24 +126,26 @@ class _Runner:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Measures ordinary updates of all optimizers in turns, then updates that decompose."""
-    params = parameters(config)
-    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(params))))
-    gradient = jax.tree.map(lambda v: jax.random.normal(next(keys), v.shape), params)
+    starts = {False: parameters(config), True: convolutions(config)}
+    gradients = optax.tree.random_like(jax.random.key(0), starts)
     known = {name: make for name, make in optimizers(config).items() if not config.only or name in config.only}
     runners, refreshing = {}, {}
     for name, make in known.items():
         console.print(f"  compiling {name}")
         # Far apart, so that only the first update decomposes, which interleaved() drops.
-        runners[name] = _Runner(make(10**6), params, gradient)
-        refreshing[name] = _Runner(make(1), params, gradient)
+        kind = _is_convolutional(name)
+        runners[name] = _Runner(make(10**6), starts[kind], gradients[kind])
+        refreshing[name] = _Runner(make(1), starts[kind], gradients[kind])
     console.print(f"  running {config.rounds} rounds of {len(known)} optimizers, twice")
     interleaved(list(runners.values()), config.rounds)
     interleaved(list(refreshing.values()), config.rounds)
-    values = {name: _values(config, runners[name], refreshing[name], runners.get(BASELINE)) for name in known}
+    baselines = {name: runners.get(CONVOLUTIONS if _is_convolutional(name) else BASELINE) for name in known}
+    values = {name: _values(config, runners[name], refreshing[name], baselines[name]) for name in known}
     note = (
         "An update decomposes nothing; a refresh does, for optimizers that ever do. Average is "
         f"the time of {config.every} updates of which one refreshes. DCT chooses its columns at every update. The "
-        "gradient is given; its computation is not part of this. Ratios are to optax.adam, of the same round."
+        "gradient is given; its computation is not part of this. Ratios are to optax.adam, of the same round; for "
+        f"orthogonal convolutions, to Adam on the same {config.channels} channels."
     )
     return {"optimizers": values, "order": list(known), "notes": [note]}
 
@@ -153,7 +175,8 @@ def _values(config: Config, runner: _Runner, refreshing: _Runner, baseline: _Run
 
 def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     """One table of all optimizers."""
-    head = ["optimizer", "state", "of Adam's", "update ms", "of Adam's", "refresh ms", "average of Adam's"]
+    head = ["optimizer", "state", "of Adam's", "update GFLOP", "update ms", "of Adam's", "refresh ms"]
+    head.append("average of Adam's")
     rows = [head]
     for name in results["order"]:
         values = results["optimizers"][name]
@@ -163,6 +186,7 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
                 name,
                 human_bytes(values["state_bytes"]),
                 number(ratios.get("state_bytes")),
+                f"{values['update']['flops'] / 1e9:.2f}",
                 f"{1e3 * statistics.median(values['seconds']):.1f}",
                 number(ratios.get("seconds")),
                 f"{1e3 * statistics.median(values['refresh_seconds']):.1f}",

@@ -83,6 +83,7 @@ def scale_matrices(
     eps: float,
     vector_scale: float = 1.0,
     needs_params: bool = False,
+    together: Callable[[Mapping[str, tuple[jax.Array, Parts]]], Mapping[str, Parts]] | None = None,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformation:
     """Makes a transformation of what it does to one stack of matrices; all other arrays have Adam's direction.
@@ -97,6 +98,8 @@ def scale_matrices(
       eps: added to the root of its second moment.
       vector_scale: Adam's direction is multiplied by this.
       needs_params: pass the parameters to `step`, else None.
+      together: `together({path: (gradient, parts)})` returns what some of the matrices are told of each other, by path,
+        which `step` finds among their parts and does not keep.
       roles: how the model uses plain arrays with more than two axes.
 
     Returns:
@@ -135,7 +138,16 @@ def scale_matrices(
         names, weights = list(state.matrices), held.of(params) if needs_params else [None] * len(held.arrays)
         rows = zip(*(held.of(state.matrices[n]) for n in names), strict=True) if names else [()] * len(held.arrays)
         moments = held.of(state.mu), held.of(state.nu)
-        places = zip(held.arrays, matrix_views(updates, roles), rows, *moments, weights, strict=True)
+        places = list(zip(held.arrays, matrix_views(updates, roles), rows, *moments, weights, strict=True))
+        told: Mapping[str, Parts] = {}
+        if together is not None:
+            told = together(
+                {
+                    view.path: (view.unfold(gradient.astype(jnp.float32)), dict(zip(names, row, strict=True)))
+                    for gradient, view, row, mu, _, _ in places
+                    if view is not None and is_hole(mu)
+                }
+            )
         made, kept = [], []
         for gradient, view, row, mu, nu, param in places:
             if view is None or not is_hole(mu):
@@ -145,7 +157,7 @@ def scale_matrices(
                 wide = [None if v is None else view.unfold(v.astype(jnp.float32)) for v in (gradient, param)]
                 assert wide[0] is not None
                 at = MatrixStep(count, view.path, wide[1])
-                direction, new = step(wide[0], dict(zip(names, row, strict=True)), at)
+                direction, new = step(wide[0], dict(zip(names, row, strict=True)) | told.get(view.path, {}), at)
                 row = tuple(placed_like(new[n], old) for n, old in zip(names, row, strict=True))
                 made.append(placed_like(view.fold(direction).astype(gradient.dtype), gradient))
             kept.append((row, mu, nu))

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from subspace_jax.core import StructureError
 from subspace_jax.methods.optimizers.aro import aro, normalized_rows, orthogonal_factor, scale_by_aro, sinkhorn
 from tests.tolerances import assert_rounding
 
@@ -88,6 +89,58 @@ def test_a_stack_is_its_layers_and_sides_can_be_named():
     state = named.init({"a": {"out": {"w": jnp.zeros((4, 6))}}, "b": jnp.zeros((4, 6))})
     assert state.matrices["rotation"]["a"]["out"]["w"].shape == (6, 6)
     assert state.matrices["rotation"]["b"].shape == (4, 4)
+
+
+@pytest.mark.parametrize("base", ["sinkhorn", "adam"])
+def test_matrices_of_a_group_share_the_rotation_of_their_momenta_side_by_side(base):
+    """Against NumPy: one rotation from the momenta joined along columns; the rule and the size are each matrix's."""
+    reads, writes, alone = (4, 6), (9, 4), (4, 5)
+    shapes = {"one": {"up": reads, "down": writes}, "other": alone}
+    sides = {"**/down": "out", "**": "in"}
+    optimizer = scale_by_aro(base=base, sides=sides, group_fn=lambda path: path.split("/")[0] if "/" in path else None)
+    zeros = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda v: isinstance(v, tuple))
+    state, step = optimizer.init(zeros), jax.jit(optimizer.update)
+    moved, second = {n: 0.0 for n in ("up", "down")}, {n: 0.0 for n in ("up", "down")}
+    rotation = np.eye(4)
+    for seed in range(3):
+        g = {
+            "up": normal(*reads, seed=seed),
+            "down": normal(*writes, seed=9 + seed),
+            "other": normal(*alone, seed=seed),
+        }
+        found, state = step({"one": {n: single(g[n]) for n in ("up", "down")}, "other": single(g["other"])}, state)
+        oriented = {"up": g["up"], "down": g["down"].T}
+        moved = {n: 0.95 * moved[n] + 0.05 * oriented[n] for n in moved}
+        before = {n: rotation.T @ m for n, m in moved.items()}
+        if base == "adam":
+            ahead = {n: v / (np.sqrt(0.95 * second[n] + 0.05 * v**2) + 1e-8) for n, v in before.items()}
+        else:
+            ahead = {n: base_of(base, v) for n, v in before.items()}
+        rotation = qr(np.hstack(list(moved.values())) @ np.hstack(list(ahead.values())).T)
+        for name, m in moved.items():
+            after = rotation.T @ m
+            if base == "adam":
+                second[name] = 0.95 * second[name] + 0.05 * after**2
+                direction = after / (np.sqrt(second[name]) + 1e-8)
+            else:
+                direction = base_of(base, after)
+            update = rotation @ direction
+            update *= 0.2 / np.sqrt(np.mean(update**2))
+            assert_rounding(found["one"][name], update.T if name == "down" else update, size=4096)
+            assert_rounding(state.matrices["rotation"]["one"][name], rotation, size=4096)
+    single_one = scale_by_aro(base=base, sides=sides)
+    kept = single_one.init({"other": zeros["other"]})
+    for seed in range(3):
+        expected, kept = single_one.update({"other": single(normal(*alone, seed=seed))}, kept)
+    assert_rounding(found["other"], expected["other"], size=64)
+    assert step._cache_size() == 1
+
+
+def test_a_group_of_unequal_sides_is_refused_by_path():
+    optimizer = scale_by_aro(group_fn=lambda path: "all")
+    g = {"a": single(normal(4, 6)), "b": single(normal(5, 6))}
+    with pytest.raises(StructureError, match=r"^b: aro: group 'all' rotates a side of 5 here .* 4 in a .*sides="):
+        optimizer.update(g, optimizer.init(g))
 
 
 def test_sinkhorn_gives_equal_norms_and_knows_no_scale():

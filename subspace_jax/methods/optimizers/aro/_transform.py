@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_jax.core import Role, check_choice, check_int, matches
+from subspace_jax.core import Role, StructureError, check_choice, check_int, matches
 from subspace_jax.linalg import whole_matrices, wide_matmul
 from subspace_jax.methods.optimizers.aro._bases import Base, stateless
 from subspace_jax.methods.optimizers.aro._rotation import Factorization, orthogonal_factor
 from subspace_jax.optim import MatrixStep, Parts, scale_matrices, with_rate
 
 Side = Literal["in", "out"]
+# The group of a leaf by its path, such as its layer; None for one with a rotation of its own.
+GroupFn = Callable[[str], str | None]
 
 
 def scale_by_aro(
@@ -26,6 +28,7 @@ def scale_by_aro(
     passes: int = 5,
     simultaneous: bool = False,
     sides: Mapping[str, Side] | None = None,
+    group_fn: GroupFn | None = None,
     factorization: Factorization = "householder",
     rms: float = 0.2,
     largest: int = 8192,
@@ -50,6 +53,8 @@ def scale_by_aro(
       sides: which side of a kernel is rotated, by path or glob: "in" or "out". The publication rotates the side of the
         residual stream: "in" of what reads it, "out" of what writes to it. A side longer than the other gives a matrix
         \(M D^T\) of lower rank; the shorter one if not named.
+      group_fn: the group of each matrix by its path, such as its layer: matrices of a group have one rotation, from the
+        sum of their \(M D^T\), which is that of their momenta side by side. None for a rotation of its own.
       factorization: "householder", or "cholesky" by products alone.
       rms: root mean square of the update.
       largest: matrices with a longer side than this, as embeddings, have Adam.
@@ -64,6 +69,7 @@ def scale_by_aro(
 
     Raises:
       ValueError: an unknown `base`, `factorization` or side.
+      StructureError: at the first update, matrices of one group whose rotated sides or stacks differ.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
@@ -90,36 +96,72 @@ def scale_by_aro(
         parts = {"momentum": zeros, "rotation": jnp.array(eye)}
         return parts | ({"second": jnp.zeros_like(zeros)} if base == "adam" else {})
 
+    def look_ahead(gradient: jax.Array, parts: Parts, path: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The momentum, the same with the rotated side first, and the base rule's direction under the old rotation."""
+        turned = is_turned(path, gradient.shape)
+        moved = beta * parts["momentum"] + (1 - beta) * gradient
+        m = _turned(whole_matrices(moved), turned)
+        before = wide_matmul(_transposed(whole_matrices(parts["rotation"])), m)
+        if base != "adam":
+            return moved, m, rule(before)
+        second = _turned(whole_matrices(parts["second"]), turned)
+        return moved, m, before / (jnp.sqrt(b2 * second + (1 - b2) * before**2) + eps)
+
+    def together(found: Mapping[str, tuple[jax.Array, Parts]]) -> Mapping[str, Parts]:
+        """Sums of the matrices from which each group's rotation is made."""
+        groups: dict[str, list[str]] = {}
+        for path in found:
+            if (name := group_fn(path) if group_fn is not None else None) is not None:
+                groups.setdefault(name, []).append(path)
+        told = {}
+        for name, paths in groups.items():
+            _, ms, aheads = zip(*(look_ahead(*found[path], path) for path in paths), strict=True)
+            _check_group(name, {path: m.shape[:-1] for path, m in zip(paths, ms, strict=True)})
+            cross = sum((_cross(m, ahead) for m, ahead in zip(ms, aheads, strict=True)), jnp.zeros(()))
+            told |= {path: {"cross": cross} for path in paths}
+        return told
+
     def step(gradient: jax.Array, parts: Parts, at: MatrixStep) -> tuple[jax.Array, Parts]:
         turned = is_turned(at.path, gradient.shape)
-        moved = beta * parts["momentum"] + (1 - beta) * gradient
-        m, rotation = _turned(whole_matrices(moved), turned), whole_matrices(parts["rotation"])
-        new: Parts = {"momentum": moved}
+        moved, m, ahead = look_ahead(gradient, parts, at.path)
+        cross = parts["cross"] if "cross" in parts else _cross(m, ahead)
+        rotation = _rotation(cross, whole_matrices(parts["rotation"]), factorization)
+        new: Parts = {"momentum": moved, "rotation": rotation}
+        after = wide_matmul(_transposed(rotation), m)
         if base == "adam":
-            second = _turned(whole_matrices(parts["second"]), turned)
-            before = wide_matmul(_transposed(rotation), m)
-            ahead = before / (jnp.sqrt(b2 * second + (1 - b2) * before**2) + eps)
-            rotation = _rotation(m, ahead, rotation, factorization)
-            after = wide_matmul(_transposed(rotation), m)
-            second = b2 * second + (1 - b2) * after**2
+            second = b2 * _turned(whole_matrices(parts["second"]), turned) + (1 - b2) * after**2
             direction = after / (jnp.sqrt(second) + eps)
             new["second"] = _turned(second, turned)
         else:
-            rotation = _rotation(m, rule(wide_matmul(_transposed(rotation), m)), rotation, factorization)
-            direction = rule(wide_matmul(_transposed(rotation), m))
-        new["rotation"] = rotation
+            direction = rule(after)
         update = wide_matmul(rotation, direction)
         size = jnp.linalg.norm(update, axis=(-2, -1), keepdims=True) / math.sqrt(math.prod(update.shape[-2:]))
         return _turned(rms * update / jnp.where(size > 0, size, 1.0), turned), new
 
-    return scale_matrices(start, step, largest=largest, b1=b1, b2=b2, eps=eps, roles=roles)
+    shared = None if group_fn is None else together
+    return scale_matrices(start, step, largest=largest, b1=b1, b2=b2, eps=eps, together=shared, roles=roles)
 
 
-def _rotation(m: jax.Array, ahead: jax.Array, old: jax.Array, factorization: Factorization) -> jax.Array:
+def _check_group(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a group whose matrices cannot have one rotation."""
+    first = next(iter(shapes))
+    for path, shape in shapes.items():
+        if shape != shapes[first]:
+            raise StructureError(
+                f"{path}: aro: group {name!r} rotates a side of {shape[-1]} here (stack {shape[:-1]}), but one of "
+                f"{shapes[first][-1]} in {first} (stack {shapes[first][:-1]}); name the sides by sides={{...}}, or "
+                "let group_fn return another group or None for it."
+            )
+
+
+def _cross(m: jax.Array, ahead: jax.Array) -> jax.Array:
+    return wide_matmul(m, _transposed(ahead))
+
+
+def _rotation(cross: jax.Array, old: jax.Array, factorization: Factorization) -> jax.Array:
     """The new rotation; the old one where there is nothing to turn to."""
-    cross = wide_matmul(m, _transposed(ahead))
     is_zero = jnp.max(jnp.abs(cross), axis=(-2, -1), keepdims=True) == 0
-    found = orthogonal_factor(jnp.where(is_zero, jnp.eye(m.shape[-2], dtype=m.dtype), cross), factorization)
+    found = orthogonal_factor(jnp.where(is_zero, jnp.eye(cross.shape[-1], dtype=cross.dtype), cross), factorization)
     return jnp.where(is_zero, old, found)
 
 
@@ -139,6 +181,7 @@ def aro(
     passes: int = 5,
     simultaneous: bool = False,
     sides: Mapping[str, Side] | None = None,
+    group_fn: GroupFn | None = None,
     factorization: Factorization = "householder",
     rms: float = 0.2,
     weight_decay: Any = 0.1,
@@ -160,6 +203,7 @@ def aro(
       passes: of "sinkhorn".
       simultaneous: a reading of "sinkhorn" that scales both sides at once.
       sides: which side of a kernel is rotated, by path or glob.
+      group_fn: the group of each matrix by its path; those of one group have one rotation.
       factorization: "householder" or "cholesky".
       rms: root mean square of the update.
       weight_decay: \(\lambda\), of all arrays.
@@ -184,6 +228,7 @@ def aro(
         passes=passes,
         simultaneous=simultaneous,
         sides=sides,
+        group_fn=group_fn,
         factorization=factorization,
         rms=rms,
         largest=largest,
