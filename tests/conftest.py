@@ -21,10 +21,10 @@ import gc
 import jax
 import pytest
 
-from .quick import compile_quickly
+from .quick import compile_quickly, keep_compiled_programs
 
 compile_quickly()
-
+keep_compiled_programs()
 
 # Tracing makes objects by the million, nearly all of which live: looking for garbage less often saves a tenth.
 gc.set_threshold(100_000, 50, 100)

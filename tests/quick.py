@@ -1,5 +1,9 @@
 """Quick compilation: most of the tests' time goes into compiling thousands of tiny programs."""
 
+import atexit
+import os
+import shutil
+import tempfile
 import threading
 
 import jax
@@ -9,6 +13,22 @@ def compile_quickly():
     """Leaves most optimizations out, and lowers all programs in one MLIR context where JAX would make one for each."""
     jax.config.update("jax_disable_most_optimizations", True)
     _share_one_context()
+
+
+def keep_compiled_programs():
+    """What one process has compiled, no other compiles again, nor the same one after it was freed.
+
+    Most programs are single operations that every test has. They are kept for one run of the tests, or in a folder of
+    yours for many: JAX_COMPILATION_CACHE_DIR.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder, owner = tempfile.mkdtemp(prefix="compiled-programs-"), os.getpid()
+        atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    for name, value in {"min_entry_size_bytes": -1, "min_compile_time_secs": 0.0}.items():
+        jax.config.update(f"jax_persistent_cache_{name}", value)
+        os.environ[f"JAX_PERSISTENT_CACHE_{name.upper()}"] = str(value)  # for processes that tests start
 
 
 def _share_one_context():
