@@ -1,7 +1,7 @@
 r"""The league table: every way of fine-tuning on three real tasks, with what it makes the model forget.
 
 - text: film reviews, good or bad, on MiniLM. Before, a linear probe told the topics of Reuters' news.
-- vision: clothes of Fashion-MNIST on ViT-S/14 at 70 x 70 pixels. Before, a linear probe told handwritten digits.
+- vision: clothes of Fashion-MNIST on ViT-S/14 at 56 x 56 pixels. Before, a linear probe told handwritten digits.
 - causal: the next token of Django's messages in twelve languages on SmolLM2. Before, it knew English film reviews.
 
 Every method sees the same examples in the same order, starts from the same head, takes the same number of steps under
@@ -18,8 +18,8 @@ the median ratio to LoRA's step, taken in turns; "start" is what `adapt` takes, 
     python -m experiments run league --resume
     python -m experiments report
 
-A whole run takes hours on two cores; it is kept run by run, and goes on where it was stopped. The record here is the
-whole text task, on two threads beside other work:
+A whole run takes hours on two cores; it is kept run by run, and goes on where it was stopped, on another machine from
+what is recorded here: the whole text task, on two threads beside other work:
 
     python -m experiments run league --resume --set tasks=text
 
@@ -48,10 +48,13 @@ from experiments.runner import (
     best_runs,
     human_bytes,
     mean_and_spread,
+    read_json,
     with_spread,
 )
 from experiments.tasks.league import ARMS, CausalJob, Job, TextClasses, VisionClasses
-from experiments.tasks.league._run import Entrant
+from experiments.tasks.league._run import Entrant, unpack
+
+RECORD = Path(__file__).parent / "results" / "league.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,8 @@ class LeagueConfig:
       text_steps: optimizer steps of a run on text, of 16 examples of 32 tokens.
       vision_steps: those on images, of 16 examples.
       causal_steps: those on messages, of 6 messages of 24 tokens.
-      test_size: examples of the validation and of the test split on text and images.
+      test_size: examples of the validation and of the test split on text.
+      vision_test_size: those on images.
       causal_test_size: messages of those splits.
       rounds: steps by which time is measured, in turns with LoRA's.
       layers: of every model; all if None, fewer for tests.
@@ -77,9 +81,10 @@ class LeagueConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
     text_steps: int = 100
-    vision_steps: int = 60
+    vision_steps: int = 40
     causal_steps: int = 40
     test_size: int = 992
+    vision_test_size: int = 480
     causal_test_size: int = 128
     rounds: int = 5
     layers: int | None = None
@@ -87,10 +92,22 @@ class LeagueConfig:
 
 def jobs(config: LeagueConfig) -> dict[str, Any]:
     """Returns makers of the tasks."""
-    sizes = {"test_size": config.test_size, "layers": config.layers}
     return {
-        "text": lambda: TextClasses(steps=config.text_steps, batch_size=16, length=32, train_size=2000, **sizes),
-        "vision": lambda: VisionClasses(steps=config.vision_steps, batch_size=16, train_size=1000, **sizes),
+        "text": lambda: TextClasses(
+            steps=config.text_steps,
+            batch_size=16,
+            length=32,
+            train_size=2000,
+            test_size=config.test_size,
+            layers=config.layers,
+        ),
+        "vision": lambda: VisionClasses(
+            steps=config.vision_steps,
+            batch_size=16,
+            train_size=1000,
+            test_size=config.vision_test_size,
+            layers=config.layers,
+        ),
         "causal": lambda: CausalJob(
             steps=config.causal_steps,
             batch_size=6,
@@ -103,13 +120,16 @@ def jobs(config: LeagueConfig) -> dict[str, Any]:
 
 
 def run(config: LeagueConfig, context: Context) -> dict[str, Any]:
-    """Runs every arm on every task; finished runs are kept on disk and, with `--resume`, not run again."""
+    """Runs every arm on every task; with `--resume`, what is on disk or in the record is not run again."""
     chosen = config.methods or tuple(ARMS)
     for given, known, key in ((chosen, ARMS, "methods"), (config.tasks, jobs(config), "tasks")):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise SystemExit(f"{key}={','.join(unknown)}: choose from {', '.join(known)}.")
     (context.folder / "cells").mkdir(exist_ok=True)
+    if context.resume and RECORD.exists():
+        record = read_json(RECORD)
+        unpack(record, context.folder, _same_steps(config, record["config"]))
     results: dict[str, Any] = {"cells": [], "costs": [], "tuning": [], "before": {}}
     for task in config.tasks:
         job = jobs(config)[task]()
@@ -118,6 +138,18 @@ def run(config: LeagueConfig, context: Context) -> dict[str, Any]:
         for name in chosen:
             _race(config, name, job, baseline, context, results)
     return results
+
+
+def _same_steps(config: LeagueConfig, recorded: Mapping[str, Any]) -> dict[str, int]:
+    """Steps of the tasks whose settings are those of the record."""
+    mine = dataclasses.asdict(config)
+    keys = {
+        "text": ("text_steps", "test_size", "layers"),
+        "vision": ("vision_steps", "vision_test_size", "layers"),
+        "causal": ("causal_steps", "causal_test_size", "layers"),
+    }
+    same = {task: all(mine[k] == recorded.get(k) for k in names) for task, names in keys.items()}
+    return {task: mine[f"{task}_steps"] for task, equal in same.items() if equal}
 
 
 def _race(

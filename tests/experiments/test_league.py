@@ -96,4 +96,10 @@ def test_a_short_run_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.tasks.league._run.Trainer.run", lambda *a, **k: pytest.fail("ran again"))
     runner.main(command)
     assert read_json(tmp_path / "league" / "result.json")["cells"] == results["cells"]
+    # On another machine, from what is recorded.
+    monkeypatch.setattr(league, "RECORD", tmp_path / "league" / "result.json")
+    runner.main([*command[:4], str(tmp_path / "other"), *command[5:]])
+    assert read_json(tmp_path / "other" / "league" / "result.json")["cells"] == results["cells"]
+    other = league._same_steps(league.LeagueConfig(text_steps=3, layers=1, test_size=32), results["config"])
+    assert set(other) == {"vision", "causal"} - {"text"}
     assert jax.tree.leaves(results["before"])

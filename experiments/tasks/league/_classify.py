@@ -98,7 +98,7 @@ class TextClasses(_Classes):
 
 
 class VisionClasses(_Classes):
-    """Clothes of Fashion-MNIST on ViT-S/14 at 70 x 70 pixels; it knew handwritten digits apart.
+    """Clothes of Fashion-MNIST on ViT-S/14 at 56 x 56 pixels; it knew handwritten digits apart.
 
     Args:
       steps: optimizer steps of a run.
@@ -122,7 +122,7 @@ class VisionClasses(_Classes):
         self.steps, self.batch_size = steps, batch_size
         vit = load_vit_small(9 if layers is None else layers)
         self.heads = vit.config.num_heads
-        sizes = {"train_size": train_size, "eval_size": whole(test_size), "size": (70, 70)}
+        sizes = {"train_size": train_size, "eval_size": whole(test_size), "size": (56, 56)}
         task = load_image_task("fashion_mnist", **sizes)
         digits = load_image_task("mnist_5k", **{**sizes, "train_size": max(train_size, 512)})
         self.data = {split: _images(task, split) for split in ("train", "validation", "test")}

@@ -22,6 +22,29 @@ from experiments.tasks.training import Trainer, warmup_linear
 CALIBRATION = 4
 
 
+def part_file(folder: Path, task: str, method: str, steps: int, part: str) -> Path:
+    """Returns where a finished part of a run is kept."""
+    return folder / "cells" / f"{task}-{method}-{steps}-{part}.json"
+
+
+def unpack(record: Mapping[str, Any], folder: Path, steps: Mapping[str, int]) -> None:
+    """Writes what a record holds as finished parts, so that a run with `--resume` goes on from it.
+
+    Args:
+      record: a result of the league, of some tasks and methods.
+      folder: of the run.
+      steps: of the tasks whose settings are the record's.
+    """
+    parts = [(one, f"tuning-{one['learning_rate']:g}-{one['seed']}") for one in record["tuning"]]
+    parts += [(one, f"{one['learning_rate']:g}-{one['seed']}") for one in record["cells"]]
+    parts += [(one, "costs") for one in record["costs"]]
+    for one, part in parts:
+        if one["task"] in steps:
+            path = part_file(folder, one["task"], one["method"], steps[one["task"]], part)
+            if not path.exists():
+                write_json(path, {name: value for name, value in one.items() if name != "arm"})
+
+
 class Entrant:
     """One arm on one task: adapted trees by seed, and one compiled step for all rates and seeds.
 
@@ -62,7 +85,7 @@ class Entrant:
 
     def _kept(self, part: str, make: Any) -> dict[str, Any]:
         """What is in the part's file, or what is made now and written there."""
-        path = self._context.folder / "cells" / f"{self._job.name}-{self.name}-{self._job.steps}-{part}.json"
+        path = part_file(self._context.folder, self._job.name, self.name, self._job.steps, part)
         if not (self._context.resume and path.exists()):
             write_json(path, {"task": self._job.name, "method": self.name, **make()})
         return read_json(path)
