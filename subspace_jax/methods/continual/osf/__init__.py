@@ -1,6 +1,8 @@
 """OSF: freezes a weight's large singular directions and trains what is orthogonal to them."""
 
 from subspace_jax.core import register
+from subspace_jax.methods.continual.osf._frozen import Removers as Removers
+from subspace_jax.methods.continual.osf._frozen import removers as removers
 from subspace_jax.methods.continual.osf._learner import learner as learner
 from subspace_jax.methods.continual.osf._method import osf as osf
 from subspace_jax.methods.continual.osf._ranks import importance as importance
@@ -12,12 +14,14 @@ from subspace_jax.methods.continual.osf._transform import projection as projecti
 
 __all__ = [
     "OSFState",
+    "Removers",
     "importance",
     "learner",
     "next_task",
     "osf",
     "projection",
     "ranks",
+    "removers",
     "schedule",
 ]
 
