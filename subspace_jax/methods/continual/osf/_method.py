@@ -71,7 +71,7 @@ def osf(preserved: Preserved | Mapping[str, Any] = 0.5, *, width: Width = "exact
         def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> SplitSVD:
             del key, stats
             require_matrix(array, role)
-            ranks = _ranks_of(chosen, role.sizes(array.shape), role.stack_shape(array.shape))
+            ranks = ranks_of(chosen, role, array.shape)
             return _split(array, role, ranks, width, route)
 
         return make
@@ -103,8 +103,9 @@ def count_rank(preserved: Preserved, inputs: int, outputs: int) -> int:
     return check_int("osf: preserved", preserved, least=0)
 
 
-def _ranks_of(chosen: Any, sizes: tuple[int, int], stack: tuple[int, ...]) -> np.ndarray:
-    """The rank of every layer, `[*stack]`."""
+def ranks_of(chosen: Any, role: Role, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the preserved rank of every layer of an array, `[*stack]`; refuses those that it cannot have."""
+    sizes, stack = role.sizes(shape), role.stack_shape(shape)
     if isinstance(chosen, (np.ndarray, jax.Array, list)):
         found = np.asarray(chosen)
         if not np.issubdtype(found.dtype, np.integer) or found.shape not in ((), stack):
