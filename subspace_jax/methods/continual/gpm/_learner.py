@@ -63,7 +63,10 @@ def learner(
 
     A step of n rows with a kernel of \(d_{in} \times d_{out}\) has \(6\,n\,d_{in} d_{out}\) operations. Each of the two
     projections adds \(4\,c\,d_{in} d_{out}\) with \(c < d_{in} / 2\) columns, and \(2\,d_{in}^2 d_{out}\) with more,
-    where the optimizer's state holds the projector.
+    where the optimizer's state holds the projector. As compiled for four kernels of width 512 with 30 % of the
+    directions in use, beside full fine-tuning of the same kernels: with 1,024 rows 1.37 at the common width, 1.28
+    bucketed, 1.14 bucketed with updates projected alone; with 128 rows 3.9, 3.2 and 2.1
+    (`python -m benchmarks run projected_step`).
 
     Args:
       loss: `loss(params, batch)`, a scalar; call the model by `with_adapters`.
@@ -77,7 +80,8 @@ def learner(
         multiplies those in use, rounded up to a multiple of an eighth of the input dimensions: the first task costs
         nothing more than plain training, and a task compiles again where a memory has grown into another eighth.
       project_gradients: whether gradients are projected beside updates. Without, what earlier tasks use stays as it
-        is too, at half the cost; the optimizer's moments are those of the whole gradient.
+        is too, at half the cost; the optimizer's moments are those of the whole gradient. On permuted digits both end
+        alike: 96.7 ± 0.3 % with ("sandwich" of `projected_gradients`), 97.3 ± 0.4 without ("after Adam").
       rules: what else learns, heads for instance, as rules of `adapt`. Biases and norms that learn would forget; the
         authors freeze them.
       roles: how the model uses arrays with more than two axes, from `sj.roles`.

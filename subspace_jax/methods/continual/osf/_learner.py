@@ -59,6 +59,11 @@ def learner(
     When a task starts, every selected kernel is split by its singular values, see `osf`; the part of the large ones is
     frozen, and what learns stays orthogonal to it, see `osf.projection`. When the task ends, the kernels are merged.
 
+    Operations of a step beside full fine-tuning of the same kernels, as compiled for four of width 512 with 30 % of
+    the triples frozen: with 1,024 rows 2.3 at the common width, 1.8 bucketed, 1.6 bucketed with updates projected
+    alone; with 128 rows 8.5, 5.4 and 3.8 (`python -m benchmarks run projected_step`). They fall as more is frozen, and
+    with whatever else a model multiplies.
+
     Args:
       loss: `loss(params, batch)`, a scalar; call the model by `with_adapters`.
       select: globs or a predicate of path and array: the kernels to split.
@@ -74,7 +79,8 @@ def learner(
         zeros. "bucketed" rounds ranks up to multiples of an eighth: far fewer operations, and a task compiles again
         where a rank is in another eighth than before.
       project_gradients: whether gradients are projected beside parameters. Without, what is frozen stays as it is too,
-        for fewer operations; the optimizer's moments are those of the whole gradient.
+        for fewer operations; the optimizer's moments are those of the whole gradient. On the stream of the experiment
+        `osf` both end alike: 78.0 ± 0.8 % with, 78.6 ± 0.6 without.
       rules: what else learns, heads for instance, as rules of `adapt`.
       roles: how the model uses arrays with more than two axes, from `sj.roles`.
 
