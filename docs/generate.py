@@ -58,6 +58,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "lora_step": step_table,
     "optimizers": lambda: benchmark_table("optimizers"),
     "projected_step": lambda: benchmark_table("projected_step"),
+    "continual_steps": lambda: benchmark_table("continual_steps"),
     "lambda_orthogonality": lambda: experiment_table("lambda_orthogonality"),
     "continual_text": lambda: experiment_table("continual_text"),
     "continual_vision": lambda: experiment_table("continual_vision"),

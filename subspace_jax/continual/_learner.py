@@ -32,7 +32,9 @@ class StreamError(SubspaceError):
 
 
 class LearnerState(NamedTuple):
-    """State of a learner: arrays and trees of arrays, whose shapes are the same in every task.
+    """State of a learner: arrays and trees of arrays.
+
+    Between tasks their shapes are always the same, and within tasks too, but for learners with a `plan`.
 
     Attributes:
       task: int32 scalar, number of the task that runs, from zero; between tasks that of the next one.
@@ -60,8 +62,11 @@ class Init(Protocol):
 class StartTask(Protocol):
     """Begins a task."""
 
-    def __call__(self, state: LearnerState, task: int, key: jax.Array) -> LearnerState:
-        """Returns the state with fresh moments; `task` counts from zero and `key` is consumed."""
+    def __call__(self, state: LearnerState, task: int, key: jax.Array, plan: Any = None) -> LearnerState:
+        """Returns the state with fresh moments; `task` counts from zero and `key` is consumed.
+
+        `plan` is what `Learner.plan` found for the task; a learner with plans finds it itself if None.
+        """
         ...
 
 
@@ -99,6 +104,9 @@ class Learner(NamedTuple):
       step: learns from one batch.
       end_task: ends a task.
       params: of a state, the tree to evaluate with, through `with_adapters`.
+      plan: None where the state has the same shapes in every task. Else `plan(state, task)` gives, before a task, what
+        its shapes depend on, as Python ints and lists by path: tasks of other plans may compile again, and a checkpoint
+        within a task holds the plan, from which `start_task` makes a state of the same shapes.
     """
 
     name: str
@@ -107,6 +115,7 @@ class Learner(NamedTuple):
     step: Step
     end_task: EndTask
     params: Callable[[LearnerState], Any]
+    plan: Callable[[LearnerState, int], Any] | None = None
 
 
 class Update(Protocol):

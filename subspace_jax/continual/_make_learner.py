@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import optax
@@ -40,11 +41,12 @@ def make_learner(
     *,
     adapt: Callable[[Params, jax.Array], Params],
     memory: Callable[[Params], PyTree] | None = None,
-    start: Callable[[LearnerState, int, jax.Array], LearnerState] | None = None,
+    start: Callable[..., LearnerState] | None = None,
     end: Callable[[LearnerState, int, Iterable[Batch]], LearnerState] | None = None,
     update: Update | None = None,
     penalty: Callable[[Params], jax.Array] | None = None,
     tasks: int | None = None,
+    plan: Callable[[LearnerState, int], Any] | None = None,
 ) -> Learner:
     """Makes a learner from the parts that are its own: how it adapts, remembers and updates.
 
@@ -62,6 +64,7 @@ def make_learner(
       update: turns gradients into updates; the optimizer's own if None.
       penalty: of the whole tree, added to the loss and reported beside it.
       tasks: number of tasks there is room for; no limit if None.
+      plan: see `Learner.plan`; its result is the fourth argument of `start`. None where shapes stay.
 
     Returns:
       The learner. Calls out of order are refused with `StreamError`.
@@ -81,9 +84,13 @@ def make_learner(
         adapted = adapt(params, key)
         return initial_state(adapted, None if memory is None else memory(adapted))
 
-    def start_task(state: LearnerState, task: int, key: jax.Array) -> LearnerState:
+    find_plan = plan
+
+    def start_task(state: LearnerState, task: int, key: jax.Array, plan: Any = None) -> LearnerState:
         check_start(name, state, task, tasks)
-        if start is not None:
+        if start is not None and find_plan is not None:
+            state = start(state, task, key, find_plan(state, task) if plan is None else plan)
+        elif start is not None:
             state = start(state, task, key)
         if state.opt_state is None:
             state = state._replace(opt_state=init_opt_state(optimizer, state.adapted))
@@ -94,4 +101,4 @@ def make_learner(
         return end_state(state if end is None else end(state, task, batches))
 
     step = make_step(loss, update or plain_update(optimizer), penalty)
-    return Learner(name, init, start_task, step, end_task, adapted_of)
+    return Learner(name, init, start_task, step, end_task, adapted_of, plan)

@@ -75,6 +75,7 @@ class _Position(NamedTuple):
     running: bool
     matrix: np.ndarray
     base: np.ndarray
+    plan: Any = None  # of the running task, what its shapes depend on
 
 
 def run_stream(
@@ -91,7 +92,8 @@ def run_stream(
 ) -> StreamResult:
     """Trains on one task after the other, and evaluates after each.
 
-    The step is compiled once, for all tasks and for every stream with the same learner. Given a checkpointer, the
+    The step is compiled once, for all tasks and for every stream with the same learner; with a learner whose shapes
+    follow a `plan`, once for every plan. Given a checkpointer, the
     stream is saved after every task and, with `save_every`, within tasks; called again with the same arguments it
     resumes bit-identically from the latest checkpoint. Every random key depends on `key`, the task and the step alone.
 
@@ -145,8 +147,9 @@ def run_stream(
     while position.task < len(tasks):
         number, task = position.task, tasks[position.task]
         if not position.running:
-            state = learner.start_task(state, number, _key(key, number + 1, 0))
-            position = position._replace(running=True, steps=0)
+            plan = None if learner.plan is None else learner.plan(state, number)
+            state = _started(learner, state, number, _key(key, number + 1, 0), plan)
+            position = position._replace(running=True, steps=0, plan=plan)
         for batch in task.batches(position.steps):
             position = position._replace(steps=position.steps + 1, total=position.total + 1)
             state, metrics = step(state, batch, _key(key, number + 1, position.steps))
@@ -160,7 +163,7 @@ def run_stream(
         position.matrix[number] = row(learner.params(state), number)
         if on_task is not None:
             on_task(number, position.matrix[number].copy())
-        position = position._replace(task=number + 1, steps=0, running=False)
+        position = position._replace(task=number + 1, steps=0, running=False, plan=None)
         save(state, position)
     return StreamResult(position.matrix, position.base, state)
 
@@ -176,6 +179,11 @@ def _check(tasks: Sequence[StreamTask], evaluate: str, save_every: int | None) -
 
 def _first(count: int) -> _Position:
     return _Position(0, 0, 0, False, np.full((count, count), np.nan), np.full(count, np.nan))
+
+
+def _started(learner: Learner, state: LearnerState, task: int, key: jax.Array, plan: Any) -> LearnerState:
+    """The state of a task that begins."""
+    return learner.start_task(state, task, key) if plan is None else learner.start_task(state, task, key, plan)
 
 
 def _key(key: jax.Array, task: int, step: int) -> jax.Array:
@@ -232,7 +240,9 @@ def _restore(
         )
     like = learner.init(params, _key(key, 0, 0))
     if extra["position"]["running"]:
-        like = learner.start_task(like, 0, _key(key, 1, 0))
+        plan = extra["position"].get("plan")
+        task = 0 if plan is None else extra["position"]["task"]  # without a plan all tasks have the same shapes
+        like = _started(learner, like._replace(task=jnp.full_like(like.task, task)), task, _key(key, 1, 0), plan)
     restored = checkpointer.restore(number, like=_arrays(like), shardings=_shardings(like.adapted))
     same = jax.tree.structure(restored.adapted) == jax.tree.structure(like.adapted)
     if not same or _settings(restored.adapted) != _settings(like.adapted):

@@ -33,6 +33,9 @@ from subspace_jax.linalg._orthogonal import skew as skew
 from subspace_jax.linalg._orthogonal import skew_size as skew_size
 from subspace_jax.linalg._polar import PolarMethod as PolarMethod
 from subspace_jax.linalg._polar import polar as polar
+from subspace_jax.linalg._remover import Remover as Remover
+from subspace_jax.linalg._remover import bucketed as bucketed
+from subspace_jax.linalg._remover import make_remover as make_remover
 from subspace_jax.linalg._sharding import by_compiler as by_compiler
 from subspace_jax.linalg._sharding import whole_matrices as whole_matrices
 from subspace_jax.linalg._spectrum import Combine as Combine
@@ -66,6 +69,7 @@ __all__ = [
     "KroneckerSplit",
     "Mode",
     "PolarMethod",
+    "Remover",
     "Residuals",
     "Selected",
     "Side",
@@ -73,6 +77,7 @@ __all__ = [
     "allocate_terms",
     "balanced_split",
     "best_cosine_terms",
+    "bucketed",
     "by_compiler",
     "cayley",
     "cayley_neumann",
@@ -95,6 +100,7 @@ __all__ = [
     "kronecker_rows",
     "kronecker_sum",
     "kronecker_svd",
+    "make_remover",
     "newton_schulz",
     "orthonormalize",
     "polar",

@@ -26,6 +26,8 @@ from subspace_jax.optim._project import replace_basis as replace_basis
 from subspace_jax.optim._project import sandwich as sandwich
 from subspace_jax.optim._rates import is_zero as is_zero
 from subspace_jax.optim._rates import with_rate as with_rate
+from subspace_jax.optim._remove import RemoveState as RemoveState
+from subspace_jax.optim._remove import remove_subspaces as remove_subspaces
 from subspace_jax.optim._riemannian import RiemannianState as RiemannianState
 from subspace_jax.optim._riemannian import riemannian as riemannian
 from subspace_jax.optim._rounding import without_rounding as without_rounding
@@ -52,6 +54,7 @@ __all__ = [
     "Moments",
     "Parts",
     "ProjectState",
+    "RemoveState",
     "RiemannianState",
     "SandwichState",
     "SideRule",
@@ -71,6 +74,7 @@ __all__ = [
     "project_momentum",
     "project_orthogonal",
     "refuse_unseen",
+    "remove_subspaces",
     "replace_basis",
     "reset_moments",
     "rest_without_gradient",

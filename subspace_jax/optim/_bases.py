@@ -24,8 +24,8 @@ def bases_by_path(basis: Any, side: Side) -> dict[str, Any]:
     return {path_string(path): value for path, value in pairs}
 
 
-def of_sides(basis: Any, side: Side) -> dict[str, jax.Array]:
-    """Returns the bases of one leaf by side."""
+def of_sides(basis: Any, side: Side) -> dict[str, Any]:
+    """Returns the bases, or removers, of one leaf by side."""
     return {"in": basis[0], "out": basis[1]} if side == "both" else {side: basis}
 
 

@@ -5,7 +5,7 @@ Gradient Projection Memory for Continual Learning (Saha, Garg, Roy, 2021) is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -125,11 +125,36 @@ def _project_tree(
     """A tree whose matrices with a basis are projected; `seen` are its matrix views."""
     bases = jax.lax.stop_gradient(bases)
 
-    def one(matrix: jax.Array, view: MatrixView) -> jax.Array:
-        found = _projected(matrix, view, of_sides(bases[view.path], side), mode)
-        return without_rounding(found, matrix, ROUNDING if rtol is None else rtol, renorm=renorm is not None)
+    def projected(matrix: jax.Array, view: MatrixView) -> jax.Array:
+        return _projected(matrix, view, of_sides(bases[view.path], side), mode)
 
-    return map_matrices(one, updates, None, bases, seen=seen)
+    return map_projected(projected, updates, bases, seen, rtol, renorm)
+
+
+def map_projected(
+    function: Callable[[jax.Array, MatrixView], jax.Array],
+    updates: Updates,
+    paths: Any,
+    seen: Sequence[MatrixView | None],
+    rtol: float | None = None,
+    renorm: Any = None,
+) -> Updates:
+    """Maps a projection over the matrices of some paths, and sets those to zero of which rounding is left.
+
+    Args:
+      function: gets `[*stack, in, out]` and its view, and returns its projection in at least float32.
+      updates: a tree.
+      paths: a container of the paths to map.
+      seen: the tree's `matrix_views`.
+      rtol: a matrix of which less than this share is left becomes zero; \\(32\\,\\epsilon\\) of float32 if None.
+      renorm: "rms" gives what is left of each matrix the norm that the whole had.
+    """
+
+    def one(matrix: jax.Array, view: MatrixView) -> jax.Array:
+        tolerance = ROUNDING if rtol is None else rtol
+        return without_rounding(function(matrix, view), matrix, tolerance, renorm=renorm is not None)
+
+    return map_matrices(one, updates, None, paths, seen=seen)
 
 
 def _copied(bases: Mapping[str, Any]) -> dict[str, Any]:

@@ -173,6 +173,13 @@ def projection(**options):
     return sj.project_orthogonal(bases(), roles=ROLES, **options)
 
 
+def removal(inner, **options):
+    """With removers of both forms."""
+    removers = {path: sj.linalg.make_remover(basis) for path, basis in bases().items()}
+    removers["conv"] = sj.linalg.make_remover(bases()["conv"], 2)
+    return sj.optim.remove_subspaces(inner, removers, roles=ROLES, **options)
+
+
 def with_manifolds(optimizer, learning_rate):
     """Two leaves are on manifolds; the others go to SGD."""
     others = lambda tree: map_with_paths(lambda path, _: path not in ("matrix", "stacked"), tree)
@@ -206,6 +213,14 @@ CASES = (
         variant=True,
     ),
     Case("sandwich", lambda rate: sj.sandwich(adam(rate), bases(), roles=ROLES), "complement"),
+    Case("remove_subspaces", lambda rate: removal(adam(rate)), "complement"),
+    Case(
+        "remove_subspaces_from_updates",
+        lambda rate: removal(adam(rate), project_gradients=False),
+        "complement",
+        converges=False,
+        variant=True,
+    ),
     Case("in_subspace", lambda rate: coordinates(rate, basis=bases()), "subspace"),
     Case("in_subspace_refreshed", lambda rate: coordinates(rate, rank=4, every=5, moments="transport")),
     Case("galore_longer_side", lambda rate: sj.galore(rate, 4, every=7, side="longer", scale=1.0, roles=ROLES)),

@@ -27,7 +27,7 @@ def dense(adapted):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("width", ["exact", "common"])
+@pytest.mark.parametrize("width", ["exact", "bucketed", "common"])
 def test_every_split_is_the_weight_and_counts_add_up(shape, width):
     w, q = matrix(shape), min(shape)
     for k in (0, 1, q // 2, q):
@@ -81,7 +81,7 @@ def test_a_stream_of_growing_ranks_compiles_once():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("width", ["exact", "common"])
+@pytest.mark.parametrize("width", ["exact", "bucketed", "common"])
 def test_layers_of_a_stack_have_ranks_of_their_own(width):
     w = matrix((3, 8, 6))
     ranks = np.array([1, 4, 6])
@@ -94,6 +94,25 @@ def test_layers_of_a_stack_have_ranks_of_their_own(width):
         np.testing.assert_allclose(left @ left.T, u[:, :k] @ u[:, :k].T, atol=1e-5)
         assert int(weight.live[i].sum()) == 6 - k
     assert weight.left.shape[-1] == (6 if width == "common" else 5)
+
+
+def test_buckets_hold_the_exact_factors_between_few_zeros():
+    w = matrix((40, 32))
+    shapes = {}
+    for k in range(33):
+        exact, found = adapt(w, k)["w"], adapt(w, k, width="bucketed")["w"]
+        for name, axis in (("high_left", -1), ("high_right", -2), ("left", -1), ("core", -1), ("right", -2)):
+            part, expected = np.asarray(getattr(found, name)), np.asarray(getattr(exact, name))
+            first = part.shape[axis] - expected.shape[axis] if name in ("left", "core", "right") else 0
+            places = range(first, first + expected.shape[axis])
+            assert 0 <= part.shape[axis] - expected.shape[axis] < 32 // 8
+            np.testing.assert_array_equal(np.take(part, places, axis), expected)
+            np.testing.assert_array_equal(np.delete(part, places, axis), 0)
+        live = np.ones(found.core.shape) if found.live is None else found.live
+        np.testing.assert_array_equal(live, np.arange(len(live)) >= len(live) - (32 - k))
+        shapes[k] = str(jax.tree.map(jnp.shape, found))
+    assert len(set(shapes.values())) == 8 + 9  # between multiples of an eighth, and at them
+    assert shapes[5] == shapes[6] == shapes[7] != shapes[8]
 
 
 def test_bfloat16_weights_keep_float32_factors():

@@ -59,7 +59,7 @@ def leaks(before, after, k):
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12), (2, 8, 8)])
 @pytest.mark.parametrize("inner", [optax.adam(1e-2), optax.adamw(1e-2, weight_decay=0.01), optax.sgd(1e-2, 0.9)])
-@pytest.mark.parametrize("width", ["exact", "common"])
+@pytest.mark.parametrize("width", ["exact", "bucketed", "common"])
 def test_the_change_is_orthogonal_to_what_is_frozen_on_both_sides(shape, inner, width):
     before, after, _ = train(matrix(shape), 4, lambda frozen: sj.methods.osf.projection(inner, frozen), width=width)
     assert max(leaks(before, after, 4)) < 1e-5
@@ -68,6 +68,62 @@ def test_the_change_is_orthogonal_to_what_is_frozen_on_both_sides(shape, inner, 
     np.testing.assert_allclose(left @ after, s[..., :4, None] * vt[..., :4, :], atol=2e-5 * s.max())
     np.testing.assert_allclose(after @ right, u[..., :4] * s[..., None, :4], atol=2e-5 * s.max())
     assert np.abs(after - before).max() > 0.1
+
+
+def with_removers(inner, frozen, **options):
+    return sj.methods.osf.projection(inner, sj.methods.osf.removers(frozen), **options)
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (2, 8, 8)])
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+@pytest.mark.parametrize("project_gradients", [True, False])
+def test_every_width_and_form_trains_the_same_weight(shape, k, project_gradients):
+    ways = (("exact", sj.methods.osf.projection), *((w, with_removers) for w in ("exact", "bucketed", "common")))
+    found = []
+    for width, make in ways:
+        optimizer_of = lambda f, make=make: make(optax.adam(1e-2), f, project_gradients=project_gradients)
+        before, after, _ = train(matrix(shape), k, optimizer_of, width=width)
+        assert max(leaks(before, after, k)) < 1e-5
+        found.append(after)
+    for after in found[1:]:
+        np.testing.assert_allclose(after, found[0], atol=2e-4)
+    assert np.abs(found[0] - before).max() > 0.1
+
+
+def test_removers_are_those_of_numpy_in_the_cheaper_form():
+    w = matrix((12, 8))
+    u, _, vt = np.linalg.svd(w, full_matrices=False)
+    rows, columns = matrix((12, 3), 1), matrix((3, 8), 2)
+    for k, forms in ((0, (None, None)), (3, ("basis", "basis")), (5, ("basis", "projector")), (8, ("projector",) * 2)):
+        found = sj.methods.osf.removers(adapt(w, k))["w"]
+        for one, form in zip((found.left, found.right), forms, strict=True):
+            assert one.is_empty if form is None else getattr(one, form) is not None
+        np.testing.assert_allclose(found.remove(rows, "in"), rows - u[:, :k] @ (u[:, :k].T @ rows), atol=1e-5)
+        np.testing.assert_allclose(found.remove(columns, "out"), columns - columns @ vt[:k].T @ vt[:k], atol=1e-5)
+
+
+def test_tasks_of_one_bucket_are_one_program():
+    traces, w = [], matrix((40, 32))
+
+    @jax.jit
+    def step(trainable, frozen, state):
+        traces.append(None)
+        updates, state = with_removers(optax.adam(1e-2), frozen).update(trainable, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    for bucket in ((5, 6, 7), (29, 30, 31)):
+        state = None
+        for k in bucket:
+            trainable, frozen = sj.partition(adapt(w, k, width="bucketed"))
+            if state is None:
+                state = with_removers(optax.adam(1e-2), frozen).init(trainable)
+            state = sj.methods.osf.next_task(state, sj.methods.osf.removers(frozen))
+            for _ in range(2):
+                trainable, state = step(trainable, frozen, state)
+    assert len(traces) == 2
+    other = sj.methods.osf.removers(adapt(w, 9, width="bucketed"))
+    with pytest.raises(StructureError, match="w: the new weight has"):
+        sj.methods.osf.next_task(state, other)
 
 
 def test_outputs_for_inputs_in_the_frozen_span_do_not_change():
@@ -215,8 +271,14 @@ def test_works_where_mesh_axes_are_explicit(spec):
         placed = jax.device_put(w, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
         adapted = jax.jit(lambda v: adapt(v, 4))(placed)
         trainable, frozen = sj.partition(adapted)
-        for params, mode in ((trainable, "factored"), ({"w": placed}, "dense")):
-            optimizer = sj.methods.osf.projection(optax.adam(1e-2), frozen, mode=mode)
+        removers = jax.jit(sj.methods.osf.removers)(frozen)
+        for params, mode, held in (
+            (trainable, "factored", frozen),
+            (trainable, "factored", removers),
+            ({"w": placed}, "dense", removers),
+            ({"w": placed}, "dense", frozen),
+        ):
+            optimizer = sj.methods.osf.projection(optax.adam(1e-2), held, mode=mode)
             updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
             same = jax.tree.map(lambda u, p: u.sharding.is_equivalent_to(p.sharding, u.ndim), updates, params)
             assert all(jax.tree.leaves(same))
@@ -271,6 +333,8 @@ def test_cost_of_a_step_at_width_512():
     for method, least, most in (
         (sj.osf(256), 1.1, 1.2),
         (sj.osf(448), 0.9, 1.0),
+        (sj.osf(257), 1.1, 1.2),
+        (sj.osf(257, width="bucketed"), 1.15, 1.25),
         (sj.osf(256, width="common"), 1.4, 1.5),
     ):
         ratio = cost(make(method), lambda frozen: sj.methods.osf.projection(optax.adam(1e-3), frozen)) / plain

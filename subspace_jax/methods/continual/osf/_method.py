@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from subspace_jax.core import Leaf, Method, PatternError, RankError, Role, check_choice, check_int, require_matrix
-from subspace_jax.linalg import truncated_svd, wide_dtype
+from subspace_jax.linalg import bucketed, truncated_svd, wide_dtype
 from subspace_jax.methods.low_rank.svfit import SplitSVD
 from subspace_jax.weights import Route
 
 Preserved = float | int | Callable[[int, int], int]
-Width = Literal["exact", "common"]
+Width = Literal["exact", "bucketed", "common"]
 
 
 def osf(preserved: Preserved | Mapping[str, Any] = 0.5, *, width: Width = "exact", route: Route = "auto") -> Method:
@@ -39,7 +39,9 @@ def osf(preserved: Preserved | Mapping[str, Any] = 0.5, *, width: Width = "exact
         cut off at \(q\), which freezes a 1024 x 4096 kernel whole at the fourth task.
       width: "exact" gives the factors \(k\) and \(q - k\) columns (of a stack with unequal ranks as many as one of its
         layers needs). "common" gives both \(q\) columns, most of them zero, so that every rank has the same shapes and
-        no task of a stream compiles again, for more operations a step (see `osf.projection`).
+        no task of a stream compiles again, for more operations a step (see `osf.projection`). "bucketed" rounds both
+        numbers up to multiples of \(q / 8\), padded with zeros: ranks of one eighth have the same shapes, for few
+        operations more than "exact".
       route: how the weight is used; see `SplitSVD`.
 
     Returns:
@@ -69,7 +71,7 @@ def osf(preserved: Preserved | Mapping[str, Any] = 0.5, *, width: Width = "exact
         def make(key: jax.Array, array: jax.Array, role: Role, stats: Any) -> SplitSVD:
             del key, stats
             require_matrix(array, role)
-            ranks = _ranks_of(chosen, role.sizes(array.shape), role.stack_shape(array.shape))
+            ranks = ranks_of(chosen, role, array.shape)
             return _split(array, role, ranks, width, route)
 
         return make
@@ -101,8 +103,9 @@ def count_rank(preserved: Preserved, inputs: int, outputs: int) -> int:
     return check_int("osf: preserved", preserved, least=0)
 
 
-def _ranks_of(chosen: Any, sizes: tuple[int, int], stack: tuple[int, ...]) -> np.ndarray:
-    """The rank of every layer, `[*stack]`."""
+def ranks_of(chosen: Any, role: Role, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the preserved rank of every layer of an array, `[*stack]`; refuses those that it cannot have."""
+    sizes, stack = role.sizes(shape), role.stack_shape(shape)
     if isinstance(chosen, (np.ndarray, jax.Array, list)):
         found = np.asarray(chosen)
         if not np.issubdtype(found.dtype, np.integer) or found.shape not in ((), stack):
@@ -115,10 +118,20 @@ def _ranks_of(chosen: Any, sizes: tuple[int, int], stack: tuple[int, ...]) -> np
     return np.broadcast_to(found, stack)
 
 
+def _columns(ranks: np.ndarray, smaller: int, width: Width) -> tuple[int, int]:
+    """How many columns the frozen factors have, and the index of the first one of the others."""
+    if width == "common":
+        return smaller, 0
+    most, least = int(ranks.max(initial=0)), int(ranks.min(initial=smaller))
+    if width == "exact":
+        return most, least
+    return bucketed(most, smaller), smaller - bucketed(smaller - least, smaller)
+
+
 def _split(array: jax.Array, role: Role, ranks: np.ndarray, width: Width, route: Route) -> SplitSVD:
     matrix = role.matrix(array).astype(wide_dtype(array.dtype))
     smaller = min(matrix.shape[-2:])
-    most, least = (smaller, 0) if width == "common" else (int(ranks.max(initial=0)), int(ranks.min(initial=smaller)))
+    most, least = _columns(ranks, smaller, width)
     u, s, vt = truncated_svd(matrix, smaller)
     place = np.arange(smaller)
     high = jnp.asarray(place < ranks[..., None], u.dtype)

@@ -21,7 +21,7 @@ from subspace_jax.core import (
     leaves_with_paths,
     map_with_paths,
 )
-from subspace_jax.linalg import project
+from subspace_jax.methods.continual.osf._frozen import high_of
 from subspace_jax.methods.low_rank.svfit import SplitSVD
 from subspace_jax.optim import (
     MatrixView,
@@ -39,25 +39,11 @@ from subspace_jax.optim import (
 Form = Literal["factored", "dense"]
 
 
-class High(NamedTuple):
-    r"""The frozen singular vectors of one weight.
-
-    Attributes:
-      left: \(L_h\), `[*stack, in, high]`.
-      right: \(R_h\), `[*stack, high, out]`.
-      live: 1 for the triples that learn, 0 for padding, `[*stack, low]`; None where all learn.
-    """
-
-    left: jax.Array
-    right: jax.Array
-    live: jax.Array | None
-
-
 class OSFState(NamedTuple):
     """State of `osf.projection`.
 
     Attributes:
-      high: frozen singular vectors by path, a `High` each.
+      high: by path what is removed: the frozen singular vectors, or what `osf.removers` made of them.
       inner: state of the inner optimizer.
     """
 
@@ -94,8 +80,10 @@ def projection(
     Args:
       inner: the optimizer; AdamW at 1e-5 in the authors' runs.
       frozen: the adapted tree, or the frozen one of `sj.partition`: its `SplitSVD` weights give the singular vectors,
-        by path. Leaves without one go through the inner optimizer alone.
-      project_gradients: whether to project before the optimizer.
+        by path. Leaves without one go through the inner optimizer alone. Or what `osf.removers` made of it, with which
+        a wide frozen part is multiplied once.
+      project_gradients: whether to project before the optimizer; without it the constraint holds as well, and the
+        moments are those of the whole gradient.
       project_params: whether to project after it; the authors' first code and PEFT do not, and leak under Adam.
       mode: "factored", the published one, for the factors of `SplitSVD`; or "dense", of this library, for whole arrays
         at the same paths: \(G \mapsto (I - L_h L_h^T)\,G\,(I - R_h^T R_h)\), and the update likewise. It has the same
@@ -124,9 +112,9 @@ def projection(
     """
     check_choice("osf.projection: mode", mode, ("factored", "dense"))
     extended = rest_without_gradient(inner)
-    given = _high_of(frozen)
+    given = high_of(frozen)
 
-    def projected(tree: PyTree, high: dict[str, High]) -> Updates:
+    def projected(tree: PyTree, high: dict[str, Any]) -> Updates:
         return _dense(tree, high, roles) if mode == "dense" else _factored(tree, high, drop_rounding=True)
 
     def init(params: Params) -> OSFState:
@@ -141,7 +129,7 @@ def projection(
     ) -> tuple[Updates, OSFState]:
         if params is None and project_params and mode == "factored":
             raise ValueError("osf.projection: update needs params=, the current parameters, to project them.")
-        high = jax.lax.stop_gradient(state.high if frozen is None else _high_of(frozen))
+        high = jax.lax.stop_gradient(state.high if frozen is None else high_of(frozen))
         check_paths(high, updates, "SplitSVD", gradients=True)
         _check(high, updates, mode)
         gradients = projected(updates, high) if project_gradients else updates
@@ -160,8 +148,8 @@ def next_task(state: OptState, frozen: Params) -> OptState:
 
     Args:
       state: of a chain, `multi_transform`, `MultiSteps` or the like, with an `osf.projection` in it.
-      frozen: the newly adapted tree, or its frozen part. With `sj.osf(..., width="common")` its shapes are those of
-        the last task, and nothing compiles again.
+      frozen: the newly adapted tree, or its frozen part, or `osf.removers` of it where the state has those. With
+        `sj.osf(..., width="common")` its shapes are those of the last task, and nothing compiles again.
 
     Raises:
       StructureError: there is no `osf.projection` in the state, or the paths or shapes of its weights changed.
@@ -174,7 +162,7 @@ def next_task(state: OptState, frozen: Params) -> OptState:
       >>> next_task(state, adapt(3)).high["w"].live.tolist()
       [0.0, 0.0, 0.0, 1.0]
     """
-    new, count = _high_of(frozen), 0
+    new, count = high_of(frozen), 0
 
     def one(node: Any) -> Any:
         nonlocal count
@@ -196,22 +184,7 @@ def next_task(state: OptState, frozen: Params) -> OptState:
     return replaced
 
 
-def _high_of(frozen: Params) -> dict[str, High]:
-    """The frozen singular vectors of every `SplitSVD` of a tree, by path."""
-    found = {
-        path: High(leaf.high_left, leaf.high_right, leaf.live)
-        for path, leaf in leaves_with_paths(frozen)
-        if isinstance(leaf, SplitSVD) and leaf.high_left is not None
-    }
-    if not found:
-        raise StructureError(
-            "osf.projection: no SplitSVD with frozen singular vectors in the given tree. Give the tree that sj.adapt "
-            "made with sj.osf, or the frozen one of sj.partition."
-        )
-    return found
-
-
-def _check(high: Mapping[str, High], tree: PyTree, mode: Form) -> None:
+def _check(high: Mapping[str, Any], tree: PyTree, mode: Form) -> None:
     """Refuses leaves of the other mode, and of other shapes than the frozen part."""
     for path, leaf in leaves_with_paths(tree):
         if path not in high or not jax.tree.leaves(leaf):
@@ -222,13 +195,13 @@ def _check(high: Mapping[str, High], tree: PyTree, mode: Form) -> None:
                 f"{'a SplitSVD, from sj.osf' if mode == 'factored' else 'the whole array'}."
             )
         if isinstance(leaf, SplitSVD) and not (is_hole(leaf.left) or is_hole(leaf.right)):
-            shapes = leaf.left.shape[:-1], leaf.right.shape[-1:]
-            expected = high[path].left.shape[:-1], high[path].right.shape[-1:]
+            shapes = leaf.left.shape[-2], leaf.right.shape[-1]
+            expected = high[path].sizes
             if shapes != expected:
                 raise StructureError(f"{path}: factors of sizes {shapes}, but the frozen part is of {expected}.")
 
 
-def _factored(tree: PyTree, high: Mapping[str, High], *, drop_rounding: bool = False) -> PyTree:
+def _factored(tree: PyTree, high: Mapping[str, Any], *, drop_rounding: bool = False) -> PyTree:
     """The factors of every `SplitSVD` projected off its frozen part, with padding set to zero."""
 
     def one(path: str, leaf: Any) -> Any:
@@ -242,9 +215,7 @@ def _factored(tree: PyTree, high: Mapping[str, High], *, drop_rounding: bool = F
                 return value * jnp.asarray(live, value.dtype)
             if name not in ("left", "right"):
                 return value
-            side = "in" if name == "left" else "out"
-            basis = found.left if name == "left" else jnp.swapaxes(found.right, -1, -2)
-            new = project(value, basis, mode="remove", side=side)
+            new = found.remove(value, "in" if name == "left" else "out")
             new = without_rounding(new, value) if drop_rounding else new
             if found.live is not None:
                 new = new * (found.live[..., None, :] if name == "left" else found.live[..., :, None])
@@ -255,7 +226,7 @@ def _factored(tree: PyTree, high: Mapping[str, High], *, drop_rounding: bool = F
     return map_with_paths(one, tree)
 
 
-def _after(steps: Updates, params: Params, high: Mapping[str, High]) -> PyTree:
+def _after(steps: Updates, params: Params, high: Mapping[str, Any]) -> PyTree:
     """The steps that lead to projected parameters, in the dtype of the parameters."""
 
     def one(path: str, step: Any, param: Any) -> Any:
@@ -273,12 +244,11 @@ def _after(steps: Updates, params: Params, high: Mapping[str, High]) -> PyTree:
     return map_with_paths(back, steps, params, _factored(moved, high))
 
 
-def _dense(tree: PyTree, high: Mapping[str, High], roles: Mapping[str, Role] | None) -> PyTree:
+def _dense(tree: PyTree, high: Mapping[str, Any], roles: Mapping[str, Role] | None) -> PyTree:
     """Whole arrays without what lies in the frozen part's columns or rows."""
 
     def one(matrix: jax.Array, view: MatrixView) -> jax.Array:
         found = high[view.path]
-        rows = project(matrix, found.left, mode="remove", side="in")
-        return without_rounding(project(rows, jnp.swapaxes(found.right, -1, -2), mode="remove", side="out"), matrix)
+        return without_rounding(found.remove(found.remove(matrix, "in"), "out"), matrix)
 
     return map_matrices(one, tree, roles, high)
