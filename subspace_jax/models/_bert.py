@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ._config import require_divisible, require_positive
+from ._attention import ATTENTIONS, attend, has_fused_attention
+from ._config import require_choice, require_divisible, require_positive
 from ._layers import run_layers
 from ._tokens import join_tokens
 
@@ -32,6 +33,7 @@ class BertConfig:
         dropout: rate on embeddings, attention probabilities and both residual branches.
         scan_layers: keep the layers' parameters stacked and loop with `nn.scan`.
         remat: recompute each layer in the backward pass.
+        attention: `"xla"`, or `"cudnn"` for cuDNN's fused attention where the device and the dtype have it.
         dtype: of the computation.
         param_dtype: of the parameters.
     """
@@ -48,6 +50,7 @@ class BertConfig:
     dropout: float = 0.0
     scan_layers: bool = False
     remat: bool = False
+    attention: str = "xla"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -63,6 +66,7 @@ class BertConfig:
             "num_token_types",
         )
         require_divisible(self, "width", "num_heads")
+        require_choice("BertConfig", "attention", self.attention, ATTENTIONS)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"BertConfig.dropout={self.dropout}; expected 0 <= dropout < 1")
 
@@ -163,18 +167,21 @@ class BertAttention(nn.Module):
             _dense(config, config.width, name)(rows).reshape(heads) for name in ("query", "key", "value")
         )
         use_dropout = config.dropout > 0.0 and not self.deterministic
-        mixed = nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            broadcast_dropout=False,
-            dropout_rate=config.dropout,
-            dropout_rng=self.make_rng("dropout") if use_dropout else None,
-            deterministic=not use_dropout,
-            dtype=config.dtype,
-            force_fp32_for_softmax=True,
-        )
+        if config.attention == "cudnn" and has_fused_attention(query) and not use_dropout:
+            mixed = attend(query, key, value, mask, implementation="cudnn")
+        else:
+            mixed = nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                broadcast_dropout=False,
+                dropout_rate=config.dropout,
+                dropout_rng=self.make_rng("dropout") if use_dropout else None,
+                deterministic=not use_dropout,
+                dtype=config.dtype,
+                force_fp32_for_softmax=True,
+            )
         return _dense(config, config.width, "output")(mixed.reshape(rows.shape)).reshape(x.shape)
 
 

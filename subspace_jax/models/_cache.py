@@ -51,16 +51,17 @@ def init_cache(config: LlamaConfig, batch: int, capacity: int) -> KVCache:
 class LayerView(NamedTuple):
     """What all layers share about the sequence: rotary tables, mask, and where new keys are written.
 
+    A mask of None is causal and nothing else.
     Where layers differ, `near` has tables and mask of those with the window.
     """
 
     sin: jax.Array
     cos: jax.Array
-    mask: jax.Array
+    mask: jax.Array | None
     offset: jax.Array
     near: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
-    def at(self, windowed: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def at(self, windowed: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Returns sines, cosines and mask of a layer, which has the window where `windowed` is true."""
         everywhere = (self.sin, self.cos, self.mask)
         if windowed is None or self.near is None:

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ._attention import attend
 from ._clip_config import ClipConfig, ClipTower
 from ._layers import run_layers
 
@@ -52,7 +53,7 @@ class ClipAttention(nn.Module):
         heads = (self.tower.num_heads, self.tower.width // self.tower.num_heads)
         types = {"dtype": self.config.dtype, "param_dtype": self.config.param_dtype}
         query, key, value = (nn.DenseGeneral(heads, name=name, **types)(x) for name in ("query", "key", "value"))
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        mixed = attend(query, key, value, mask, implementation=self.config.attention)
         return nn.DenseGeneral(self.tower.width, axis=(-2, -1), name="output", **types)(mixed)
 
 

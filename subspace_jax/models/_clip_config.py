@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ._attention import ATTENTIONS
 from ._config import require_choice, require_positive
 
 CLIP_ACTIVATIONS = ("quick_gelu", "gelu")
@@ -55,6 +56,7 @@ class ClipConfig:
         projection: size of the space of both.
         scan_layers: keep the layers' parameters stacked and loop with `nn.scan`.
         remat: recompute each layer in the backward pass.
+        attention: `"xla"`, or `"cudnn"` for cuDNN's fused attention where the device and the dtype have it.
         dtype: of the computation.
         param_dtype: of the parameters.
     """
@@ -69,10 +71,12 @@ class ClipConfig:
     projection: int = 512
     scan_layers: bool = False
     remat: bool = False
+    attention: str = "xla"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
+        require_choice("ClipConfig", "attention", self.attention, ATTENTIONS)
         require_positive(self, "vocab_size", "max_positions", "patch_size", "position_grid", "projection")
 
 

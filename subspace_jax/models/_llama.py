@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ._attention import attend
 from ._cache import KVCache, LayerView, view_sequence
 from ._layers import run_layers
 from ._llama_config import LlamaConfig
@@ -67,7 +68,15 @@ class LlamaAttention(nn.Module):
             key = jax.lax.dynamic_update_slice(cache[0], key, start)
             value = jax.lax.dynamic_update_slice(cache[1], value, start)
             cache = (key, value)
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=config.attention_scale)
+        mixed = attend(
+            query,
+            key,
+            value,
+            mask,
+            implementation=config.attention,
+            is_causal=mask is None,
+            scale=config.attention_scale,
+        )
         output = nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=config.output_bias, name="output", **options)
         return output(mixed.reshape(*rows.shape[:-1], *mixed.shape[-2:])).reshape(x.shape), cache
 
@@ -223,6 +232,8 @@ class Llama(nn.Module):
             raise ValueError("Llama: segments= and return_hidden= are for whole sequences; leave cache= out.")
         real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         view, cache = view_sequence(config, real, cache, segments)
+        if config.attention == "cudnn" and config.window is None and (mask, cache, segments) == (None, None, None):
+            view = view._replace(mask=None)  # causal and nothing else, which the fused kernel knows by itself
         embedding = nn.Embed(
             config.vocab_size,
             config.width,

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ._attention import ATTENTIONS
 from ._config import require_choice, require_divisible, require_positive
 from ._rotary import RopeScaling
 
@@ -44,6 +45,7 @@ class LlamaConfig:
         tie_embeddings: logits by the transposed embedding table; otherwise by a `head` of its own.
         scan_layers: keep the layers' parameters stacked and loop with `nn.scan`.
         remat: recompute each layer in the backward pass.
+        attention: `"xla"`, or `"cudnn"` for cuDNN's fused attention where the device and the dtype have it.
         dtype: of the computation.
         param_dtype: of the parameters.
     """
@@ -74,6 +76,7 @@ class LlamaConfig:
     tie_embeddings: bool = True
     scan_layers: bool = False
     remat: bool = False
+    attention: str = "xla"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -92,6 +95,7 @@ class LlamaConfig:
             require_divisible(self, "width", "num_heads")
         require_divisible(self, "num_heads", "num_kv_heads")
         require_choice("LlamaConfig", "activation", self.activation, ACTIVATIONS)
+        require_choice("LlamaConfig", "attention", self.attention, ATTENTIONS)
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"LlamaConfig: {self.head_dim=} (width / num_heads); rotary embedding needs it even")
         if self.window is not None and self.window < 1:

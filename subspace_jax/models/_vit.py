@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ._config import require_divisible, require_positive
+from ._attention import ATTENTIONS, attend
+from ._config import require_choice, require_divisible, require_positive
 from ._layers import run_layers
 from ._position import resize_positions
 from ._tokens import join_tokens
@@ -34,6 +35,7 @@ class VitConfig:
         layer_scale: a learned factor per feature on what each block adds.
         scan_layers: keep the blocks' parameters stacked and loop with `nn.scan`.
         remat: recompute each block in the backward pass.
+        attention: `"xla"`, or `"cudnn"` for cuDNN's fused attention where the device and the dtype have it.
         dtype: of the computation.
         param_dtype: of the parameters.
     """
@@ -49,12 +51,14 @@ class VitConfig:
     layer_scale: bool = True
     scan_layers: bool = False
     remat: bool = False
+    attention: str = "xla"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
         require_positive(self, "patch_size", "position_grid", "width", "num_layers", "num_heads", "mlp_width")
         require_divisible(self, "width", "num_heads")
+        require_choice("VitConfig", "attention", self.attention, ATTENTIONS)
 
 
 def small_vit(**overrides: Any) -> VitConfig:
@@ -161,7 +165,7 @@ class VitAttention(nn.Module):
         query, key, value = (
             nn.DenseGeneral(heads, name=name, **types)(rows).reshape(split) for name in ("query", "key", "value")
         )
-        mixed = jax.nn.dot_product_attention(query, key, value).reshape(*rows.shape[:-1], *heads)
+        mixed = attend(query, key, value, implementation=config.attention).reshape(*rows.shape[:-1], *heads)
         return nn.DenseGeneral(config.width, axis=(-2, -1), name="output", **types)(mixed).reshape(x.shape)
 
 
