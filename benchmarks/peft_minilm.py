@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
+import json
 import os
 import statistics
-import time
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from rich.console import Console
 
-import subspace_jax as sj
 from benchmarks._benchmark import Benchmark, Rows, number
 from benchmarks._charts import Chart
-from benchmarks._measure import interleaved, paired_ratio
-from subspace_jax.assets import find_file
-from subspace_jax.models import load_minilm, mean_pool
+from benchmarks._measure import paired_ratio
+from benchmarks._peft_steps import COMPILED, FULL, METHODS, Steps
 
-KERNELS = "encoder/**/kernel"
-LEARNING_RATE = 1e-4
+# glibc then keeps what a step frees; by its defaults every step faults its temporaries in anew, in both libraries.
+KEPT = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000:glibc.malloc.arena_max=1"
+MEMORY = {"kept": {"GLIBC_TUNABLES": KEPT}, "default": {}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,255 +31,124 @@ class Config:
     Attributes:
       sequences: sequences in the batch.
       length: tokens in a sequence.
-      rank: of LoRA and DoRA, on all kernels of the encoder.
+      rank: of LoRA, DoRA and PiSSA, on all kernels of the encoder.
       methods: those of METHODS that are measured; all if empty.
       rounds: timed steps of each, interleaved.
-      threads: of PyTorch; as many as there are cores if 0.
+      threads: numbers of threads, of both libraries; a process for each.
+      memory: "kept" and "default": what the allocator does with memory that a step frees; a process for each.
+      compile_peft: whether to measure PEFT's model of the first method under `torch.compile` too.
     """
 
     sequences: int = 16
-    length: int = 32
+    length: int = 64
     rank: int = 8
     methods: tuple[str, ...] = ()
-    rounds: int = 20
-    threads: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Peers:
-    """One method in both libraries.
-
-    Attributes:
-      ours: makes the method of a rank.
-      theirs: makes PEFT's configuration of a rank and the names of the layers.
-      optimizer: makes our optimizer of Adam and the adapted tree; Adam alone if None.
-    """
-
-    ours: Callable[[int], sj.Method]
-    theirs: Callable[[Any, int, list[str]], Any]
-    optimizer: Callable[[optax.GradientTransformation, Any], optax.GradientTransformation] | None = None
-
-
-# Sizes other than LoRA's rank are PEFT's defaults. Its OFT approximates the Cayley transform by five terms of a series,
-# and so does ours here.
-METHODS = {
-    "lora": Peers(sj.lora, lambda peft, r, names: peft.LoraConfig(r=r, lora_alpha=r, target_modules=names)),
-    "dora": Peers(
-        lambda rank: sj.dora(sj.lora(rank)),
-        lambda peft, r, names: peft.LoraConfig(r=r, lora_alpha=r, target_modules=names, use_dora=True),
-    ),
-    "oft": Peers(
-        lambda _: sj.oft(32, terms=5), lambda peft, _, names: peft.OFTConfig(oft_block_size=32, target_modules=names)
-    ),
-    "randlora": Peers(
-        lambda _: sj.randlora(32, scaling="peft"),
-        lambda peft, _, names: peft.RandLoraConfig(r=32, target_modules=names),
-    ),
-    "osf": Peers(
-        lambda _: sj.osf(0.5), lambda peft, _, names: peft.OSFConfig(target_modules=names), sj.methods.osf.projection
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Tokens with a real mask, and vectors that the pooled hidden states are drawn to."""
-
-    tokens: np.ndarray
-    mask: np.ndarray
-    targets: np.ndarray
-
-    @classmethod
-    def of(cls, config: Config) -> Batch:
-        """Returns a batch of one seed; a quarter of every sequence is padding."""
-        rng = np.random.default_rng(0)
-        shape = (config.sequences, config.length)
-        mask = np.ones(shape, np.int32)
-        mask[:, config.length * 3 // 4 :] = 0
-        targets = rng.standard_normal((config.sequences, 384)).astype(np.float32)
-        return cls(rng.integers(1000, 20000, shape).astype(np.int32), mask, targets)
-
-
-class _Run(abc.ABC):
-    """A step that is run and timed, and returns its loss."""
-
-    name = ""
-    trainable_values = 0
-    build_seconds = 0.0
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-
-    @abc.abstractmethod
-    def step(self) -> float: ...
-
-    def run(self) -> None:
-        """Runs and times one step."""
-        start = time.perf_counter()
-        self.losses.append(self.step())
-        self.seconds.append(time.perf_counter() - start)
-
-
-class JaxRun(_Run):
-    """Full fine-tuning of the encoder's kernels, or LoRA on them."""
-
-    def __init__(self, name: str, method: sj.Method, batch: Batch, peers: Peers | None = None):
-        super().__init__()
-        self.name = name
-        model = load_minilm()
-        tokens, mask, targets = map(jnp.asarray, (batch.tokens, batch.mask, batch.targets))
-
-        def loss(params: Any) -> jax.Array:
-            hidden: Any = model.module.apply({"params": params}, tokens, mask)
-            return jnp.mean((mean_pool(hidden, mask) - targets) ** 2)
-
-        adapted = sj.adapt(model.params, {KERNELS: method}, key=jax.random.key(0), roles=sj.roles(loss, model.params))
-        self.learned, fixed = sj.partition(adapted)
-        self.trainable_values = sum(leaf.size for leaf in jax.tree.leaves(self.learned))
-        optimizer, adapted_loss = optax.adam(LEARNING_RATE), sj.with_adapters(loss)
-        if peers is not None and peers.optimizer is not None:
-            optimizer = peers.optimizer(optimizer, adapted)
-        self.state = optimizer.init(self.learned)
-
-        def step(learned: Any, state: Any, fixed: Any):
-            value, gradients = jax.value_and_grad(lambda learned: adapted_loss(sj.combine(learned, fixed)))(learned)
-            updates, state = optimizer.update(gradients, state, learned)
-            return optax.apply_updates(learned, updates), state, value
-
-        start = time.perf_counter()
-        compiled = jax.jit(step).lower(self.learned, self.state, fixed).compile()
-        self.build_seconds = time.perf_counter() - start
-        self.compiled, self.fixed = compiled, fixed
-
-    def step(self) -> float:
-        """Runs one step."""
-        self.learned, self.state, value = self.compiled(self.learned, self.state, self.fixed)
-        return float(value)
-
-
-class PeftRun(_Run):
-    """PEFT's method on the same kernels, in PyTorch."""
-
-    def __init__(self, name: str, peers: Peers, config: Config, batch: Batch):
-        super().__init__()
-        self.name = f"{name}, PEFT"
-        import peft
-        import torch
-        import transformers
-        from safetensors.torch import load_file
-
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-        file = find_file("minilm", "model/model.safetensors")
-        sizes: dict[str, Any] = {
-            "hidden_size": 384,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 12,
-            "intermediate_size": 1536,
-        }
-        quiet: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        model = transformers.BertModel(transformers.BertConfig(**sizes, **quiet), add_pooling_layer=False)
-        weights = {k: v for k, v in load_file(file).items() if "pooler" not in k and "position_ids" not in k}
-        model.load_state_dict(weights)
-        torch.manual_seed(0)
-        targets = ["query", "key", "value", "dense"]
-        self.model: Any = peft.get_peft_model(model, peers.theirs(peft, config.rank, targets))
-        learned = [p for p in self.model.parameters() if p.requires_grad]
-        self.trainable_values = sum(p.numel() for p in learned)
-        self.optimizer = torch.optim.Adam(learned, lr=LEARNING_RATE)
-        self.tokens, self.mask = (torch.tensor(v, dtype=torch.long) for v in (batch.tokens, batch.mask))
-        self.targets = torch.tensor(batch.targets)
-
-    def step(self) -> float:
-        """Runs one step."""
-        hidden = self.model(input_ids=self.tokens, attention_mask=self.mask).last_hidden_state
-        mask = self.mask[..., None].to(hidden.dtype)
-        pooled = (hidden * mask).sum(1) / mask.sum(1)
-        loss = ((pooled - self.targets) ** 2).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return float(loss)
+    rounds: int = 10
+    threads: tuple[int, ...] = (2, 1)
+    memory: tuple[str, ...] = ("kept", "default")
+    compile_peft: bool = True
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """Measures both libraries, one step after the other."""
-    unknown = sorted(set(config.methods) - set(METHODS))
-    if unknown:
-        raise SystemExit(f"methods={','.join(unknown)}: choose from {', '.join(METHODS)}.")
-    chosen, batch = config.methods or tuple(METHODS), Batch.of(config)
-    runs: list[Any] = [JaxRun("full kernels", sj.full(), batch)]
-    absent = {}
-    for name in chosen:
-        console.print(f"  {name}")
-        runs.append(JaxRun(name, METHODS[name].ours(config.rank), batch, METHODS[name]))
-        try:
-            runs.append(PeftRun(name, METHODS[name], config, batch))
-        except ImportError as error:
-            absent[f"{name}, PEFT"] = f"not installed: {error.name}"
-    console.print(f"{config.rounds} rounds of {', '.join(r.name for r in runs)}")
-    interleaved(runs, config.rounds)
-    by_name = {r.name: r for r in runs}
-    measured = {r.name: _values(r, by_name) for r in runs}
+    """Measures both libraries, one step after the other, in a process for each number of threads and allocator."""
+    for name, given, known in (("methods", config.methods, METHODS), ("memory", config.memory, MEMORY)):
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise SystemExit(f"{name}={','.join(unknown)}: choose from {', '.join(known)}.")
+    methods = config.methods or tuple(METHODS)
+    settings, absent = {}, {}
+    for threads in config.threads:
+        for memory in config.memory:
+            title = f"{threads} thread{'s' if threads > 1 else ''}, memory {memory}"
+            console.print(f"  {title}: {config.rounds} rounds of {', '.join(methods)}")
+            shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(Steps) if f.name != "threads"}
+            steps = Steps(**{**shared, "methods": methods, "threads": threads})
+            found = _process(steps, MEMORY[memory])
+            absent |= found["absent"]
+            settings[title] = _ratios(found["measured"])
     notes = [
-        "Same pretrained weights, batch, loss and Adam on the same kernels; JAX compiled once, PyTorch eager. Ratios "
-        "are medians over rounds in which all ran one after the other. RandLoRA's sizes are PEFT's defaults; OSF "
-        "freezes half of the singular triples.",
+        f"Same pretrained weights, batch of {config.sequences} x {config.length} tokens, loss and Adam on the same "
+        "kernels; JAX compiled once, PyTorch eager but for the row of torch.compile. Ratios are medians over rounds in "
+        "which all ran one after the other. Full fine-tuning here joins tokens as LoRA does, which makes it a quarter "
+        "faster and LoRA's share of it larger. `kept` is GLIBC_TUNABLES=" + KEPT + " for both libraries: `faults` are "
+        "pages that the system had to hand out in a step, `system` its time for them. RandLoRA's sizes are PEFT's "
+        "defaults; OSF freezes half of the singular triples. Goals: of eager PEFT's time at most 0.75 for LoRA on two "
+        "threads, 0.8 on one, 0.9 for every other method and for LoRA beside torch.compile.",
         *(f"{name}: absent, {reason}." for name, reason in absent.items()),
     ]
     return {
-        **{"measured": measured, "methods": list(chosen), "notes": notes},
+        **{"settings": settings, "methods": list(methods), "notes": notes},
         "packages": ["torch", "peft", "transformers"],
     }
 
 
-def _values(run: _Run, by_name: Mapping[str, _Run]) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "trainable_values": run.trainable_values,
-        "build_seconds": run.build_seconds,
-        "losses": [run.losses[0], run.losses[-1]],
-        "seconds": run.seconds,
-    }
-    theirs = by_name.get(f"{run.name}, PEFT")
-    lora = by_name.get("lora, PEFT" if run.name.endswith(", PEFT") else "lora")
-    for name, reference in (("of_peft", theirs), ("of_lora", lora)):
-        if reference is not None:
-            found[name] = paired_ratio(run.seconds, reference.seconds)
+def _process(steps: Steps, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Runs one process; its environment decides on the allocator before Python starts."""
+    clean = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    clean |= {"OMP_NUM_THREADS": str(steps.threads), "OPENBLAS_NUM_THREADS": str(steps.threads)}
+    command = [sys.executable, "-m", "benchmarks._peft_steps", json.dumps(dataclasses.asdict(steps))]
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=clean | environment
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _ratios(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything measured, with each way's time relative to PEFT's and to LoRA's in the same library."""
+    found = {}
+    for name, one in measured.items():
+        is_theirs = ", PEFT" in name
+        others = {"of_peft": f"{name}, PEFT", "of_compiled": f"{name}, PEFT{COMPILED}"} if not is_theirs else {}
+        others["of_lora"] = "lora, PEFT" if is_theirs else "lora"
+        ratios = {k: paired_ratio(one["seconds"], measured[o]["seconds"]) for k, o in others.items() if o in measured}
+        found[name] = one | ratios
     return found
 
 
+def _goal(name: str, title: str) -> str:
+    if name == FULL:
+        return ""
+    return ("0.80" if title.startswith("1 ") else "0.75") if name == "lora" else "0.90"
+
+
 def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:
-    """One row for each method."""
-    head = ["method", "trained", "PEFT's", "ms", "PEFT's", "of PEFT's", "of our LoRA", "PEFT's, of its LoRA"]
-    rows, measured = [head], results["measured"]
-    for name in ("full kernels", *results["methods"]):
-        ours, theirs = measured[name], measured.get(f"{name}, PEFT", {})
-        rows.append(
-            [
-                *(name, f"{ours['trainable_values']:,}"),
-                f"{theirs['trainable_values']:,}" if theirs else "",
-                f"{1e3 * statistics.median(ours['seconds']):.1f}",
-                f"{1e3 * statistics.median(theirs['seconds']):.1f}" if theirs else "",
-                *(
-                    number(ours.get("of_peft"), absent=""),
-                    number(ours.get("of_lora"), absent=""),
-                    number(theirs.get("of_lora"), absent=""),
-                ),
-            ]
-        )
-    return [("A step of MiniLM", rows)]
+    """Two tables for each process: times, and what starting and the system take."""
+    head = ["method", "ms", "PEFT's", "of PEFT's", "goal", "of torch.compile's", "of our LoRA", "PEFT's, of its LoRA"]
+    other = ["method", "trained", "PEFT's", "start, s", "PEFT's", "faults", "PEFT's", "system, ms", "PEFT's"]
+    found = []
+    for title, measured in results["settings"].items():
+        times, rest = [head], [other]
+        for name in (FULL, *results["methods"]):
+            both = [measured[name], measured.get(f"{name}, PEFT", {})]
+            row = [name, *(_median(one, "seconds", 1e3) for one in both), number(both[0].get("of_peft"), absent="")]
+            row += [_goal(name, title), number(both[0].get("of_compiled"), absent="")]
+            times.append([*row, *(number(one.get("of_lora"), absent="") for one in both)])
+            row = [name, *(f"{one['trainable_values']:,}" if one else "" for one in both)]
+            row += [number(one.get("start_seconds"), absent="") for one in both]
+            row += [_median(one, "faults", 1, 0) for one in both] + [_median(one, "system", 1e3, 0) for one in both]
+            rest.append(row)
+        found += [(title, times), (f"{title}: starts, and what the system does in a step", rest)]
+    return found
+
+
+def _median(one: Mapping[str, Any], name: str, factor: float, digits: int = 1) -> str:
+    return f"{factor * statistics.median(one[name]):,.{digits}f}" if one else ""
 
 
 def charts(results: Mapping[str, Any]) -> list[Chart]:
-    """Step times, and how they compare with LoRA's of the same library."""
-    measured, times, ratios = results["measured"], {}, {}
-    for name in ("full kernels", *results["methods"]):
-        both = {"subspace_jax": measured[name], "PEFT": measured.get(f"{name}, PEFT")}
+    """Step times of the first process, and their shares of PEFT's in all."""
+    first = next(iter(results["settings"].values()))
+    times: dict[str, dict[str, float]] = {}
+    for name in (FULL, *results["methods"]):
+        both = {"subspace_jax": first[name], "PEFT": first.get(f"{name}, PEFT")}
         times[name] = {who: 1e3 * statistics.median(one["seconds"]) for who, one in both.items() if one}
-        ratios[name] = {who: one["of_lora"] for who, one in both.items() if one and "of_lora" in one}
+    shares = {
+        name: {title: m[name]["of_peft"] for title, m in results["settings"].items() if "of_peft" in m[name]}
+        for name in (FULL, *results["methods"])
+    }
     return [
-        Chart("a step of MiniLM", "milliseconds", times),
-        Chart("the same, relative", "relative to LoRA in the same library", ratios, reference=1.0),
+        Chart(f"a step of MiniLM, {next(iter(results['settings']))}", "milliseconds", times),
+        Chart("the same", "relative to PEFT", shares, reference=1.0),
     ]
 
 
