@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 import benchmarks
-from benchmarks._charts import Chart
+from benchmarks._charts import Chart, Roofline
 from experiments import runner
 
 Rows = Sequence[Sequence[str]]
@@ -33,7 +33,7 @@ class Benchmark:
     config: type
     run: Callable[[Any, Console], dict[str, Any]]
     tables: Callable[[Mapping[str, Any]], Sequence[tuple[str, Rows]]]
-    charts: Callable[[Mapping[str, Any]], Sequence[Chart]] | None = None
+    charts: Callable[[Mapping[str, Any]], Sequence[Chart | Roofline]] | None = None
 
 
 def number(value: float | None, digits: int = 2, absent: str = "-") -> str:

@@ -1,4 +1,4 @@
-"""Pictures of results: bars of every variant, one chart beside the other."""
+"""Pictures of results: bars of every variant, one chart beside the other, and rooflines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,29 @@ class Chart:
     log: bool = False
 
 
-def draw(charts: Sequence[Chart], path: Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Points between the two limits of a machine.
+
+    Attributes:
+      title: above the picture.
+      points: by series, then by label: operations a byte, and thousand million operations a second.
+      flops: the limit of operations, in thousand millions a second.
+      bytes: the limit of bytes, likewise.
+    """
+
+    title: str
+    points: Mapping[str, Mapping[str, tuple[float, float]]]
+    flops: float
+    bytes: float
+
+    @property
+    def bars(self) -> Sequence[int]:
+        """Twenty, as high as so many bars."""
+        return range(20)
+
+
+def draw(charts: Sequence[Chart | Roofline], path: Path) -> None:
     """Draws charts beside each other into a PNG file.
 
     Args:
@@ -45,7 +67,7 @@ def draw(charts: Sequence[Chart], path: Path) -> None:
     size = (5.5 * columns, (1.2 + 0.3 * most) * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axis, chart in zip(axes.ravel(), charts, strict=False):
-        _draw_one(axis, chart)
+        _draw_roofline(axis, chart) if isinstance(chart, Roofline) else _draw_one(axis, chart)
     for axis in axes.ravel()[len(charts) :]:
         axis.axis("off")
     figure.savefig(path, dpi=110, metadata={"Software": ""})
@@ -70,3 +92,20 @@ def _draw_one(axis: Any, chart: Chart) -> None:
     if len(series) > 1:  # above the bars, which would lie under it
         axis.legend(fontsize=8, ncols=len(series), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     axis.grid(axis="x", alpha=0.3)
+
+
+def _draw_roofline(axis: Any, chart: Roofline) -> None:
+    places = [x for series in chart.points.values() for x, _ in series.values()]
+    ridge = chart.flops / chart.bytes
+    ends = (min(*places, ridge) / 2, max(*places, ridge) * 2)
+    axis.plot([ends[0], ridge, ends[1]], [ends[0] * chart.bytes, chart.flops, chart.flops], color="0.3", linewidth=1)
+    for number, (name, series) in enumerate(chart.points.items()):
+        axis.scatter(*zip(*series.values(), strict=True), s=18, label=name, marker="os^"[number % 3])
+        for label, (x, y) in series.items():
+            axis.annotate(label, (x, y), textcoords="offset points", xytext=(5, -3), fontsize=7)
+    axis.set(xscale="log", yscale="log")
+    axis.set_title(chart.title, fontsize=10)
+    axis.set_xlabel("operations a byte", fontsize=9)
+    axis.set_ylabel("GFLOP a second", fontsize=9)
+    axis.legend(fontsize=8, loc="lower right")
+    axis.grid(alpha=0.3, which="both")

@@ -58,6 +58,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "lora_step": step_table,
     "optimizers": lambda: benchmark_table("optimizers"),
     "projected_step": lambda: benchmark_table("projected_step"),
+    "roofline": lambda: benchmark_table("roofline"),
+    "peft_minilm": lambda: benchmark_table("peft_minilm"),
     "continual_steps": lambda: benchmark_table("continual_steps"),
     "lambda_orthogonality": lambda: experiment_table("lambda_orthogonality"),
     "continual_text": lambda: experiment_table("continual_text"),
@@ -65,7 +67,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "gcr_fashion": lambda: experiment_table("gcr_fashion"),
 }
 
-PAGES = ("docs/continual-learning.md", "docs/experiments.md", "docs/benchmarks.md", "docs/which-method.md")
+PAGES = tuple(
+    f"docs/{name}.md" for name in ("continual-learning", "experiments", "benchmarks", "how-fast", "which-method")
+)
 
 
 def fill(text: str) -> str:

@@ -17,6 +17,7 @@ PAGES = [
     "continual-learning.md",
     "exports.md",
     "frameworks.md",
+    "how-fast.md",
     "nothing-learns.md",
     "own-model.md",
     "peft-files.md",
