@@ -120,9 +120,9 @@ def result(found: Collected, rank: int) -> dict[str, Any]:
         f"A Llama with random weights in bfloat16, AdamW, rank {rank} on all kernels of the layers; the same sizes, "
         "batch, loss and rematerialization in both libraries. Steps are waited for one by one; times are medians, and "
         "the spread is the slowest less the fastest. What adapters learn is in float32 here, as it is by default, and "
-        "in bfloat16 in PEFT, whose default of float32 is slower. Operations are counted before compiling, the body "
-        "of a scan once and cuDNN's attention not at all; memory is what the compiler assigns here, and the most that "
-        "was allocated there.",
+        "in bfloat16 in PEFT, whose default of float32 is slower. Operations are those of matrix products, repeated "
+        "ones among them and cuDNN's attention not; memory is what the compiler assigns here, and the most that was "
+        "allocated there.",
         *missing,
         *(f"{_of(row)}: {row['variant']} failed: {' '.join(row['error'].split())}" for row in failed),
     ]
@@ -199,14 +199,35 @@ def _milliseconds(row: Mapping[str, Any]) -> list[str]:
 
 
 def _sizes(variants: Mapping[str, Mapping[str, Any]]) -> Rows:
-    rows = [["variant", "trained", "tokens/s", "memory", "operations, of full", "PEFT's tokens/s", "PEFT's memory"]]
+    rows = [
+        [
+            "variant",
+            "trained",
+            "tokens/s",
+            "memory",
+            "TFLOP/s",
+            "operations, of full",
+            "PEFT's tokens/s",
+            "PEFT's memory",
+        ]
+    ]
     for name, both in variants.items():
         ours, theirs = both.get(OURS, {}), both.get(PEFT, {})
         full = variants.get(_full(name), {}).get(OURS, {})
         operations = ours["flops"] / full["flops"] if "flops" in ours and "flops" in full else None
         values = {**theirs, **ours}.get("trainable_values")
         trained = "" if values is None else f"{values:,}"
-        rows.append([name, trained, *_speed(ours), number(operations, 3, absent=""), *_speed(theirs)])
+        rate = ours["flops"] / ours["step_ms"] / 1e9 if "flops" in ours else None
+        rows.append(
+            [
+                name,
+                trained,
+                *_speed(ours),
+                number(rate, 1, absent=""),
+                number(operations, 3, absent=""),
+                *_speed(theirs),
+            ]
+        )
     return rows
 
 
