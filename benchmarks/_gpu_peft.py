@@ -42,23 +42,22 @@ def make(variant: str, task: Task, device: str) -> Any:
     import transformers
 
     shape = SHAPES[task.shape]
-    config = transformers.LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.mlp_width,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.mlp_width,
+    }
+    options: dict[str, Any] = {"tie_word_embeddings": True, "attn_implementation": "sdpa", "use_cache": False}
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **options))
+    model = model.to(torch.bfloat16)
     if shape.remat:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    kind, *options = variant.split(PLUS)
+    kind, *behind = variant.split(PLUS)
     method = METHODS[kind]
     if method is not None:
         found = method(peft, task.rank, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"})
@@ -68,7 +67,7 @@ def make(variant: str, task: Task, device: str) -> Any:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     model.train()
-    return torch.compile(model) if COMPILE in options else model
+    return torch.compile(model) if COMPILE in behind else model
 
 
 def measure(variant: str, task: Task) -> dict[str, Any]:

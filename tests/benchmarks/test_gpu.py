@@ -103,6 +103,21 @@ def test_flash_attention_is_left_out_by_name_without_a_gpu(results):
     assert "tiny, subspace_jax: left out, its attention needs a GPU: lora + flash attention." in results["notes"]
 
 
+def test_flash_attention_is_cudnns(monkeypatch):
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def answered(*arrays, implementation=None, **options):
+        asked.append((implementation, options["is_causal"]))
+        return plain(*arrays, **options)
+
+    model = tiny_model()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answered)
+    row = _gpu_step.measure(lambda: model, "lora + flash attention", Task("tiny", (), RANK, 0.0))
+    assert row["flops"] == products("lora")
+    assert set(asked) == {("cudnn", True)}
+
+
 def test_a_failing_variant_is_a_row(capsys):
     _gpu_step.main(Task("tiny", ("pissa",), 1000, 0.0).text())
     row = json.loads(capsys.readouterr().out)
@@ -289,6 +304,7 @@ def test_all_that_is_asked_for_is_measured_once():
 @pytest.mark.parametrize("kind", ["dora", "oft", "randlora"])
 def test_methods_train_what_peft_trains(kind):
     model, method = tiny_model(), _gpu_step.METHODS[kind]
+    assert method is not None
     rules = {_gpu_step.KERNELS: method(RANK)}
     adapt = functools.partial(sj.adapt, rules=rules, key=jax.random.key(0), roles=model.roles)
     learned, _ = sj.partition(jax.eval_shape(adapt, model.params))
