@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -26,6 +26,7 @@ class Benchmark:
       run: makes JSON-able results of a configuration.
       tables: titles and rows, header first, of a result.
       charts: what of a result is drawn.
+      device: what it is for; on another it shows that it runs, and no more.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Benchmark:
     run: Callable[[Any, Console], dict[str, Any]]
     tables: Callable[[Mapping[str, Any]], Sequence[tuple[str, Rows]]]
     charts: Callable[[Mapping[str, Any]], Sequence[Chart | Roofline]] | None = None
+    device: Literal["cpu", "gpu"] = "cpu"
 
 
 def number(value: float | None, digits: int = 2, absent: str = "-") -> str:

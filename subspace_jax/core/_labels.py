@@ -63,6 +63,7 @@ def product(
     right_matrix = _matrix(right, right_labels, summed) if joinable else None
     if left_matrix is not None and right_matrix is not None:
         sizes = dict(zip(left_labels + right_labels, left.shape + right.shape, strict=True))
+        right_matrix = _thin_first(*right_matrix)
         axes = ((left_matrix[1],), (right_matrix[1],)), ((), ())
         out = lax.dot_general(left_matrix[0], right_matrix[0], axes, **options).reshape([sizes[n] for n in made])
         return out if made == out_labels else jnp.transpose(out, [made.index(n) for n in out_labels])
@@ -137,6 +138,18 @@ def _matrix(array: jax.Array, labels: Labels, summed: Sequence[str]) -> tuple[ja
     if labels[:count] == tuple(summed):
         return array.reshape(total, -1), 0
     return None
+
+
+def _thin_first(matrix: jax.Array, summed: int) -> tuple[jax.Array, int]:
+    """A thin matrix `[summed, free]` turned, which on a CPU makes its gradient a product with long rows.
+
+    The gradient of a factor sums over all tokens. As `[summed, free]` the CPU compiler makes it with its few columns
+    last, a slow product; turned, and held apart so that the turn is not undone, it has them first: a LoRA step of MiniLM
+    takes 0.93 of the time.
+    """
+    if summed or 4 * matrix.shape[1] > matrix.shape[0] or jax.default_backend() != "cpu":
+        return matrix, summed
+    return lax.optimization_barrier(matrix.T), 1
 
 
 def aligned(array: jax.Array, labels: Labels, out_labels: Labels) -> jax.Array:
