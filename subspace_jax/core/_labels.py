@@ -144,8 +144,8 @@ def _thin_first(matrix: jax.Array, summed: int) -> tuple[jax.Array, int]:
     """A thin matrix `[summed, free]` turned, which on a CPU makes its gradient a product with long rows.
 
     The gradient of a factor sums over all tokens. As `[summed, free]` the CPU compiler makes it with its few columns
-    last, a slow product; turned, and held apart so that the turn is not undone, it has them first: a LoRA step of MiniLM
-    takes 0.93 of the time.
+    last, a slow product; turned, and held apart so that the turn is not undone, it has them first: a LoRA step of
+    MiniLM takes 0.93 of the time.
     """
     if summed or 4 * matrix.shape[1] > matrix.shape[0] or jax.default_backend() != "cpu":
         return matrix, summed
