@@ -44,7 +44,7 @@ class Config:
     width: int = 512
     mlp_width: int = 2048
     layers: int = 2
-    channels: int = 256
+    channels: int = 64
     rank: int = 64
     every: int = 200
     rounds: int = 10
