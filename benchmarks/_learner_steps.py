@@ -16,6 +16,12 @@ from benchmarks._measure import combined, cost, interleaved, paired_ratio
 
 FULL = "full fine-tuning"
 GOAL = 1.3
+# How a learner's step can be had, by what it is called.
+WAYS: dict[str, dict[str, Any]] = {
+    "common width": {"width": "common"},
+    "bucketed": {"width": "bucketed"},
+    "bucketed, update only": {"width": "bucketed", "project_gradients": False},
+}
 
 
 def learners(loss: Callable[[Any, Any], jax.Array], k: int) -> dict[str, sj.continual.Learner]:
@@ -27,14 +33,9 @@ def learners(loss: Callable[[Any, Any], jax.Array], k: int) -> dict[str, sj.cont
     """
     adam = optax.adam(1e-3)
     found = {FULL: sj.continual.sequential_learner(loss, {"**": sj.full()}, adam)}
-    ways: dict[str, dict[str, Any]] = {
-        "common width": {"width": "common"},
-        "bucketed": {"width": "bucketed"},
-        "bucketed, update only": {"width": "bucketed", "project_gradients": False},
-    }
-    for name, options in ways.items():
+    for name, options in WAYS.items():
         found[f"GPM, {name}"] = sj.methods.gpm.learner(loss, "**", adam, **options)
-    for name, options in ways.items():
+    for name, options in WAYS.items():
         found[f"OSF, {name}"] = sj.methods.osf.learner(loss, "**", adam, tasks=1, preserved=lambda _: k, **options)
     return found
 

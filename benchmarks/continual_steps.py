@@ -15,18 +15,13 @@ from rich.console import Console
 
 import subspace_jax as sj
 from benchmarks._benchmark import Benchmark, Rows
+from benchmarks._learner_steps import GOAL, WAYS
 from benchmarks._measure import cost
 from experiments.continual.continual_text import ContinualTextConfig, load
 from experiments.runner import read_json
 from experiments.tasks.streams import StreamData
 
 RECORDED = Path(__file__).parents[1] / "experiments" / "results" / "continual_text.json"
-GOAL = 1.3
-WAYS: dict[str, dict[str, Any]] = {
-    "common width": {"width": "common"},
-    "bucketed": {"width": "bucketed"},
-    "bucketed, update only": {"width": "bucketed", "project_gradients": False},
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ from benchmarks._benchmark import Benchmark, Rows, number
 from benchmarks._charts import Chart
 from benchmarks._measure import paired_ratio
 from benchmarks._peft_steps import COMPILED, FULL, METHODS, Steps
+from subspace_jax.cli.doctor import KEEP_MEMORY
 
 # glibc then keeps what a step frees; by its defaults every step faults its temporaries in anew, in both libraries.
-KEPT = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000:glibc.malloc.arena_max=1"
-MEMORY = {"kept": {"GLIBC_TUNABLES": KEPT}, "default": {}}
+MEMORY = {"kept": {"GLIBC_TUNABLES": KEEP_MEMORY}, "default": {}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         f"Same pretrained weights, batch of {config.sequences} x {config.length} tokens, loss and Adam on the same "
         "kernels; JAX compiled once, PyTorch eager but for the row of torch.compile. Ratios are medians over rounds in "
         "which all ran one after the other. Full fine-tuning here joins tokens as LoRA does, which makes it a quarter "
-        "faster and LoRA's share of it larger. `kept` is GLIBC_TUNABLES=" + KEPT + " for both libraries: `faults` are "
+        "faster and LoRA's share of it larger. `kept` is GLIBC_TUNABLES="
+        + KEEP_MEMORY
+        + " for both libraries: `faults` are "
         "pages that the system had to hand out in a step, `system` its time for them. RandLoRA's sizes are PEFT's "
         "defaults; OSF freezes half of the singular triples. Goals: of eager PEFT's time at most 0.75 for LoRA on two "
         "threads, 0.8 on one, 0.9 for every other method and for LoRA beside torch.compile.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from benchmarks._benchmark import Benchmark, Rows
 from benchmarks._charts import Roofline
 from benchmarks._measure import interleaved
 from benchmarks._peft_steps import FULL, METHODS, Batch, JaxRun, PeftRun, Steps
+from experiments.runner import environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if unknown:
         raise SystemExit(f"methods={','.join(unknown)}: choose from {', '.join(METHODS)}.")
     chosen = config.methods or tuple(METHODS)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {name: getattr(config, name) for name in ("sequences", "length", "rank", "rounds")}
-    steps = Steps(**shared, methods=chosen, threads=cores, compile_peft=False)
+    steps = Steps(**shared, methods=chosen, threads=environment()["cores"], compile_peft=False)
     batch = Batch.of(steps)
     console.print("  the machine's limits")
     limits = {"flops": _most_flops(config.side), "bytes": _most_bytes(config.values)}

@@ -63,9 +63,8 @@ class LayerView(NamedTuple):
 
     def at(self, windowed: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Returns sines, cosines and mask of a layer, which has the window where `windowed` is true."""
-        everywhere = (self.sin, self.cos, self.mask)
         if windowed is None or self.near is None or self.mask is None:  # a window always has a mask
-            return everywhere
+            return self.sin, self.cos, self.mask
         far = (self.sin, self.cos, self.mask)
         sin, cos, mask = (jnp.where(windowed, one, other) for one, other in zip(self.near, far, strict=True))
         return sin, cos, mask
