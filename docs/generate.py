@@ -9,7 +9,7 @@ from pathlib import Path
 import experiments
 import subspace_jax as sj
 from docs.method_page import functions, main_functions, method_page, short_name, summary
-from docs.results import benchmark_table, experiment_table, figures_of_adapters, step_table
+from docs.results import benchmark_table, experiment_table, figures_of_the_league, league_table, step_table
 from experiments import runner
 from experiments.runner import markdown_table
 
@@ -31,29 +31,29 @@ def methods() -> str:
 
 def all_methods() -> str:
     """Returns the table of all methods with their figures, to be sorted by a click on a column's head."""
-    measured = figures_of_adapters()
-    head = ["method", "family", "accuracy %", "trained", "saved", "time", "what its experiment shows"]
-    rows = []
+    columns, measured = figures_of_the_league()
+    rows = [["method", "family", *columns, "what its experiment shows"]]
     for source in sj.catalogue():
-        accuracy, trained, saved, _, time, _ = measured.get(source.slug, ["", "", "", "", "", ""])
         link, family = f"[{source.slug}](methods/{source.slug}.md)", source.family.replace("_", " ")
-        claim = runner.find(source.experiment).claim
-        rows.append([link, family, accuracy, trained, saved, time, claim])
-    return markdown_table([head, *rows])
+        cells = measured.get(source.slug, [""] * len(columns))
+        rows.append([link, family, *cells, runner.find(source.experiment).claim])
+    return markdown_table(rows)
 
 
 def experiments_table() -> str:
     """Returns every experiment with its claim and its command."""
-    found = [(f, name) for f, name in runner.by_family(experiments) if name not in ("quickstart", "adapters")]
     rows = [["family", "experiment", "what it shows"]]
-    rows += [[family.replace("_", " "), f"`{name}`", runner.find(name).claim] for family, name in found]
+    for family, name in runner.by_family(experiments):
+        if name != "quickstart":
+            rows.append([family.replace("_", " "), f"`{name}`", runner.find(name).claim])
     return markdown_table(rows)
 
 
 PARTS: dict[str, Callable[[], str]] = {
     "all_methods": all_methods,
     "experiments": experiments_table,
-    "adapters": lambda: experiment_table("adapters"),
+    "league": league_table,
+    "league_top": lambda: league_table(8),
     "quickstart": lambda: experiment_table("quickstart"),
     "lora_step": step_table,
     "optimizers": lambda: benchmark_table("optimizers"),
@@ -67,8 +67,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "gcr_fashion": lambda: experiment_table("gcr_fashion"),
 }
 
-PAGES = tuple(
-    f"docs/{name}.md" for name in ("continual-learning", "experiments", "benchmarks", "how-fast", "which-method")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("continual-learning", "experiments", "benchmarks", "how-fast", "which-method")),
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import benchmarks
 from experiments import runner
 from experiments.runner import human_bytes, markdown_table, read_json
+from experiments.tasks.league import overview
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,11 +76,24 @@ def benchmark_table(name: str) -> str:
     return "\n\n".join([tables, *result.get("notes", ()), note])
 
 
-def figures_of_adapters() -> dict[str, list[str]]:
-    """Returns for each method that the comparison on one task has: accuracy, values, file and times, as its table says.
+def league_table(methods: int | None = None) -> str:
+    """Returns the recorded league with a line per method: accuracy on every task, and what it costs.
 
-    The columns are those of `experiments/adapters.py`, without the name.
+    Args:
+      methods: how many of the best to show; all, with the table of every task, if None.
     """
-    result = read_json(ROOT / "experiments" / "results" / "adapters.json")
-    _, *rows = runner.find("adapters").rows(result)
-    return {str(name): [str(cell) for cell in cells] for name, *cells in rows}
+    result = _league()
+    lines = overview(result)
+    if methods is not None:
+        return markdown_table(lines[: 1 + methods])
+    return f"{markdown_table(lines)}\n\n{experiment_table('league')}"
+
+
+def figures_of_the_league() -> tuple[list[str], dict[str, list[str]]]:
+    """Returns the head of the league's table without the method, and for each method that is in it its cells."""
+    head, *lines = overview(_league())
+    return list(head[1:]), {str(name): [str(cell) for cell in cells] for name, *cells in lines}
+
+
+def _league() -> Any:
+    return read_json(ROOT / "experiments" / "results" / "league.json")

@@ -37,21 +37,12 @@ SPT, RandLoRA, S2FT, SNELL and SNELLA at most one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.runner import (
-    Context,
-    Experiment,
-    Tuning,
-    best_runs,
-    human_bytes,
-    mean_and_spread,
-    read_json,
-    with_spread,
-)
-from experiments.tasks.league import ARMS, CausalJob, Job, TextClasses, VisionClasses
+from experiments.runner import Context, Experiment, Tuning, best_runs, read_json
+from experiments.tasks.league import ARMS, CausalJob, Job, TextClasses, VisionClasses, plot, rows
 from experiments.tasks.league._run import Entrant, unpack
 
 RECORD = Path(__file__).parent / "results" / "league.json"
@@ -164,78 +155,6 @@ def _race(
     results["tuning"] += [{**one, "arm": f"{job.name}, {name}"} for one in tuning]
     results["cells"] += [entrant.cell(rate, seed) for seed in config.seeds]
     results["costs"].append(entrant.costs(baseline, config.rounds))
-
-
-def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """Returns one line per method and task, the most accurate first; costs are relative to LoRA's."""
-    header = [
-        "task",
-        "method",
-        "accuracy %",
-        "forgotten",
-        "trained",
-        "saved",
-        "operations",
-        "time",
-        "memory",
-        "start, s",
-    ]
-    table = [header]
-    for task, before in results["before"].items():
-        lines = [_line(results, task, name, before["retained"]) for name in _methods(results, task)]
-        table += [line for _, line in sorted(lines, key=lambda pair: -pair[0])]
-    return table
-
-
-def _methods(results: Mapping[str, Any], task: str) -> list[str]:
-    return list(dict.fromkeys(c["method"] for c in results["cells"] if c["task"] == task))
-
-
-def _cells(results: Mapping[str, Any], task: str, method: str) -> list[Mapping[str, Any]]:
-    return [c for c in results["cells"] if (c["task"], c["method"]) == (task, method)]
-
-
-def _line(results: Mapping[str, Any], task: str, method: str, before: float) -> tuple[float, list[str]]:
-    """Mean accuracy, and the line of one method on one task."""
-    cells = _cells(results, task, method)
-    costs = {c["method"]: c for c in results["costs"] if c["task"] == task}
-    accuracy = [c["accuracy"] for c in cells]
-    lora = costs.get("lora", costs[method])
-    return mean_and_spread(accuracy)[0], [
-        task,
-        method,
-        with_spread(accuracy),
-        with_spread([before - c["retained"] for c in cells]),
-        f"{cells[0]['trainable']:,}",
-        human_bytes(cells[0]["saved_bytes"]),
-        f"{costs[method]['step_flops'] / lora['step_flops']:.2f}",
-        f"{costs[method]['time_ratio']:.2f}",
-        f"{costs[method]['memory_bytes'] / 2**20:.0f} MiB",
-        # The first start compiles; the others show what remains.
-        f"{min(c['start_seconds'] for c in cells):.1f}",
-    ]
-
-
-def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Draws accuracy over what was forgotten, a panel for each task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks = results["before"]
-    figure, panels = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 5), layout="constrained", squeeze=False)
-    for axes, (task, before) in zip(panels[0], tasks.items(), strict=True):
-        for method in _methods(results, task):
-            cells = _cells(results, task, method)
-            lost, lost_spread = mean_and_spread([100 * (before["retained"] - c["retained"]) for c in cells])
-            mean, spread = mean_and_spread([100 * c["accuracy"] for c in cells])
-            axes.errorbar(lost, mean, spread, lost_spread, marker="o", markersize=4, elinewidth=0.5)
-            axes.annotate(method, (lost, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
-        axes.set(title=task, xlabel=f"points forgotten: {before['known']}", ylabel="test accuracy %")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 EXPERIMENT = Experiment(

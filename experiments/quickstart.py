@@ -7,8 +7,8 @@ on the validation split, with a seed that the experiment does not use, of a grid
 
     python -m experiments run quickstart --set tune=True
 
-Every trained adapter is saved, loaded again onto the pretrained parameters and merged; the logits of the merged
-model must equal those of the adapted one on the test split. The first LoRA is written for PyTorch's PEFT, too.
+Every trained adapter is saved, loaded again onto the pretrained parameters and merged; this model is judged, and its
+logits must equal those of the adapted one on the longest test reviews. The first LoRA is written for PyTorch's PEFT.
 
     python -m experiments quickstart
 
@@ -161,7 +161,8 @@ def _cell(job: TextJob, config: QuickstartConfig, method: str, seed: int, contex
     params, adapted = _start(job, config, method, seed)
     rate = config.learning_rates[METHODS.index(method)]
     trainer = job.trainer(method, rate)
-    trained, accuracy, logits = job.train(trainer, adapted, seed, f"{job.name} {method} seed {seed}", context)
+    title = f"{job.name} {method} seed {seed}"
+    trained = job.train(trainer, adapted, seed, title, context)
     saved = context.folder / "adapters" / f"{job.name}-{method}-{seed}.safetensors"
     saved.parent.mkdir(exist_ok=True)
     # A residual base is as large as the model; as the equivalent LoRA only factors are stored.
@@ -170,13 +171,11 @@ def _cell(job: TextJob, config: QuickstartConfig, method: str, seed: int, contex
         folder = saved.with_name(f"{saved.stem}-peft")
         sj.save_peft(folder, trained.adapted, params, NAMES, task_type="SEQ_CLS", overwrite=True)
     merged = sj.merge(sj.load_adapter(saved, params))
-    merged_accuracy, merged_logits = evaluate(job.logits, merged, job.held_out("test"))
-    difference = float(np.abs(merged_logits - logits).max())
-    if merged_accuracy != accuracy or difference > 1e-3 * max(1.0, float(np.abs(logits).max())):
-        raise RuntimeError(
-            f"{saved}: the merged model differs from the adapted one: logits by {difference:.2e}, accuracy "
-            f"{merged_accuracy} against {accuracy}."
-        )
+    accuracy, logits = evaluate(job.logits, merged, job.held_out("test"))
+    context.console.print(f"{title}: {100 * accuracy:.1f} % of test reviews, saved, loaded and merged")
+    difference = _difference(job, trained.adapted, logits)
+    if difference > 1e-3 * max(1.0, float(np.abs(logits).max())):
+        raise RuntimeError(f"{saved}: logits of the merged model differ from the adapted one's by {difference:.2e}.")
     return {
         "task": job.name,
         "method": method,
@@ -191,6 +190,12 @@ def _cell(job: TextJob, config: QuickstartConfig, method: str, seed: int, contex
         "merged_difference": difference,
         "majority": float(np.bincount(job.task["test"].labels).max() / len(job.task["test"].labels)),
     }
+
+
+def _difference(job: TextJob, adapted: Any, logits: np.ndarray) -> float:
+    """How far the merged model's logits are from the adapted one's, on the longest test texts."""
+    *_, last = job.held_out("test")
+    return float(np.abs(np.asarray(job.logits(adapted, last)) - logits[-len(last["labels"]) :]).max())
 
 
 def _tune(config: QuickstartConfig, context: Context) -> list[dict[str, Any]]:

@@ -71,12 +71,12 @@ def test_report_without_results_says_how_to_make_one_and_shows_the_recorded_leag
 
 def test_report_shows_the_league_first_and_one_s_own_before_the_recorded(tmp_path):
     record = Path(experiments.__file__).parent / "results"
-    for name in ("adapters", "league"):
+    for name in ("quickstart", "league"):
         (tmp_path / name).mkdir()
         shutil.copy(record / f"{name}.json", tmp_path / name / "result.json")
     runner.main(["report", "--out", str(tmp_path), "--write", str(tmp_path / "report.md")])
     headings = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("## ")]
-    assert headings == ["## league", "## adapters"]
+    assert headings == ["## league", "## quickstart"]
 
 
 @pytest.mark.parametrize("name", runner.names())

@@ -8,5 +8,20 @@ from experiments.tasks.league._causal import CausalJob as CausalJob
 from experiments.tasks.league._classify import TextClasses as TextClasses
 from experiments.tasks.league._classify import VisionClasses as VisionClasses
 from experiments.tasks.league._job import Job as Job
+from experiments.tasks.league._table import overview as overview
+from experiments.tasks.league._table import plot as plot
+from experiments.tasks.league._table import rows as rows
 
-__all__ = ["ARMS", "Arm", "Budget", "CausalJob", "Job", "TextClasses", "VisionClasses", "find_budget"]
+__all__ = [
+    "ARMS",
+    "Arm",
+    "Budget",
+    "CausalJob",
+    "Job",
+    "TextClasses",
+    "VisionClasses",
+    "find_budget",
+    "overview",
+    "plot",
+    "rows",
+]
