@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import subspace_jax as sj
-from subspace_jax.core import SubspaceError, Weight, leaves_with_paths
+from subspace_jax.core import SubspaceError, Weight, leaves_with_paths, path_string
 
 from .kernels import KERNELS, loss, make_inputs, make_params, model
 from .methods import METHODS, PARAMETERIZATIONS, adapt, fresh, supported, trained
@@ -188,6 +189,17 @@ def test_partition_and_combine_are_inverse(case):
     chex.assert_trees_all_equal(sj.combine(trainable, frozen), trained(case))
     count = len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen))
     assert count == len(jax.tree.leaves(trained(case)))
+
+
+def test_parts_of_a_partition_have_the_shardings_of_the_whole(case):
+    adapted, mesh = fresh(case), jax.make_mesh((1,), ("model",))
+    specs = {path: P(*(None,) * (leaf.ndim - 1), "model") for path, leaf in leaves_with_paths(make_params())}
+    specs = jax.tree_util.tree_map_with_path(lambda path, _: specs[path_string(path)], make_params())
+    whole = dict(jax.tree_util.tree_leaves_with_path(sj.shardings(adapted, specs, mesh)))
+    parts = [sj.shardings(part, specs, mesh) for part in sj.partition(adapted)]
+    found = [pair for part in parts for pair in jax.tree_util.tree_leaves_with_path(part)]
+    assert len(found) == len(whole)
+    assert {path: one for path, one in found if whole[path] != one} == {}
 
 
 def test_flattening_and_unflattening_are_inverse(whole):

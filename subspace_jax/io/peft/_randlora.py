@@ -134,6 +134,7 @@ def unpack_randlora(reading: Reading) -> dict[str, Weight]:
             scale=reading.settings.number("randlora_alpha") / rank,
             pairing="peft",
             dropout=reading.settings.probability("randlora_dropout"),
+            sides=place.role.sizes(array.shape),
             **reading.fields(place),
             trainable=("rank_scales", "feature_scales"),
             links=tuple((name, owner, name) for name in RandomBases.regenerated) if owner else (),

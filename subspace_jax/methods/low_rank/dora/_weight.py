@@ -72,7 +72,7 @@ class Magnitude(Weight):
 
     def partition_specs(self, spec: PartitionSpec, *, exact: bool = False) -> Magnitude:
         """Returns the specs of the parts; a split of the input axes would cut columns whose length is needed."""
-        entries = (*spec, *(None,) * (self.ndim - len(spec)))
+        entries = (*spec, *(None,) * (len(self.role.order) - len(spec)))  # a part of a partition has no shape
         if exact and any(entries[i] is not None for i in self.role.in_axes):
             raise RoleError(
                 f"Magnitude of shape {self.shape}: split {spec} on input axes {self.role.in_axes} inside a "

@@ -155,6 +155,7 @@ def randlora(
             pairing=pairing,
             route=route,
             dropout=dropout,
+            sides=role.sizes(array.shape),
             role=role,
             dtype=array.dtype,
             trainable=("rank_scales", "feature_scales"),

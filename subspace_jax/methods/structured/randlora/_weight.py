@@ -43,6 +43,8 @@ class RandomBases(Weight):
       route: "factored" multiplies with the bases one after the other, "materialized" forms the sum first, "auto"
         takes what costs fewer operations for the input at hand, backward pass included.
       dropout: probability of dropping an input of the sum of bases, where `dropout_key` is set.
+      sides: inputs and outputs of a matrix, which the part of a partition without `base` cannot tell; those of the
+        shape if None, as in files of earlier releases.
     """
 
     base: jax.Array | Weight
@@ -59,13 +61,14 @@ class RandomBases(Weight):
     pairing: Pairing = static(default="paper")
     route: Route = static(default="auto")
     dropout: float = static(default=0.0)
+    sides: tuple[int, int] | None = static(default=None)
 
     regenerated: ClassVar[tuple[str, ...]] = ("basis_a", "basis_b")
 
     @property
     def axes(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Names of the axes; which side of the weight the scales and bases follow depends on its shape."""
-        inputs, outputs = self.role.sizes(self.shape)
+        inputs, outputs = self.sides or self.role.sizes(self.shape)
         small, large = ("in", "out") if inputs <= outputs else ("out", "in")
         _, _, largest, smallest = self.bases_shape
         # A basis that other weights need longer is not split as this one's side is.
