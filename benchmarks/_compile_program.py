@@ -5,13 +5,10 @@ Usage: python -m benchmarks._compile_program SETTINGS VARIANT, where SETTINGS is
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
-import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,37 +19,28 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import subspace_jax as sj
-from benchmarks._collectives import Operation, collectives, product_flops, totals
+from benchmarks._collectives import collectives, product_flops, totals
+from benchmarks._layout import held_bytes, of_weights, spec, weight_shapes, with_shardings
 from benchmarks._models import cross_entropy
-from subspace_jax.core import leaves_with_paths, matches
 from subspace_jax.models import Llama, LlamaConfig
 from subspace_jax.training import TrainState, init_train_state, make_mesh, make_train_step
 
 KERNELS = "decoder/**/kernel"
-
-# Each frozen matrix is split over both axes of the mesh: fully sharded over "data", by heads and hidden units over
-# "model".
-SPECS = {
-    "embedding/embedding": P("model", "data"),
-    "**/attention/output/kernel": P(None, "model", None, "data"),
-    "**/attention/*/kernel": P(None, "data", "model", None),
-    "**/mlp/down/kernel": P(None, "model", "data"),
-    "**/mlp/*/kernel": P(None, "data", "model"),
-    "head/kernel": P("data", "model"),
-    "**": P(),
-}
-
+# Ends the names of variants that compile what `adapt` does, instead of a step.
+START = " start"
 
 # Layers whose inputs are split over "data", and those whose inputs are split over "model".
 INWARD = "decoder/**/{query,key,value,gate,up}/kernel"
 OUTWARD = "decoder/**/{output,down}/kernel"
 
+Rules = Mapping[str, sj.Method]
 Make = Callable[[Any], optax.GradientTransformation]
 
 
-def methods(settings: dict[str, Any]) -> dict[str, tuple[dict[str, sj.Method], Make]]:
+def methods(settings: Mapping[str, Any], roles: Any) -> dict[str, tuple[Rules, Make]]:
     """Returns the rules of every variant that trains, and a function from the frozen tree to the optimizer."""
     rank, (data, model) = settings["rank"], settings["mesh"]
+    directions = settings["directions"]
 
     def adam(_: Any) -> optax.GradientTransformation:
         return optax.adam(1e-4)
@@ -60,71 +48,27 @@ def methods(settings: dict[str, Any]) -> dict[str, tuple[dict[str, sj.Method], M
     def lift_adam(_: Any) -> optax.GradientTransformation:
         return sj.methods.lift.lift_adam(1e-4)
 
+    def galore(_: Any) -> optax.GradientTransformation:
+        return sj.galore(1e-4, directions, decomposition="randomized", roles=roles)
+
+    def dct_adam(_: Any) -> optax.GradientTransformation:
+        return sj.dct_adam(1e-4, directions, roles=roles)
+
     def in_blocks(rows: int, cols: int) -> sj.Method:
         return sj.lift(rank, filter_rank=rank, svd="randomized", blocks=(rows, cols), keep_formed=settings["remat"])
 
     return {
         "norms": ({"**/scale": sj.full()}, adam),
         "lora": ({KERNELS: sj.lora(rank)}, adam),
+        "dora": ({KERNELS: sj.dora(sj.lora(rank))}, adam),
         "pissa": ({KERNELS: sj.pissa(rank)}, adam),
         "lift": ({KERNELS: in_blocks(1, 1)}, lift_adam),
         "lift_blocks": ({INWARD: in_blocks(data, model), OUTWARD: in_blocks(model, data)}, lift_adam),
         "osf": ({KERNELS: sj.osf(0.5)}, lambda frozen: sj.methods.osf.projection(adam(frozen), frozen)),
+        "galore": ({KERNELS: sj.full()}, galore),
+        "dct": ({KERNELS: sj.full()}, dct_adam),
         "full": ({"**": sj.full()}, adam),
     }
-
-
-def spec(path: str) -> P:
-    """Returns how the array at a path is split."""
-    return next(found for pattern, found in SPECS.items() if matches(pattern, path))
-
-
-def with_shardings(tree: Any, shardings: Any) -> Any:
-    """Returns shapes that say where their arrays lie."""
-    return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, shardings)
-
-
-def held_bytes(tree: Any) -> int:
-    """Returns the bytes of a tree on one device."""
-    return sum(math.prod(v.sharding.shard_shape(v.shape)) * v.dtype.itemsize for v in jax.tree.leaves(tree))
-
-
-def weight_shapes(params: Any) -> set[tuple[int, ...]]:
-    """Returns the shapes that a gathered matrix of the base can have on a device: split over one axis, or whole.
-
-    Sorted sizes above one, since the compiler transposes and joins axes.
-    """
-    found = set()
-    for path, leaf in leaves_with_paths(params):
-        if not path.endswith(("kernel", "embedding")):
-            continue
-        sizes = [(n, entry) for n, entry in zip(leaf.shape, spec(path), strict=True) if entry is not None or n > 1]
-        if "layers" in path:
-            sizes = sizes[1:]
-        split = [i for i, (_, entry) in enumerate(sizes) if entry]
-        mesh = jax.sharding.get_mesh().shape
-        for count in range(len(split)):
-            for kept in itertools.combinations(split, count):
-                dims = [n // mesh[entry] if i in kept else n for i, (n, entry) in enumerate(sizes)]
-                joined = [dims] if len(dims) == 2 else [dims, _join(sizes, dims)]
-                found |= {tuple(sorted(n for n in one if n > 1)) for one in joined}
-    return found
-
-
-def _join(sizes: Sequence[tuple[int, Any]], dims: Sequence[int]) -> list[int]:
-    """Heads and their size as one axis."""
-    heads = 1 if sizes[-1][1] is None else 0
-    return [*dims[:heads], dims[heads] * dims[heads + 1], *dims[heads + 2 :]]
-
-
-def of_weights(found: Iterable[tuple[Operation, int]], shapes: set[tuple[int, ...]]) -> list[tuple[Operation, int]]:
-    """Returns those results of collectives that are a matrix of the base, or more of one than a device holds."""
-    kept = []
-    for operation, times in found:
-        results = tuple(one for one in operation.shapes if tuple(sorted(n for n in one[1] if n > 1)) in shapes)
-        if results:
-            kept.append((dataclasses.replace(operation, shapes=results), times))
-    return kept
 
 
 # How the results of layers lie: sequences over "data", heads and hidden units over "model". Without it the compiler
@@ -137,18 +81,26 @@ LAYOUTS = {
 }
 
 
-def lay_out(function: Callable[..., Any], arguments: Any, options: Any, context: nn.module.InterceptorContext) -> Any:
-    """Names the layout of what a layer of the model returns; for `flax.linen.intercept_methods`."""
-    out = function(*arguments, **options)
-    if context.method_name == "__call__" and (found := LAYOUTS.get(context.module.name or "")):
-        return jax.lax.with_sharding_constraint(out, found)
-    return out
+# For rows that are batches of their own: what splits the sequences is left to the compiler.
+OF_ONE_ROW = {name: P(None, *entries[1:]) for name, entries in LAYOUTS.items()}
+
+
+def lay_out(layouts: Mapping[str, P]) -> Callable[..., Any]:
+    """Returns what names the layout of each layer's result; for `flax.linen.intercept_methods`."""
+
+    def laid_out(function: Callable[..., Any], arguments: Any, options: Any, context: Any) -> Any:
+        out = function(*arguments, **options)
+        if context.method_name == "__call__" and (found := layouts.get(context.module.name or "")):
+            return jax.lax.with_sharding_constraint(out, found)
+        return out
+
+    return laid_out
 
 
 class Setting:
     """The model, its abstract parameters and the batch."""
 
-    def __init__(self, settings: dict[str, Any], mesh: Mesh) -> None:
+    def __init__(self, settings: Mapping[str, Any], mesh: Mesh) -> None:
         half = jnp.bfloat16
         self.model = Llama(
             LlamaConfig(
@@ -156,7 +108,7 @@ class Setting:
                 width=settings["width"],
                 num_layers=settings["layers"],
                 num_heads=settings["heads"],
-                num_kv_heads=settings["heads"],
+                num_kv_heads=settings["kv_heads"] or settings["heads"],
                 mlp_width=settings["mlp_width"],
                 max_positions=settings["length"],
                 tie_embeddings=False,
@@ -173,9 +125,9 @@ class Setting:
             lambda path, _: spec(jax.tree_util.keystr(path, simple=True, separator="/")), self.params
         )
 
-    def apply(self, params: Any, tokens: jax.Array) -> Any:
+    def apply(self, params: Any, tokens: jax.Array, layouts: Mapping[str, P] = LAYOUTS) -> Any:
         """Logits."""
-        with nn.intercept_methods(lay_out):
+        with nn.intercept_methods(lay_out(layouts)):
             return self.model.apply({"params": params}, tokens)
 
     def loss(self, adapted: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:
@@ -189,16 +141,52 @@ class Setting:
 
     def forward(self) -> tuple[Any, dict[str, Any]]:
         """The loss of the model alone, lowered."""
-        half = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), self.params)
-        params = self.placed(half)
+        params = self._base()
         lowered = jax.jit(lambda p, t: cross_entropy(self.apply(p, t), jnp.roll(t, -1, axis=1))).lower(
             params, self.tokens
         )
         return lowered, {"frozen_bytes": held_bytes(params), "trainable_bytes": 0, "optimizer_bytes": 0}
 
-    def step(self, rules: dict[str, sj.Method], make: Make) -> tuple[Any, dict[str, Any]]:
+    def roles(self) -> Any:
+        """What each array is used for, by one abstract trace."""
+        return sj.roles(self.apply, self.params, self.tokens)
+
+    def start(self, rules: Rules, roles: Any) -> tuple[Any, dict[str, Any]]:
+        """What makes the adapted tree of the base where it lies, lowered."""
+
+        def start(params: Any) -> Any:
+            return sj.adapt(params, rules, key=jax.random.key(1), roles=roles)
+
+        base = self._base()
+        adapted = self.placed(jax.eval_shape(start, base))
+        lowered = jax.jit(start, out_shardings=jax.tree.map(lambda v: v.sharding, adapted)).lower(base)
+        trainable, frozen = sj.partition(adapted)
+        sizes = {"frozen_bytes": held_bytes(frozen), "trainable_bytes": held_bytes(trainable), "optimizer_bytes": 0}
+        return lowered, sizes
+
+    def bank(self, rules: Rules, roles: Any, adapters: int) -> tuple[Any, dict[str, Any]]:
+        """The loss of a batch whose rows use different adapters, lowered."""
+
+        def made(params: Any) -> Any:
+            one = sj.adapt(params, rules, key=jax.random.key(1), roles=roles)
+            return sj.bank(params, [one] * adapters)
+
+        stacked = self.placed(jax.eval_shape(made, self._base()))
+        rows = jax.ShapeDtypeStruct(self.tokens.shape[:1], jnp.int32, sharding=self.tokens.sharding)
+
+        def loss(stacked: Any, rows: jax.Array, tokens: jax.Array) -> jax.Array:
+            apply = sj.per_row(lambda params, row: self.apply(params, row, OF_ONE_ROW))
+            return cross_entropy(apply(stacked, rows, tokens), jnp.roll(tokens, -1, axis=1))
+
+        lowered = jax.jit(loss).lower(stacked, rows, self.tokens)
+        return lowered, {"frozen_bytes": held_bytes(stacked), "trainable_bytes": 0, "optimizer_bytes": 0}
+
+    def _base(self) -> Any:
+        """The parameters as they are kept, in bfloat16, where they lie."""
+        return self.placed(jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), self.params))
+
+    def step(self, rules: Rules, make: Make, roles: Any) -> tuple[Any, dict[str, Any]]:
         """A training step, lowered."""
-        roles = sj.roles(self.apply, self.params, self.tokens)
 
         def start(params: Any) -> TrainState:
             adapted = sj.adapt(params, rules, key=jax.random.key(1), roles=roles)
@@ -224,6 +212,19 @@ class Setting:
         }
 
 
+def _lowered(setting: Setting, settings: Mapping[str, Any], variant: str) -> tuple[Any, dict[str, Any]]:
+    """A training step of a method, its start, a batch through a bank of adapters, or the model alone."""
+    if variant == "forward":
+        return setting.forward()
+    roles = setting.roles()
+    known = methods(settings, roles)
+    if variant == "bank":
+        return setting.bank(known["lora"][0], roles, settings["adapters"])
+    if variant.endswith(START):
+        return setting.start(known[variant.removesuffix(START)][0], roles)
+    return setting.step(*known[variant], roles)
+
+
 def measure(settings: dict[str, Any], variant: str) -> dict[str, Any]:
     """Returns what one variant's compiled program holds, computes and sends."""
     data, model = settings["mesh"]
@@ -231,7 +232,7 @@ def measure(settings: dict[str, Any], variant: str) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         start = time.perf_counter()
         setting = Setting(settings, mesh)
-        lowered, sizes = setting.forward() if variant == "forward" else setting.step(*methods(settings)[variant])
+        lowered, sizes = _lowered(setting, settings, variant)
         traced = time.perf_counter()
         compiled = lowered.compile()
         ended = time.perf_counter()

@@ -21,6 +21,7 @@ KEYS = ("count", "bytes")
 # A matrix that is moved is a weight; one that is summed over devices is a gradient.
 MOVES = ("all-gather", "all-to-all", "collective-permute")
 SUMS = ("all-reduce", "reduce-scatter")
+WITHOUT_FROZEN_KERNELS = ("galore", "dct", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,28 +31,37 @@ class Config:
     Attributes:
       sequences: sequences in a batch, over all devices.
       length: tokens in a sequence.
-      rank: of LoRA and PiSSA, and the budget of LIFT as such a rank.
+      kv_heads: heads of keys and values; `heads` if None.
+      rank: of LoRA, DoRA, PiSSA and the bank's adapters, and the budget of LIFT as such a rank.
+      directions: of GaLore and DCT-Adam in each matrix.
+      adapters: in the bank.
       mesh: devices along "data" and "model".
-      variants: what is compiled, one after the other.
+      variants: what is compiled, one after the other; "pissa start" is what `adapt` does.
     """
 
     vocabulary: int = 32000
     width: int = 4096
     heads: int = 32
+    kv_heads: int | None = None
     mlp_width: int = 11008
     layers: int = 32
     remat: bool = True
     sequences: int = 32
     length: int = 2048
     rank: int = 16
+    directions: int = 128
+    adapters: int = 64
     mesh: tuple[int, ...] = (16, 16)
-    variants: tuple[str, ...] = ("forward", "norms", "lora", "pissa", "lift", "lift_blocks", "osf", "full")
+    variants: tuple[str, ...] = (
+        *("forward", "norms", "lora", "dora", "pissa", "lift", "lift_blocks", "osf", "galore", "dct", "full", "bank"),
+        *("lora start", "pissa start"),
+    )
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Compiles every variant in a process of its own, whose number of devices is fixed when it starts."""
     if len(config.mesh) != 2:
-        raise SystemExit(f"compile_7b: mesh={config.mesh}; expected two sizes, of data and model.")
+        raise SystemExit(f"mesh={config.mesh}; expected two sizes, of data and model.")
     devices = config.mesh[0] * config.mesh[1]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
@@ -62,7 +72,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         root = Path(__file__).parents[1]
         done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"compile_7b: {variant} failed:\n{done.stderr[-3000:]}")
+            raise SystemExit(f"{variant} failed:\n{done.stderr[-3000:]}")
         measured[variant] = json.loads(done.stdout.splitlines()[-1])
         seconds = measured[variant]["compile_seconds"]
         console.print(f"  {variant}: compiled for {devices} devices in {seconds:.0f} s")
@@ -80,13 +90,17 @@ def _notes(measured: Mapping[str, Any]) -> list[str]:
         "matrices needs. A collective is one on a matrix if its result has the shape of one of the base, whole or "
         "split over one axis of the mesh only; gradients of matrices have the same shapes and are summed.",
     ]
-    allowed = measured.get("norms")
-    if allowed is not None:
-        for name, values in measured.items():
-            if name not in ("forward", "norms", "full"):
-                count, size = (_of_matrices(values, MOVES)[key] - _of_matrices(allowed, MOVES)[key] for key in KEYS)
-                more = f"{count:+d} collectives, {size / 2**30:+.2f} GiB"
-                notes.append(f"`{name}` moves frozen matrices by {more} against `norms`.")
+    for name, values in measured.items():
+        least = measured.get("forward" if name == "bank" else "norms")
+        if name.endswith(" start"):
+            count, size = (_of_matrices(values, MOVES)[key] for key in KEYS)
+            notes.append(f"`{name}` gathers {count} matrices of the base, {size / 2**30:.2f} GiB.")
+        elif least is not None and name not in ("forward", "norms", *WITHOUT_FROZEN_KERNELS):
+            count, size = (_of_matrices(values, MOVES)[key] - _of_matrices(least, MOVES)[key] for key in KEYS)
+            more = f"{count:+d} collectives, {size / 2**30:+.2f} GiB"
+            notes.append(
+                f"`{name}` moves frozen matrices by {more} against `{'forward' if name == 'bank' else 'norms'}`."
+            )
     return notes
 
 
