@@ -91,7 +91,8 @@ def _notes(measured: Mapping[str, Any]) -> list[str]:
         "split over one axis of the mesh only; gradients of matrices have the same shapes and are summed.",
     ]
     for name, values in measured.items():
-        least = measured.get("forward" if name == "bank" else "norms")
+        beside = "forward" if name == "bank" else "norms"
+        least = measured.get(beside)
         if name.endswith(" start"):
             count, size = (_of_matrices(values, MOVES)[key] for key in KEYS)
             notes.append(f"`{name}` gathers {count} matrices of the base, {size / 2**30:.2f} GiB.")
