@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import subspace_jax as sj
 from experiments import league, runner
-from experiments.runner import read_json
-from experiments.tasks.league import ARMS, find_budget
+from experiments.runner import Context, read_json
+from experiments.tasks.league import ARMS, find_budget, overview
 from experiments.tasks.league._job import linear_probe
+from experiments.tasks.league._run import Entrant
+from experiments.tasks.training import Trained
 from subspace_jax.assets import is_available
 
 carried = pytest.mark.skipif(
@@ -47,6 +50,19 @@ def test_table_is_sorted_and_tells_what_is_forgotten():
     assert oft[6:] == ["1.50", "1.30", "1 MiB", "1.0"]
     assert lora[2:4] == ["60.0 ± 14.1", "20.0 ± 14.1"]
     assert len(header) == len(oft)
+
+
+def test_overview_has_a_line_per_method_with_means_over_tasks():
+    more = [{**cell("vision", "lora", 0, 0.9, 0.5)}, {**cell("vision", "lora", 1, 0.9, 0.7)}]
+    both = {
+        "before": {**RESULTS["before"], "vision": {"retained": 0.7, "known": "digits"}},
+        "cells": [*RESULTS["cells"], *more],
+        "costs": [*RESULTS["costs"], {**cost("lora", 10.0, 3.0), "task": "vision"}],
+    }
+    head, lora, oft = overview(both)
+    assert head == ["method", "text %", "vision %", "forgotten", "trained", "saved", "time / LoRA"]
+    assert lora == ["lora", "60.0 ± 14.1", "90.0 ± 0.0", "15.0", "1,234", "2.0 KiB", "2.00"]
+    assert oft[:3] == ["oft", "90.0 ± 0.0", ""]  # last, since it is not in both
 
 
 def test_every_adapter_of_the_catalogue_has_an_arm():
@@ -100,6 +116,12 @@ def test_a_short_run_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(league, "RECORD", tmp_path / "league" / "result.json")
     runner.main([*command[:4], str(tmp_path / "other"), *command[5:]])
     assert read_json(tmp_path / "other" / "league" / "result.json")["cells"] == results["cells"]
+    # A run that diverges has a rate that is too large, and the search goes on.
+    job = league.jobs(league.LeagueConfig(layers=1, text_steps=2, test_size=32))["text"]()
+    broken = lambda self, adapted, *a, **k: Trained(jax.tree.map(lambda v: v * np.nan, adapted), [np.nan], 0.0, 0)
+    monkeypatch.setattr("experiments.tasks.league._run.Trainer.run", broken)
+    diverged = Entrant("lora", job, Context(tmp_path, False, Console()))._tuning_run(1.0, 0)
+    assert diverged == {"learning_rate": 1.0, "seed": 0, "accuracy": 0.0, "last_loss": None}
     other = league._same_steps(league.LeagueConfig(text_steps=3, layers=1, test_size=32), results["config"])
     assert set(other) == {"vision", "causal"} - {"text"}
     assert jax.tree.leaves(results["before"])

@@ -114,9 +114,13 @@ class Entrant:
 
     def _tuning_run(self, rate: float, seed: int) -> dict[str, Any]:
         trained = self._train(self._adapt(seed)[1], rate, seed, f"rate {rate:g}")
-        accuracy = self._job.accuracy(sj.merge(trained.adapted), "validation")
+        found = {"learning_rate": rate, "seed": seed}
+        try:
+            merged = sj.merge(trained.adapted)
+        except sj.errors.NonFiniteError:
+            return {**found, "accuracy": 0.0, "last_loss": None}  # it diverged, so this rate is too large
         last = float(np.mean(trained.losses[-5:]))
-        return {"learning_rate": rate, "seed": seed, "accuracy": accuracy, "last_loss": last}
+        return {**found, "accuracy": self._job.accuracy(merged, "validation"), "last_loss": last}
 
     def _test_run(self, rate: float, seed: int) -> dict[str, Any]:
         """Trains, saves, loads, merges, and judges what was loaded."""
