@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def finetune(options: FinetuneOptions) -> dict[str, dict[str, float]]:
         if not options.dry_run:
             check_folder(folder, settings, resume=options.resume)
         show_leaves(output, method, job)
-        state = job.start()
+        state, began = job.start(), time.perf_counter()
         estimates = job.compile(state)
         show_estimates(output, job, estimates)
         if options.dry_run:
@@ -84,7 +85,9 @@ def finetune(options: FinetuneOptions) -> dict[str, dict[str, float]]:
             raise UserError(
                 f"stopped after step {result.step} of {job.steps}; go on with the same command and --resume."
             )
-        metrics[method] = _finish(folder, settings, job, result, backbone, problem, estimates, options)
+        took = {"memory_bytes": resident_bytes(), "seconds": time.perf_counter() - began}
+        costs = {"estimates": estimates, "took": took}
+        metrics[method] = _finish(folder, settings, job, result, backbone, problem, costs, options)
         output.print(f"{method}: {_line(metrics[method])}  in {folder}")
     if options.dry_run:
         output.print("Nothing was written: --dry-run.")
@@ -115,7 +118,7 @@ def _finish(
     result: Result,
     backbone: Backbone,
     problem: Problem,
-    estimates: Mapping[str, float],
+    costs: Mapping[str, Mapping[str, float]],
     options: FinetuneOptions,
 ) -> dict[str, float]:
     """Writes what a finished run leaves behind; returns the metrics of the kept state."""
@@ -140,8 +143,7 @@ def _finish(
             "steps": result.step,
             "trained_values": summary.trainable,
             "adapter_bytes": (folder / "adapter.safetensors").stat().st_size,
-            "estimates": dict(estimates),
-            "peak_bytes": resident_bytes(),
+            **costs,
             "peft": peft or "written",
         },
     )
