@@ -81,7 +81,7 @@ LAYOUTS = {
 }
 
 
-# For rows that are batches of their own: what splits the sequences is left to the compiler.
+# Of rows that are batches of their own: what splits the sequences is said beside the function.
 OF_ONE_ROW = {name: P(None, *entries[1:]) for name, entries in LAYOUTS.items()}
 
 
@@ -175,7 +175,7 @@ class Setting:
         rows = jax.ShapeDtypeStruct(self.tokens.shape[:1], jnp.int32, sharding=self.tokens.sharding)
 
         def loss(stacked: Any, rows: jax.Array, tokens: jax.Array) -> jax.Array:
-            apply = sj.per_row(lambda params, row: self.apply(params, row, OF_ONE_ROW))
+            apply = sj.per_row(lambda params, row: self.apply(params, row, OF_ONE_ROW), spmd_axis_name="data")
             return cross_entropy(apply(stacked, rows, tokens), jnp.roll(tokens, -1, axis=1))
 
         lowered = jax.jit(loss).lower(stacked, rows, self.tokens)

@@ -29,6 +29,7 @@ def per_row(
     in_axes: Any = 0,
     out_axes: Any = 0,
     on_materialize: MaterializeRules = "error",
+    spmd_axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., Any]:
     r"""Makes a function of parameters and a batch take a bank of adapters and one slot for each row.
 
@@ -47,6 +48,8 @@ def per_row(
         on axis 1, and its index none. The function sees that axis, of size one.
       out_axes: where the results have their rows, likewise.
       on_materialize: as in `with_adapters`.
+      spmd_axis_name: mesh axes over which the rows are split, as in `jax.vmap`: what the model says of layouts
+        (`jax.lax.with_sharding_constraint`) is then said of one row, without these axes, and rows stay split.
 
     Returns:
       A function `(bank, rows, *args)`; `rows` is an integer array `[batch]` of slots. It may be jitted and
@@ -91,7 +94,7 @@ def per_row(
             found = one(row, *values)
             return _split(found, kept["axes"])
 
-        batched, shared = jax.vmap(front, in_axes=(0, *axes), out_axes=(0, None))(rows, *leaves)
+        batched, shared = jax.vmap(front, (0, *axes), (0, None), spmd_axis_name=spmd_axis_name)(rows, *leaves)
         given = iter(batched), iter(shared)
         moved = [next(given[1]) if a is None else jnp.moveaxis(next(given[0]), 0, a) for a in kept["axes"]]
         return jax.tree.unflatten(kept["tree"], moved)

@@ -23,6 +23,14 @@ def fn(p, x):
     return x + jnp.matmul(hidden, p["fc2"]["kernel"], out_sharding=whole) + p["fc2"]["bias"]
 
 
+def laid_out(p, x):
+    """The same, saying of one row how its hidden values are split."""
+    hidden = jnp.tanh(x @ p["fc1"]["kernel"] + p["fc1"]["bias"])
+    if not jax.sharding.get_abstract_mesh().empty:
+        hidden = jax.lax.with_sharding_constraint(hidden, P(None, None, "model"))
+    return x + hidden @ p["fc2"]["kernel"] + p["fc2"]["bias"]
+
+
 def filled(adapted, seed):
     """The adapter with random factors."""
     rng = np.random.default_rng(seed)
@@ -45,11 +53,14 @@ def main(kind):
         "sequential": (sj.adapt(params, {"fc2/{kernel,bias}": sj.bottleneck(4)}, key=KEY), sj.with_adapters(fn)),
         "parallel": (sj.adapt(params, {"{fc1,fc2}/kernel": parallel}, key=KEY), sj.with_adapters(fn)),
     }
+    if kind == "auto":
+        split = sj.per_row(laid_out, spmd_axis_name="data")
+        cases["split bank"] = cases["bank"][0], lambda t, x: split(t, rows, x)
     kinds = [filled(cases[name][0], i) for i, name in enumerate(("sequential", "parallel"))]
     cases["modules"] = sj.bank(params, kinds, trainable=True), cases["bank"][1]
     base = jax.tree.map(lambda v, s: jax.device_put(v, NamedSharding(mesh, s)), params, specs)
     for name, (tree, apply) in cases.items():
-        banked = name in ("bank", "modules")
+        banked = name in ("bank", "split bank", "modules")
         tree = tree if banked else filled(tree, 3)
 
         def step(trainable, frozen, x, apply=apply):
