@@ -123,7 +123,10 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Params, pla
     """Returns a sharding for every array of an optimizer's state: moments, bases, coordinates, indices.
 
     `init` is traced abstractly with explicit mesh axes, so that every array of the state says how it is split: moments
-    as their parameters, a basis as the side that it lies in. Nothing is allocated; no state is gathered on one device.
+    as their parameters, a basis as the side that it lies in. Coordinates in a subspace and its basis lose one side of
+    the parameter; on meshes of automatic axes, the mesh axes of that side split the subspace's own axis where they
+    divide it, so that a device holds as small a share of them as of the parameter. Nothing is allocated; no state is
+    gathered on one device.
 
     Args:
       optimizer: any optax transformation.
@@ -157,8 +160,47 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Params, pla
     with jax.sharding.use_abstract_mesh(explicit):
         state = jax.eval_shape(optimizer.init, jax.tree.map(abstract, params, placed))
 
-    def named(value: Any) -> NamedSharding:
+    owners = _by_suffix(params, placed) if AxisType.Explicit not in mesh.axis_types else {}
+
+    def named(path: Any, value: Any) -> NamedSharding:
         spec = value.sharding.spec if isinstance(value.sharding, NamedSharding) else PartitionSpec()
+        owner = _owner(owners, path)
+        if owner is not None and tuple(value.shape) != owner[0]:
+            spec = _filled(spec, value.shape, *owner)
         return NamedSharding(mesh, spec)
 
-    return jax.tree.map(named, state)
+    return jax.tree_util.tree_map_with_path(named, state)
+
+
+# Shape and placement of a parameter, by every end of its path; None where several parameters have this end.
+_Owners = dict[tuple[Any, ...], tuple[tuple[int, ...], NamedSharding] | None]
+
+
+def _by_suffix(params: Params, placed: PyTree) -> _Owners:
+    found: _Owners = {}
+    placements = dict(jax.tree_util.tree_leaves_with_path(placed))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        one = tuple(leaf.shape), placements[path]
+        for start in range(len(path)):
+            found[path[start:]] = one if found.get(path[start:], one) == one else None
+    return found
+
+
+def _owner(owners: _Owners, path: tuple[Any, ...]) -> tuple[tuple[int, ...], NamedSharding] | None:
+    """The parameter that an array of the state belongs to: the one whose path's end is the longest part of its path."""
+    for size in range(len(path), 0, -1):
+        for start in range(len(path) - size + 1):
+            if path[start : start + size] in owners:
+                return owners[path[start : start + size]]
+    return None
+
+
+def _filled(
+    spec: PartitionSpec, shape: tuple[int, ...], of_owner: tuple[int, ...], owner: NamedSharding
+) -> PartitionSpec:
+    """The spec with the mesh axes of the parameter that it leaves over, on axes that the parameter does not have."""
+    entries = [*spec, *(None,) * (len(shape) - len(spec))]
+    for axis, size in enumerate(shape):
+        if entries[axis] is None and size not in of_owner:
+            entries[axis] = _left_over(owner, entries, size)
+    return PartitionSpec(*entries)

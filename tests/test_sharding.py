@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import subspace_jax as sj
@@ -111,37 +111,57 @@ def test_parts_of_a_partition_have_the_shardings_of_the_whole():
     assert sj.shardings(frozen, SPECS, MESH)["w"].base == whole["w"].base
 
 
+# What belongs to which part of the parameter, on a mesh of explicit axes and of automatic ones.
 OPTIMIZERS = {
-    "adam": (optax.adam(1e-3), lambda s: s[0].mu["w"], P("data", "model")),
+    "adam": (optax.adam(1e-3), lambda s: s[0].mu["w"], P("data", "model"), P("data", "model")),
     "in_subspace": (
         sj.optim.in_subspace(optax.scale_by_adam(), rank=2, side="in", roles=ROLES),
         lambda s: (s.basis["w"], s.inner.mu["w"], s.basis["stack"]),
         (P("data", None), P(None, "model"), P(None, "model", None)),
+        (P("data", "model"), P("data", "model"), P(None, "model", "data")),
     ),
     "coso": (
         sj.coso(1e-3, 2, 3, side="in", roles=ROLES),
         lambda s: (s.history["w"], s.mu["w"]),
         (P("data", None), P(None, "model")),
+        (P("data", None), P("data", "model")),  # a history may be as wide as the side
     ),
     "dct_adam": (
         sj.methods.dct_lowrank.scale_by_dct_adam(2, roles=ROLES),
         lambda s: (s.error["w"], s.mu["w"]),
         (P("data", "model"), P("data", None)),
+        (P("data", "model"), P("data", "model")),
     ),
 }
 
 
+@pytest.mark.parametrize("axes", ["explicit", "auto"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_states_are_split_as_what_they_belong_to(name):
-    optimizer, parts, expected = OPTIMIZERS[name]
+def test_states_are_split_as_what_they_belong_to(name, axes):
+    optimizer, parts, *expected = OPTIMIZERS[name]
+    mesh = MESH if axes == "auto" else jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     params, _ = make(sj.full())
-    placed = sj.shardings(params, SPECS, MESH)
+    placed = sj.shardings(params, SPECS, mesh)
     found = sj.state_shardings(optimizer, params, placed)
     assert jax.tree.structure(found) == jax.tree.structure(jax.eval_shape(optimizer.init, params))
-    assert all(isinstance(s, NamedSharding) and s.mesh == MESH for s in jax.tree.leaves(found))
-    assert specs_of(parts(found)) == expected
-    state = jax.jit(optimizer.init, out_shardings=found)(params)
-    assert jax.tree.map(lambda v: v.sharding, state) == found
+    assert all(isinstance(s, NamedSharding) and s.mesh == mesh for s in jax.tree.leaves(found))
+    assert specs_of(parts(found)) == expected[axes == "auto"]
+    if axes == "auto":
+        state = jax.jit(optimizer.init, out_shardings=found)(params)
+        assert jax.tree.map(lambda v: v.sharding, state) == found
+
+
+def test_axes_that_do_not_divide_the_subspace_leave_it_whole():
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    params, _ = make(sj.full())
+    placed = sj.shardings(params, SPECS, mesh)
+    optimizer = sj.optim.in_subspace(optax.scale_by_adam(), rank=2, side="in", select="w")
+    found = sj.state_shardings(optimizer, params, placed)
+    assert (found.basis["w"].spec, found.inner.mu["w"].spec) == (P("data", "model"), P(None, "model"))
+    # The same where frozen weights lie beside those that learn.
+    both = optax.GradientTransformation(lambda trees: optimizer.init(trees[0]), optax.identity().update)
+    beside = sj.state_shardings(both, (params, {"w": jnp.ones((8, 4))}), (placed, {"w": placed["w"]}))
+    assert beside.basis["w"].spec == P("data", None)  # two parameters have this name, so no mesh axis is added
 
 
 def test_states_of_adapters_follow_their_factors():
