@@ -198,9 +198,13 @@ def _owner(owners: _Owners, path: tuple[Any, ...]) -> tuple[tuple[int, ...], Nam
 def _filled(
     spec: PartitionSpec, shape: tuple[int, ...], of_owner: tuple[int, ...], owner: NamedSharding
 ) -> PartitionSpec:
-    """The spec with the mesh axes of the parameter that it leaves over, on axes that the parameter does not have."""
+    """The spec with the mesh axes of the parameter that it leaves over, on whole axes behind stacked layers."""
     entries = [*spec, *(None,) * (len(shape) - len(spec))]
-    for axis, size in enumerate(shape):
-        if entries[axis] is None and size not in of_owner:
-            entries[axis] = _left_over(owner, entries, size)
+    whole = [*owner.spec, *(None,) * (len(of_owner) - len(owner.spec))]
+    first = 0
+    while first < min(len(shape), len(whole)) and shape[first] == of_owner[first] and whole[first] is None:
+        first += 1
+    for axis in range(first, len(shape)):
+        if entries[axis] is None:
+            entries[axis] = _left_over(owner, entries, shape[axis])
     return PartitionSpec(*entries)

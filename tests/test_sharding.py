@@ -124,7 +124,7 @@ OPTIMIZERS = {
         sj.coso(1e-3, 2, 3, side="in", roles=ROLES),
         lambda s: (s.history["w"], s.mu["w"]),
         (P("data", None), P(None, "model")),
-        (P("data", None), P("data", "model")),  # a history may be as wide as the side
+        (P("data", "model"), P("data", "model")),
     ),
     "dct_adam": (
         sj.methods.dct_lowrank.scale_by_dct_adam(2, roles=ROLES),
