@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -125,8 +126,8 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Params, pla
     `init` is traced abstractly with explicit mesh axes, so that every array of the state says how it is split: moments
     as their parameters, a basis as the side that it lies in. Coordinates in a subspace and its basis lose one side of
     the parameter; on meshes of automatic axes, the mesh axes of that side split the subspace's own axis where they
-    divide it, so that a device holds as small a share of them as of the parameter. Nothing is allocated; no state is
-    gathered on one device.
+    divide it, so that a device holds as small a share of them as of the parameter; not where the state has indices, by
+    which coordinates move along that axis. Nothing is allocated; no state is gathered on one device.
 
     Args:
       optimizer: any optax transformation.
@@ -161,15 +162,21 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Params, pla
         state = jax.eval_shape(optimizer.init, jax.tree.map(abstract, params, placed))
 
     owners = _by_suffix(params, placed) if AxisType.Explicit not in mesh.axis_types else {}
+    chosen = {_owner(owners, p) for p, v in jax.tree_util.tree_leaves_with_path(state) if v.ndim and _counts(v)}
 
     def named(path: Any, value: Any) -> NamedSharding:
         spec = value.sharding.spec if isinstance(value.sharding, NamedSharding) else PartitionSpec()
         owner = _owner(owners, path)
-        if owner is not None and tuple(value.shape) != owner[0]:
+        if owner not in chosen | {None} and tuple(value.shape) != owner[0]:
             spec = _filled(spec, value.shape, *owner)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(named, state)
+
+
+def _counts(value: Any) -> bool:
+    """Tells whether an array of the state holds indices: what is chosen by them moves along the subspace's axis."""
+    return jnp.issubdtype(value.dtype, jnp.integer)
 
 
 # Shape and placement of a parameter, by every end of its path; None where several parameters have this end.

@@ -130,7 +130,7 @@ OPTIMIZERS = {
         sj.methods.dct_lowrank.scale_by_dct_adam(2, roles=ROLES),
         lambda s: (s.error["w"], s.mu["w"]),
         (P("data", "model"), P("data", None)),
-        (P("data", "model"), P("data", "model")),
+        (P("data", "model"), P("data", None)),  # its columns are chosen by index
     ),
 }
 

@@ -18,6 +18,10 @@ from subspace_jax.linalg._svd import wide_dtype
 
 FixedBasis = Literal["dct", "random_qr"]
 Transform = Literal["matmul", "fft"]
+# Columns of the basis that are multiplied at once where the product with all of them is not to be held.
+BLOCK = 512
+# Values of a stack from which its matrices are transformed one after the other.
+LARGE = 2**22
 
 
 class Selected(NamedTuple):
@@ -94,11 +98,44 @@ def select_columns(
       >>> select_columns(jnp.ones((3, 4)), 1).indices.tolist()
       [0]
     """
+    size, stack = matrix.shape[-1], matrix.shape[:-2]
+    folded = basis == "dct" and is_folded(size)
+    if transform == "matmul" and not folded and size >= 2 * BLOCK:
+        indices = _largest(_scores_by_blocks(matrix, basis, norm), rank)
+        return Selected(indices, wide_matmul(matrix, chosen_columns(indices, size, basis), split=(-2, None)))
+    if folded and stack and matrix.size > LARGE:  # one device: a matrix after the other
+
+        def one(matrix: jax.Array) -> Selected:
+            return select_columns(matrix, rank, basis=basis, transform=transform, norm=norm)
+
+        found = lax.map(one, matrix.reshape(-1, *matrix.shape[-2:]))
+        return jax.tree.map(lambda v: v.reshape(*stack, *v.shape[1:]), found)
     spectrum = transform_rows(matrix, basis=basis, transform=transform)
-    scores = jnp.sum(jnp.abs(spectrum) if norm == 1 else spectrum * spectrum, axis=-2)
-    # Ascending, so that equal choices have equal coordinates.
-    indices = jnp.sort(lax.top_k(scores, rank)[1].astype(jnp.int32), axis=-1)
+    indices = _largest(_norms(spectrum, norm), rank)
     return Selected(indices, jnp.take_along_axis(spectrum, indices[..., None, :], axis=-1))
+
+
+def _norms(spectrum: jax.Array, norm: Literal[1, 2]) -> jax.Array:
+    return jnp.sum(jnp.abs(spectrum) if norm == 1 else spectrum * spectrum, axis=-2)
+
+
+def _largest(scores: jax.Array, rank: int) -> jax.Array:
+    """Indices of the largest, ascending, so that equal choices have equal coordinates."""
+    return jnp.sort(lax.top_k(scores, rank)[1].astype(jnp.int32), axis=-1)
+
+
+def _scores_by_blocks(matrix: jax.Array, basis: FixedBasis, norm: Literal[1, 2]) -> jax.Array:
+    """Norms of the columns of the spectrum, which is never there as a whole: over a mesh its rows alone are split."""
+    size = matrix.shape[-1]
+    count = -(-size // BLOCK)
+    padded = jnp.pad(fixed_basis(size, basis), ((0, 0), (0, count * BLOCK - size)))
+    blocks = jnp.moveaxis(padded.reshape(size, count, BLOCK), 1, 0)
+
+    def one(_: None, columns: jax.Array) -> tuple[None, jax.Array]:
+        return None, _norms(wide_matmul(matrix, columns, split=(-2, None)), norm)
+
+    scores = jnp.moveaxis(lax.scan(one, None, blocks)[1], 0, -2)
+    return scores.reshape(*scores.shape[:-2], count * BLOCK)[..., :size]
 
 
 def chosen_columns(

@@ -1,6 +1,7 @@
 """DCT-AdamW and Trion against scipy, brute force over columns, and Adam and Muon in full rank."""
 
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,19 @@ def test_scores_by_sums_of_sizes():
     matrix = normal(6, 7)
     scores = np.abs(np.asarray(matrix) @ np.asarray(fixed_basis(7))).sum(0)
     assert select_columns(matrix, 2).indices.tolist() == sorted(np.argsort(-scores)[:2].tolist())
+
+
+@pytest.mark.parametrize(("basis", "size"), [("dct", 13), ("random_qr", 13), ("dct", 64)])
+@pytest.mark.parametrize("norm", [1, 2])
+def test_large_stacks_are_transformed_in_parts_and_give_the_same(monkeypatch, basis, size, norm):
+    matrix = normal(2, 3, 5, size)
+    whole = select_columns(matrix, 4, basis=basis, norm=norm)
+    module = sys.modules[select_columns.__module__]
+    monkeypatch.setattr(module, "BLOCK", 5)  # three blocks, the last of them not full; 64 is folded on one device
+    monkeypatch.setattr(module, "LARGE", 10)
+    parts = jax.jit(lambda m: select_columns(m, 4, basis=basis, norm=norm))(matrix)
+    np.testing.assert_array_equal(parts.indices, whole.indices)
+    np.testing.assert_allclose(parts.coordinates, whole.coordinates, atol=tolerance(size=size))
 
 
 def run(optimizer, gradients, params):
