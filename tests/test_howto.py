@@ -59,7 +59,7 @@ def test_the_table_of_methods_names_what_there_is():
 
 
 @pytest.mark.interop
-@pytest.mark.parametrize("library", ["keras", "equinox"])
+@pytest.mark.parametrize("library", ["keras", "equinox", "haiku"])
 def test_the_shortest_code_for_other_libraries_gives_what_their_models_give(library, monkeypatch):
     monkeypatch.setitem(os.environ, "KERAS_BACKEND", "jax")
     pytest.importorskip(library)
