@@ -1,6 +1,7 @@
 """Compiles one way to fine-tune a Llama for a mesh of host devices; a program of its own, whose devices are fixed.
 
-Usage: python -m benchmarks._compile_program SETTINGS VARIANT, where SETTINGS is JSON of `compile_7b.Config`.
+Usage: python -m benchmarks._compile_program SETTINGS VARIANTS, where SETTINGS is JSON of `compile_7b.Config` and
+variants are joined by commas; each prints a line.
 """
 
 from __future__ import annotations
@@ -258,4 +259,5 @@ def measure(settings: dict[str, Any], variant: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]), sys.argv[2])))
+    for variant in sys.argv[2].split(","):
+        print(json.dumps(measure(json.loads(sys.argv[1]), variant)), flush=True)

@@ -79,19 +79,36 @@ def test_products_of_a_scanned_model_are_counted():
     assert product_flops(text) == 7 * 3 * 2 * 4 * 16 * 16
 
 
+def compiled(config, *variants):
+    """What each variant's program holds and sends on 8 devices."""
+    settings = json.dumps(dataclasses.asdict(config))
+    command = [sys.executable, "-m", "benchmarks._compile_program", settings, ",".join(variants)]
+    environment, root = os.environ | eight_devices(), Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(variants, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
 @pytest.mark.slow
 def test_adapters_send_no_frozen_matrix_more_than_a_backward_pass_needs():
     config = Config(
-        vocabulary=96, width=64, heads=4, mlp_width=160, layers=3, sequences=8, length=24, rank=4, mesh=(4, 2)
+        vocabulary=96,
+        width=64,
+        heads=4,
+        mlp_width=160,
+        layers=3,
+        sequences=8,
+        length=24,
+        rank=4,
+        directions=8,
+        mesh=(4, 2),
     )
-    found = {}
-    for variant in ("norms", "lora", "lift", "lift_blocks", "osf"):
-        command = [sys.executable, "-m", "benchmarks._compile_program", json.dumps(dataclasses.asdict(config)), variant]
-        environment = os.environ | eight_devices()
-        root = Path(__file__).parents[2]
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[variant] = json.loads(done.stdout.splitlines()[-1])
+    found = compiled(config, "forward", "norms", "lora", "lift", "lift_blocks", "osf", "galore", "bank", "pissa start")
+    forward, bank, start, galore = (found.pop(name) for name in ("forward", "bank", "pissa start", "galore"))
+    assert bank["of_weights"] == forward["of_weights"]
+    assert all(v["count"] == 0 for v in start["of_weights"].values())
+    # Moments of 8 directions out of 64, and the directions, both split over all devices as the matrices are.
+    assert galore["optimizer_bytes"] < 1.2 * (2 * 8 + 8) / 64 * galore["trainable_bytes"]
     bare = found.pop("norms")
     norms = bare["of_weights"]
     assert sum(v["count"] for v in norms.values()) >= 7 * 3  # the measure sees them
