@@ -26,7 +26,7 @@ SINGULAR, SOLVE = "singular values", "solve"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings; the defaults have the kernels of MiniLM's encoder.
+    """Settings; the defaults have the kernels of two of MiniLM's six blocks.
 
     Attributes:
       kinds: of experts, "full" (any change) and "lora".
@@ -39,10 +39,10 @@ class Config:
 
     kinds: tuple[str, ...] = ("full", "lora")
     width: int = 384
-    layers: int = 6
+    layers: int = 2
     experts: int = 8
     rank: int = 8
-    rounds: int = 3
+    rounds: int = 2
 
 
 def decompositions(name: str, sides: tuple[int, int], experts: int) -> list[tuple[str, tuple[int, int], int]]:

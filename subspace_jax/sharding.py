@@ -167,7 +167,7 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Params, pla
     def named(path: Any, value: Any) -> NamedSharding:
         spec = value.sharding.spec if isinstance(value.sharding, NamedSharding) else PartitionSpec()
         owner = _owner(owners, path)
-        if owner not in chosen | {None} and tuple(value.shape) != owner[0]:
+        if owner is not None and owner not in chosen and tuple(value.shape) != owner[0]:
             spec = _filled(spec, value.shape, *owner)
         return NamedSharding(mesh, spec)
 
