@@ -26,7 +26,7 @@ SINGULAR, SOLVE = "singular values", "solve"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings; the defaults have the kernels of two of MiniLM's six blocks.
+    """Settings; the defaults have the kernels of one of MiniLM's six blocks.
 
     Attributes:
       kinds: of experts, "full" (any change) and "lora".
@@ -34,15 +34,15 @@ class Config:
       layers: blocks.
       experts: that are merged.
       rank: of LoRA experts.
-      rounds: of which the fastest counts.
+      rounds: of which the fastest counts, after one that compiles.
     """
 
     kinds: tuple[str, ...] = ("full", "lora")
     width: int = 384
-    layers: int = 2
+    layers: int = 1
     experts: int = 8
     rank: int = 8
-    rounds: int = 2
+    rounds: int = 1
 
 
 def decompositions(name: str, sides: tuple[int, int], experts: int) -> list[tuple[str, tuple[int, int], int]]:
