@@ -127,10 +127,14 @@ def run(config: LeagueConfig, context: Context) -> dict[str, Any]:
         results["before"][task] = {"retained": job.retained(job.start(0)), "known": job.known}
         baseline = Entrant("lora", job, context)
         for name in chosen:
-            if name == "head only" and not job.head:
-                continue  # a language model's head is tied to its embedding
-            _race(config, name, job, baseline, context, results)
+            if _applies(name, job):
+                _race(config, name, job, baseline, context, results)
     return results
+
+
+def _applies(name: str, job: Job) -> bool:
+    """Tells whether an arm has something to train: a language model's head is tied to its embedding, for instance."""
+    return bool({"head only": job.head, "ssf": job.scope}.get(name, True))
 
 
 def _same_steps(config: LeagueConfig, recorded: Mapping[str, Any]) -> dict[str, int]:

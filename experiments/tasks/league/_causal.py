@@ -26,7 +26,7 @@ class CausalJob(Job):
     name, known = "causal", "English (next token of film reviews)"
     kernels = "decoder/**/kernel"
     outputs, downs = "decoder/**/attention/output/kernel", "decoder/**/down/kernel"
-    scope = "decoder/**"
+    scope = ""  # no layer has a bias
     head = MappingProxyType({})
 
     def __init__(

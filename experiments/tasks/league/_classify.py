@@ -110,6 +110,7 @@ class VisionClasses(_Classes):
 
     name, known = "vision", "handwritten digits (linear probe of MNIST)"
     kernels = "backbone/encoder/**/kernel"
+    scope = "backbone/encoder/**/{kernel,bias,norm1/scale,norm2/scale}"  # factors of branches have no shift
     outputs, downs = "backbone/encoder/**/attention/output/kernel", "backbone/encoder/**/fc2/kernel"
     inputs = ("images",)
 

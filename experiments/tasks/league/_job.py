@@ -29,7 +29,7 @@ class Job(abc.ABC):
       kernels: pattern of the kernels that methods adapt.
       outputs: pattern of the kernels that leave attention.
       downs: pattern of the kernels that leave feed-forward blocks.
-      scope: pattern of all that a method of scales and shifts may adapt.
+      scope: pattern of all that a method of scales and shifts may adapt; empty where nothing can be shifted.
       heads: attention heads of a block.
       head: rules of what every method trains as a whole.
       data: arrays by split, `train`, `validation`, `test` and `known`.
