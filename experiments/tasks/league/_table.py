@@ -60,13 +60,17 @@ def _line(results: Mapping[str, Any], task: str, method: str, before: float) -> 
     ]
 
 
-def overview(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
+def overview(results: Mapping[str, Any], tasks: Sequence[str] = ()) -> Sequence[Sequence[str]]:
     """Returns one line per method with its accuracy on every task, the best in the mean over tasks first.
 
     What is forgotten and the time of a step over LoRA's are means over tasks; trained values and the file are of the
     first task. A method that is not in all tasks has empty cells and comes last.
+
+    Args:
+      results: of the league.
+      tasks: those that count; all if empty.
     """
-    tasks = list(results["before"])
+    tasks = list(tasks or results["before"])
     lines = {task: {line[1]: line for line in rows(results)[1:] if line[0] == task} for task in tasks}
     names = dict.fromkeys(name for task in tasks for name in lines[task])
     table = []
