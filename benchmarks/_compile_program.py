@@ -109,7 +109,7 @@ class Setting:
                 width=settings["width"],
                 num_layers=settings["layers"],
                 num_heads=settings["heads"],
-                num_kv_heads=settings["kv_heads"] or settings["heads"],
+                num_kv_heads=settings.get("kv_heads") or settings["heads"],
                 mlp_width=settings["mlp_width"],
                 max_positions=settings["length"],
                 tie_embeddings=False,
@@ -186,8 +186,9 @@ class Setting:
         """The parameters as they are kept, in bfloat16, where they lie."""
         return self.placed(jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), self.params))
 
-    def step(self, rules: Rules, make: Make, roles: Any) -> tuple[Any, dict[str, Any]]:
+    def step(self, rules: Rules, make: Make, roles: Any = None) -> tuple[Any, dict[str, Any]]:
         """A training step, lowered."""
+        roles = self.roles() if roles is None else roles
 
         def start(params: Any) -> TrainState:
             adapted = sj.adapt(params, rules, key=jax.random.key(1), roles=roles)

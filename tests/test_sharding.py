@@ -152,7 +152,7 @@ def test_states_are_split_as_what_they_belong_to(name, axes):
 
 
 def test_axes_that_do_not_divide_the_subspace_leave_it_whole():
-    mesh = AbstractMesh((4, 2), ("data", "model"))
+    mesh = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     params, _ = make(sj.full())
     placed = sj.shardings(params, SPECS, mesh)
     optimizer = sj.optim.in_subspace(optax.scale_by_adam(), rank=2, side="in", select="w")
