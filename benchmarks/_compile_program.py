@@ -23,12 +23,11 @@ import subspace_jax as sj
 from benchmarks._collectives import collectives, product_flops, totals
 from benchmarks._layout import held_bytes, of_weights, spec, weight_shapes, with_shardings
 from benchmarks._models import cross_entropy
+from benchmarks.compile_7b import START
 from subspace_jax.models import Llama, LlamaConfig
 from subspace_jax.training import TrainState, init_train_state, make_mesh, make_train_step
 
 KERNELS = "decoder/**/kernel"
-# Ends the names of variants that compile what `adapt` does, instead of a step.
-START = " start"
 
 # Layers whose inputs are split over "data", and those whose inputs are split over "model".
 INWARD = "decoder/**/{query,key,value,gate,up}/kernel"
@@ -186,9 +185,8 @@ class Setting:
         """The parameters as they are kept, in bfloat16, where they lie."""
         return self.placed(jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), self.params))
 
-    def step(self, rules: Rules, make: Make, roles: Any = None) -> tuple[Any, dict[str, Any]]:
+    def step(self, rules: Rules, make: Make, roles: Any) -> tuple[Any, dict[str, Any]]:
         """A training step, lowered."""
-        roles = self.roles() if roles is None else roles
 
         def start(params: Any) -> TrainState:
             adapted = sj.adapt(params, rules, key=jax.random.key(1), roles=roles)

@@ -22,6 +22,8 @@ KEYS = ("count", "bytes")
 MOVES = ("all-gather", "all-to-all", "collective-permute")
 SUMS = ("all-reduce", "reduce-scatter")
 WITHOUT_FROZEN_KERNELS = ("galore", "dct", "full")
+# Ends the names of variants that compile what `adapt` does, instead of a step.
+START = " start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +95,13 @@ def _notes(measured: Mapping[str, Any]) -> list[str]:
     for name, values in measured.items():
         beside = "forward" if name == "bank" else "norms"
         least = measured.get(beside)
-        if name.endswith(" start"):
+        if name.endswith(START):
             count, size = (_of_matrices(values, MOVES)[key] for key in KEYS)
             notes.append(f"`{name}` gathers {count} matrices of the base, {size / 2**30:.2f} GiB.")
         elif least is not None and name not in ("forward", "norms", *WITHOUT_FROZEN_KERNELS):
             count, size = (_of_matrices(values, MOVES)[key] - _of_matrices(least, MOVES)[key] for key in KEYS)
             more = f"{count:+d} collectives, {size / 2**30:+.2f} GiB"
-            notes.append(
-                f"`{name}` moves frozen matrices by {more} against `{'forward' if name == 'bank' else 'norms'}`."
-            )
+            notes.append(f"`{name}` moves frozen matrices by {more} against `{beside}`.")
     return notes
 
 

@@ -140,7 +140,7 @@ class Compiler:
         mesh = make_mesh({"data": 1, "model": 1}, devices=jax.devices()[:1])
         with jax.set_mesh(mesh):
             setting = Setting(settings, mesh)
-            lowered, sizes = setting.step(*methods(config)[method])
+            lowered, sizes = setting.step(*methods(config)[method], setting.roles())
             memory: Any = lowered.compile(OPTIONS).memory_analysis()
         found = {
             "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setting.params)),

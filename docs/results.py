@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks
-from experiments import runner
+from experiments import league, runner
 from experiments.runner import human_bytes, markdown_table, read_json
 from experiments.tasks.league import overview
 
@@ -96,4 +96,4 @@ def figures_of_the_league() -> tuple[list[str], dict[str, list[str]]]:
 
 
 def _league() -> Any:
-    return read_json(ROOT / "experiments" / "results" / "league.json")
+    return read_json(league.RECORD)

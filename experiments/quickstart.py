@@ -171,9 +171,12 @@ def _cell(job: TextJob, config: QuickstartConfig, method: str, seed: int, contex
         folder = saved.with_name(f"{saved.stem}-peft")
         sj.save_peft(folder, trained.adapted, params, NAMES, task_type="SEQ_CLS", overwrite=True)
     merged = sj.merge(sj.load_adapter(saved, params))
-    accuracy, logits = evaluate(job.logits, merged, job.held_out("test"))
+    batches = list(job.held_out("test"))
+    accuracy, logits = evaluate(job.logits, merged, batches)
     context.console.print(f"{title}: {100 * accuracy:.1f} % of test reviews, saved, loaded and merged")
-    difference = _difference(job, trained.adapted, logits)
+    longest = batches[-1]
+    of_adapted = np.asarray(job.logits(trained.adapted, longest))
+    difference = float(np.abs(of_adapted - logits[-len(of_adapted) :]).max())
     if difference > 1e-3 * max(1.0, float(np.abs(logits).max())):
         raise RuntimeError(f"{saved}: logits of the merged model differ from the adapted one's by {difference:.2e}.")
     return {
@@ -190,12 +193,6 @@ def _cell(job: TextJob, config: QuickstartConfig, method: str, seed: int, contex
         "merged_difference": difference,
         "majority": float(np.bincount(job.task["test"].labels).max() / len(job.task["test"].labels)),
     }
-
-
-def _difference(job: TextJob, adapted: Any, logits: np.ndarray) -> float:
-    """How far the merged model's logits are from the adapted one's, on the longest test texts."""
-    *_, last = job.held_out("test")
-    return float(np.abs(np.asarray(job.logits(adapted, last)) - logits[-len(last["labels"]) :]).max())
 
 
 def _tune(config: QuickstartConfig, context: Context) -> list[dict[str, Any]]:

@@ -74,7 +74,8 @@ class TextJob:
 
     def held_out(self, split: str) -> Iterator[dict[str, np.ndarray]]:
         """Yields a split once, short texts first, each batch as long as its longest text: two thirds of the work."""
-        arrays = {k: self.task.arrays(split)[k] for k in ("tokens", "mask", "labels")}
+        everything = self.task.arrays(split)
+        arrays = {k: everything[k] for k in ("tokens", "mask", "labels")}
         lengths = arrays["mask"].sum(axis=1)
         order = np.argsort(lengths, kind="stable")
         for start in range(0, len(order), JUDGED):

@@ -71,7 +71,8 @@ def overview(results: Mapping[str, Any], tasks: Sequence[str] = ()) -> Sequence[
       tasks: those that count; all if empty.
     """
     tasks = list(tasks or results["before"])
-    lines = {task: {line[1]: line for line in rows(results)[1:] if line[0] == task} for task in tasks}
+    every = rows(results)[1:]
+    lines = {task: {line[1]: line for line in every if line[0] == task} for task in tasks}
     names = dict.fromkeys(name for task in tasks for name in lines[task])
     table = []
     for name in names:
