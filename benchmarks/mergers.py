@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ from rich.console import Console
 import subspace_jax as sj
 from benchmarks._benchmark import Benchmark, Rows
 from benchmarks._charts import Chart
+from benchmarks._measure import fastest
 from experiments.tasks.merger_arms import arms
 
 # Inputs and outputs of a block's kernels, as multiples of the width, and how many of them there are.
@@ -74,9 +73,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     for kind in config.kinds:
         experts = [_expert(config, kind, base, seed) for seed in range(config.experts)]
-        read = _fastest(lambda experts=experts: _sums(experts), config.rounds)
+        read = fastest(lambda experts=experts: _sums(experts), config.rounds)
         for name, (_, merger) in arms(kind, fishers, grams, side="auto").items():
-            seconds = _fastest(lambda merger=merger, experts=experts: merger(experts, base), config.rounds)
+            seconds = fastest(lambda merger=merger, experts=experts: merger(experts, base), config.rounds)
             least = read + (_least(config, name, base) if kind == "full" else 0.0)
             measured[f"{kind}: {name}"] = {"seconds": seconds, "read_seconds": read, "least_seconds": least}
             console.print(f"  {kind}, {name}: {seconds:.2f} s, {seconds / least:.1f} of the least")
@@ -142,20 +141,9 @@ def _least(config: Config, name: str, base: Mapping[str, jax.Array]) -> float:
 def _lapack(kind: str, shape: tuple[int, int]) -> float:
     matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     if kind == SINGULAR:
-        return _fastest(lambda: scipy.linalg.svd(matrix, full_matrices=False), 1)
+        return fastest(lambda: scipy.linalg.svd(matrix, full_matrices=False), 1)
     gram = matrix @ matrix.T + np.eye(shape[0], dtype=np.float32)
-    return _fastest(lambda: scipy.linalg.solve(gram, matrix, assume_a="pos"), 1)
-
-
-def _fastest(fn: Callable[[], Any], rounds: int) -> float:
-    """Seconds of the fastest of some rounds, after one that compiles."""
-    jax.block_until_ready(fn())
-    best = math.inf
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(fn())
-        best = min(best, time.perf_counter() - start)
-    return best
+    return fastest(lambda: scipy.linalg.solve(gram, matrix, assume_a="pos"), 1)
 
 
 def tables(results: Mapping[str, Any]) -> list[tuple[str, Rows]]:

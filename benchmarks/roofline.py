@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from rich.console import Console
 import subspace_jax as sj
 from benchmarks._benchmark import Benchmark, Rows
 from benchmarks._charts import Roofline
-from benchmarks._measure import interleaved
+from benchmarks._measure import fastest, interleaved
 from benchmarks._peft_steps import FULL, METHODS, Batch, JaxRun, PeftRun, Steps
 from experiments.runner import environment
 
@@ -79,23 +78,16 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     return {"limits": limits, "steps": found, "notes": notes, "packages": ["torch", "peft", "transformers"]}
 
 
-def _best_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-    compiled, seconds = jax.jit(function), []
-    for _ in range(6):  # the first compiles
-        start = time.perf_counter()
-        compiled(x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-
 def _most_flops(side: int) -> float:
     """Operations a second of a large product."""
-    return 2 * side**3 / _best_seconds(lambda x: x @ x, jnp.full((side, side), 1.0 / side))
+    multiply, x = jax.jit(lambda x: x @ x), jnp.full((side, side), 1.0 / side)
+    return 2 * side**3 / fastest(lambda: multiply(x), 5)
 
 
 def _most_bytes(values: int) -> float:
     """Bytes a second, read and written, of a pass over an array too large for any cache."""
-    return 8 * values / _best_seconds(lambda x: x + 1.0, jnp.zeros(values))
+    add, x = jax.jit(lambda x: x + 1.0), jnp.zeros(values)
+    return 8 * values / fastest(lambda: add(x), 5)
 
 
 def _counted(run: Any) -> dict[str, float]:
