@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from subspace_jax.core import Params, StructureError, check_int, check_number
 from subspace_jax.methods.analysis.gist._subspace import (
     ExampleLoss,
     TargetSubspace,
+    all_products,
     count_examples,
     example_gradients,
     share_of,
@@ -40,6 +42,7 @@ def score_examples(
     subspace: TargetSubspace,
     examples: Any,
     *,
+    frozen: Params | None = None,
     batch_size: int = 32,
     energy_gate: bool = False,
 ) -> Scores:
@@ -53,7 +56,8 @@ def score_examples(
       params: those of `fit_subspace`.
       subspace: what it returned.
       examples: a tree with training examples along axis 0.
-      batch_size: examples of one compiled call.
+      frozen: that of `fit_subspace`.
+      batch_size: examples of one compiled call; as `examples` are split over devices along axis 0, so is each batch.
       energy_gate: multiply scores by the share of the gradient inside the subspace, which very small subspaces need.
 
     Returns:
@@ -76,8 +80,8 @@ def score_examples(
     for first in range(0, count, size):
         # The last batch begins earlier, so that it is as long as the others and nothing compiles again.
         start = max(min(first, count - size), 0)
-        batch = jax.tree.map(lambda v, start=start: v[start : start + size], examples)
-        parts = _project(loss, params, subspace.basis, batch)
+        batch = jax.tree.map(functools.partial(_rows, start, size), examples)
+        parts = _project(loss, params, subspace.basis, batch, frozen)
         found.append([np.asarray(part)[first - start :] for part in parts])
     coordinates, inside, whole = (np.concatenate(parts) for parts in zip(*found, strict=True))
     # Below this the part inside is rounding of the projection.
@@ -88,14 +92,23 @@ def score_examples(
     return Scores(scores * shares[:, None] if energy_gate else scores, coordinates, shares)
 
 
+def _rows(start: int, size: int, array: Any) -> Any:
+    """Rows in order, split over devices as all are."""
+    sharding = getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not sharding.mesh.explicit_axes:
+        return array[start : start + size]
+    return array.at[start + jnp.arange(min(size, len(array)))].get(out_sharding=sharding.spec)
+
+
 @functools.partial(jax.jit, static_argnames="loss")
-def _project(loss: ExampleLoss, params: Params, basis: Params, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    gradients = jax.tree.leaves(example_gradients(loss, params, batch))
+def _project(
+    loss: ExampleLoss, params: Params, basis: Params, batch: Any, frozen: Params | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    gradients = jax.tree.leaves(example_gradients(loss, params, batch, frozen))
     total, square = jnp.zeros(()), jnp.zeros(())
     for gradient, directions in zip(gradients, jax.tree.leaves(basis), strict=True):
-        flat, onto = (v.reshape(len(v), -1) for v in (gradient, directions))
-        total = total + jnp.matmul(flat, onto.T, precision="highest")
-        square = square + jnp.sum(flat * flat, axis=1)
+        total = total + all_products(gradient, directions)
+        square = square + jnp.sum(gradient * gradient, axis=tuple(range(1, gradient.ndim)))
     return total, jnp.linalg.norm(total, axis=1), jnp.sqrt(square)
 
 

@@ -10,10 +10,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from subspace_jax.core import Params, StructureError, check_choice, check_number, check_rank
+from subspace_jax.core import Params, StructureError, check_choice, check_number, check_rank, combine
 
-# loss(params, example), of one example without a batch axis.
+# loss(params, example), of one example without a batch axis; with `frozen`, of the whole tree.
 ExampleLoss = Callable[[Any, Any], jax.Array]
 Aggregate = Literal["subtask_mean", "example"]
 
@@ -46,6 +47,7 @@ def fit_subspace(
     params: Params,
     validation: Any,
     *,
+    frozen: Params | None = None,
     rank: int | Literal["energy"] = "energy",
     energy: float = 0.95,
     subtasks: int | Sequence[int] = 1,
@@ -61,6 +63,8 @@ def fit_subspace(
       params: what learns, after a warm-up: at LoRA's start the gradient of one factor is zero.
       validation: examples of the target, a tree whose leaves have them along axis 0; a few hundred at most, whose
         gradients are in memory together.
+      frozen: the other tree of `sj.partition`, if `loss` is that of the whole adapted tree: an argument of the compiled
+        program, where arrays that `loss` holds itself would be constants in it, whole on every device.
       rank: the number of directions, or "energy": as few as hold a share of the squared singular values.
       energy: that share.
       subtasks: number of contiguous groups of equal size, or the group of every example. A number that does not divide
@@ -87,7 +91,7 @@ def fit_subspace(
     if rank != "energy":
         check_rank(rank, what="fit_subspace: rank")
     count = count_examples(validation)
-    gradients = example_gradients(loss, params, validation)
+    gradients = example_gradients(loss, params, validation, frozen)
     values, vectors = np.linalg.eigh(np.asarray(_gram(gradients), np.float64))
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
     if values[0] == 0:
@@ -100,7 +104,7 @@ def fit_subspace(
         kept = min(kept, rank)
     singular = np.sqrt(values)
     into = vectors[:, :kept] / (singular[:kept] + _EPSILON * singular[0])
-    basis = jax.tree.map(lambda g: jnp.tensordot(jnp.asarray(into.T, g.dtype), g, 1, precision="highest"), gradients)
+    basis = jax.tree.map(functools.partial(_sums, jnp.asarray(into.T, jnp.float32)), gradients)
     coordinates = _averaged(vectors[:, :kept] * singular[:kept], _groups(subtasks, count, aggregate))
     sizes = np.linalg.norm(coordinates, axis=1, keepdims=True)
     return TargetSubspace(
@@ -126,32 +130,56 @@ def _averaged(coordinates: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames="loss")
-def example_gradients(loss: ExampleLoss, params: Params, examples: Any) -> Params:
+def example_gradients(loss: ExampleLoss, params: Params, examples: Any, frozen: Params | None = None) -> Params:
     """Returns the gradient of every example, a tree like the parameters of `[examples, *shape]` in float32.
 
     Args:
       loss: `loss(params, example)`; one object for many calls, which compiles once.
       params: what learns.
-      examples: a tree with examples along axis 0.
+      examples: a tree with examples along axis 0; split over devices along it, gradients are too.
+      frozen: the other tree of `sj.partition`, if `loss` is that of the whole adapted tree.
 
     Example:
       >>> import jax.numpy as jnp
       >>> example_gradients(lambda p, e: p * e, jnp.float32(1.0), jnp.array([2.0, 3.0])).tolist()
       [2.0, 3.0]
     """
-    found = jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, examples)
+
+    def whole(learned: Params, example: Any) -> jax.Array:
+        return loss(learned if frozen is None else combine(learned, frozen), example)
+
+    found = jax.vmap(jax.grad(whole), in_axes=(None, 0))(params, examples)
     return jax.tree.map(lambda v: v.astype(jnp.float32), found)
 
 
 @jax.jit
 def _gram(gradients: Params) -> jax.Array:
-    """Products of all pairs, summed over leaves, so that split leaves stay where they are."""
+    """Products of all pairs, summed over leaves."""
+    return functools.reduce(jnp.add, map(all_products, jax.tree.leaves(gradients), jax.tree.leaves(gradients)))
 
-    def one(g: jax.Array) -> jax.Array:
-        flat = g.reshape(len(g), -1)
-        return jnp.matmul(flat, flat.T, precision="highest")
 
-    return functools.reduce(jnp.add, map(one, jax.tree.leaves(gradients)))
+def all_products(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns inner products of the entries of two stacks, `[len(one), len(other)]`.
+
+    Without flattening: split axes stay where they are.
+    """
+    axes = tuple(range(1, one.ndim))
+    return jnp.tensordot(one, other, (axes, axes), precision="highest", out_sharding=_explicit(one, [0, None]))
+
+
+def _sums(weights: jax.Array, gradients: jax.Array) -> jax.Array:
+    """Sums gradients with weights `[sums, examples]`."""
+    kept = _explicit(gradients, [None, *range(1, gradients.ndim)])
+    return jnp.tensordot(weights, gradients, 1, precision="highest", out_sharding=kept)
+
+
+def _explicit(array: jax.Array, axes: Sequence[int | None]) -> PartitionSpec | None:
+    """How a result is split that inherits these axes of an array, where mesh axes are explicit."""
+    sharding = jax.typeof(array).sharding
+    if not sharding.mesh.explicit_axes:
+        return None
+    entries = (*sharding.spec, *(None,) * (array.ndim - len(sharding.spec)))
+    return PartitionSpec(*(None if axis is None else entries[axis] for axis in axes))
 
 
 def count_examples(examples: Any) -> int:
