@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import subspace_jax as sj
@@ -59,11 +60,17 @@ def test_the_table_of_methods_names_what_there_is():
 
 
 @pytest.mark.interop
-@pytest.mark.parametrize("library", ["keras", "equinox", "haiku"])
-def test_the_shortest_code_for_other_libraries_gives_what_their_models_give(library, monkeypatch):
+@pytest.mark.parametrize(
+    ("library", "inputs"),
+    [("keras", "x"), ("equinox", "x"), ("haiku", "x"), ("gemma", "tokens"), ("tunix", "tokens")],
+)
+def test_the_shortest_code_for_other_libraries_gives_what_their_models_give(library, inputs, monkeypatch):
     monkeypatch.setitem(os.environ, "KERAS_BACKEND", "jax")
     pytest.importorskip(library)
     found = run("frameworks.md", library)
-    plain = found["fn"](found["params"], found["x"])
-    assert plain.shape == (16, 3)
-    assert abs(found["y_hat"] - plain).max() < 1e-5
+    fn, given = found["fn"], found[inputs]
+    trainable, frozen = sj.partition(found["adapted"])
+    filled = sj.combine(jax.tree.map(lambda v: v + 0.1, trainable), frozen)
+    merged = fn(sj.merge(filled), given)
+    assert abs(merged - fn(sj.merge(found["adapted"]), given)).max() > 1e-3
+    assert abs(sj.with_adapters(fn)(filled, given) - merged).max() < 1e-4 * abs(merged).max()

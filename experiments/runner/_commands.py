@@ -97,12 +97,12 @@ def run_commands(
     package: ModuleType, commands: Mapping[str, Callable[..., Any]], description: str, arguments: Sequence[str] | None
 ) -> None:
     """Runs a command line; a name that does not exist ends it with one line that tells the nearest."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given.count("--set") > 1:
+        sys.exit("--set is given more than once, of which the last alone would count: --set key=value key=value.")
     try:
         tyro.extras.subcommand_cli_from_dict(
-            dict(commands),
-            prog=f"python -m {package.__name__}",
-            description=description,
-            args=None if arguments is None else list(arguments),
+            dict(commands), prog=f"python -m {package.__name__}", description=description, args=given
         )
     except KeyError as error:
         sys.exit(str(error.args[0]))

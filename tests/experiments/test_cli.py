@@ -47,6 +47,11 @@ def test_unknown_setting_lists_the_keys(setting):
         runner.main(["run", "quickstart", "--set", setting])
 
 
+def test_settings_given_apart_are_refused():
+    with pytest.raises(SystemExit, match="--set key=value key=value"):
+        runner.main(["run", "quickstart", "--set", "steps=3", "--set", "seeds=0"])
+
+
 def test_settings_are_typed():
     config = runner.find("quickstart").config
     made = runner.configure(
