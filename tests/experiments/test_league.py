@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,26 @@ def test_budget_counts_what_lora_trains():
     wide = {"w": jnp.arange(400.0).reshape(20, 20) - 200.0}
     few = find_budget("w", wide, sj.roles(lambda p, x: x @ p["w"], wide, jnp.ones((2, 20))))
     assert int((jnp.abs(wide["w"]) < few.threshold()).sum()) == pytest.approx(few.values, abs=1)
+
+
+NARROW_KEYS = {"attention/query": (48, 48), "attention/key": (48, 32), "attention/output": (48, 48)}
+FEED_FORWARD = {"up": (48, 96), "down": (96, 48)}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, arm in ARMS.items() if arm.needs is None and name not in ("head only", "ssf")]
+)
+def test_arms_fit_kernels_of_keys_that_heads_share(name):
+    sizes, rng = NARROW_KEYS | FEED_FORWARD, np.random.default_rng(0)
+    params = {f"{part}/kernel": jnp.asarray(rng.normal(size=shape), jnp.float32) for part, shape in sizes.items()}
+    roles = {path: sj.Role.dense((0,), (1,)) for path in params}
+    job = SimpleNamespace(
+        **{"kernels": "**/kernel", "outputs": "attention/output/kernel", "downs": "down/kernel"}, scope="**", heads=3
+    )
+    rules = ARMS[name].rules(job, find_budget(job.kernels, params, roles))
+    merged = sj.merge(sj.adapt(params, rules, key=jax.random.key(0), roles=roles))
+    for path, array in params.items():
+        assert merged[path].shape == array.shape
 
 
 def test_probe_is_the_classifier_on_features_that_are_not_standardized():

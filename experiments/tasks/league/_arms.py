@@ -98,6 +98,13 @@ def _s2ft(job: Job, budget: Budget) -> Rules:
     }
 
 
+def _svfit(job: Job, budget: Budget) -> Rules:
+    """As many directions as a kernel has; kernels of keys and values are narrower where heads share them."""
+    del job
+    ranks = {path: min(sides) for path, sides in budget.sides.items()}
+    return {tuple(p for p, r in ranks.items() if r == rank): sj.svfit(rank) for rank in dict.fromkeys(ranks.values())}
+
+
 def _square_root(budget: Budget) -> int:
     return min(budget.width, round(budget.each**0.5))
 
@@ -127,7 +134,7 @@ ARMS: dict[str, Arm] = {
     "oft": Arm(_kernels(lambda b: sj.oft(16)), 3e-3),
     "soka": Arm(_kernels(lambda b: sj.soka(RANK)), 3e-3),
     "loca": Arm(_kernels(lambda b: sj.loca(b.each)), 3e-2, optimizer=_loca),
-    "svfit": Arm(_kernels(lambda b: sj.svfit(b.width)), 1e-1),
+    "svfit": Arm(_svfit, 1e-1),
     "loldu": Arm(_kernels(lambda b: sj.loldu()), 1e-3),
     "lift": Arm(
         _kernels(lambda b: sj.lift(RANK, filter_rank=32)),
