@@ -45,8 +45,8 @@ Causal: before, SmolLM2 tells 14.6 % of the messages' tokens and 22.1 % of Engli
 21.8 (± 0.4 and ± 1.5), SoKA 21.6 ± 0.3, OFT, RandLoRA and Matryoshka 21.1; DoRA, PiSSA, Block-LoRA, LIFT, SaRA, PEGO,
 Comp-LoRA and DCT-Adam lie between 20.5 and 20.9, within LoRA's spread. LoRA-SB, CorDA, Flora and LoRA-Pro gain a
 little more than half as much (18.6 to 18.8). QLoRA ends at 17.8 ± 0.7 because it begins at 11.5: four bits a weight
-cost this small model 3 points of the messages and 2.3 of English. In 30 steps little is forgotten: 2.8 points of English
-by SoKA, 2.7 by SaRA, 2.5 by PiSSA and LoRA-SB, 1.6 by LoRA, 0.7 by DoRA, 0.4 by full fine-tuning.
+cost this small model 3 points of the messages and 2.3 of English. In 30 steps little is forgotten: 2.8 points of
+English by SoKA, 2.7 by SaRA, 2.5 by PiSSA and LoRA-SB, 1.6 by LoRA, 0.7 by DoRA, 0.4 by full fine-tuning.
 """
 
 from __future__ import annotations
