@@ -140,17 +140,18 @@ def allocate(
     costs = _costs(scores, roles, rank, module, parallel)
     norms = _norms(scores, costs)
     rules = _Rules(costs, norms, alpha, beta, structured_only, whole_vectors, include_norm)
-    ranked, owners = _ranked(scores)
+    owners = _owners(scores)
+    counts = np.zeros(len(scores), np.int64)
     best: tuple[int, int, int] | None = None
     totals = []
-    for tau in range(step, min(most, ranked.size) + 1, step):
-        counts = np.bincount(owners[ranked[:tau]], minlength=len(scores))
+    for tau in range(step, min(most, owners.size) + 1, step):
+        counts += np.bincount(owners[tau - step : tau], minlength=len(scores))
         counted = extra + sum(rules.decide(path, int(c))[2] for path, c in zip(scores, counts, strict=True))
         totals.append(counted)
         if best is None or abs(counted - budget) <= best[0]:
             best = abs(counted - budget), tau, counted
     if best is None or not min(totals) <= budget <= max(totals):
-        reach = f"from {min(totals):,} to {max(totals):,}" if totals else f"nothing: step={step} is above {ranked.size}"
+        reach = f"from {min(totals):,} to {max(totals):,}" if totals else f"nothing: step={step} is above {owners.size}"
         raise ValueError(f"spt: budget={budget:,}: the sweep reaches {reach}; choose a budget, step or most for it.")
     _, tau, counted = best
     chosen = largest_of_all(scores, tau)
@@ -236,8 +237,8 @@ def _norms(scores: Mapping[str, np.ndarray], costs: Mapping[str, tuple[int, int]
     return frozenset(path for path in scores if not costs[path][0] and path.rpartition("/")[0] not in layers)
 
 
-def _ranked(scores: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in all arrays together by falling score, and which array each position is of."""
+def _owners(scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which array each entry of all together is of, by falling score."""
     flat = np.concatenate([np.ravel(v) for v in scores.values()])
-    owners = np.repeat(np.arange(len(scores)), [v.size for v in scores.values()])
-    return np.argsort(-flat, kind="stable"), owners
+    owners = np.repeat(np.arange(len(scores), dtype=np.int32), [v.size for v in scores.values()])
+    return owners[np.argsort(-flat, kind="stable")]
