@@ -86,7 +86,8 @@ def league_table(methods: int | None = None) -> str:
     """
     if methods is not None:
         return markdown_table(overview(_league(), (REVIEWS,))[: 1 + methods])
-    return f"{markdown_table(overview(_league()))}\n\n{experiment_table('league')}"
+    record = _league()
+    return f"{markdown_table(overview(record, record['config']['tasks']))}\n\n{experiment_table('league')}"
 
 
 def figures_of_the_league() -> tuple[list[str], dict[str, list[str]]]:
