@@ -14,15 +14,19 @@ from tests.eight_devices import make_mesh
 from tests.tolerances import assert_rounding
 
 RNG = np.random.default_rng(0)
-PARAMS = {"up": jnp.asarray(RNG.normal(size=(64, 128)) / 8, jnp.float32), "down": jnp.asarray(RNG.normal(size=128))}
-LAYOUT = {"up": P(None, "model"), "down": P("model")}
+PARAMS = {
+    "up": jnp.asarray(RNG.normal(size=(64, 128)) / 8, jnp.float32),
+    "down": jnp.asarray(RNG.normal(size=128)),
+    "shift": jnp.float32(0.1),
+}
+LAYOUT = {"up": P(None, "model"), "down": P("model"), "shift": P()}
 
 
 def fn(p, x):
     """On a mesh of explicit axes a sum over a split axis must say what becomes of it."""
     hidden = jnp.tanh(x @ p["up"])
     explicit = jax.typeof(hidden).sharding.mesh.explicit_axes
-    return jnp.matmul(hidden, p["down"], out_sharding=P() if explicit else None)
+    return jnp.matmul(hidden, p["down"], out_sharding=P() if explicit else None) + p["shift"]
 
 
 apply = sj.with_adapters(fn)
@@ -44,7 +48,7 @@ def select(adapted, validation, pool):
 
 def main(kind):
     """Compares scores, and looks at what the program of a batch holds and moves."""
-    adapted = sj.adapt(PARAMS, {"up": sj.lora(3)}, key=jax.random.key(0))
+    adapted = sj.adapt(PARAMS, {"up": sj.lora(3), "shift": sj.full()}, key=jax.random.key(0))
     trainable, frozen = sj.partition(adapted)
     adapted = sj.combine(jax.tree.map(lambda v: v + 0.1, trainable), frozen)
     validation, pool = examples(8), examples(40)
