@@ -46,7 +46,7 @@ def product(
     shared = [n for n in left_labels if n in right_labels]
     summed = [n for n in shared if n not in out_labels]
     if not summed:
-        both = aligned(left, left_labels, out_labels) * aligned(right, right_labels, out_labels)
+        both = _elementwise(left, left_labels, right, right_labels, out_labels)
         return both if preferred_element_type is None else both.astype(preferred_element_type)
     batch = [n for n in shared if n in out_labels]
     left_free = [n for n in left_labels if n not in shared]
@@ -78,6 +78,25 @@ def product(
         out_sharding=_explicit_spec(left, left_labels, right, right_labels, made),
     )
     return out if made == out_labels else jnp.transpose(out, [made.index(n) for n in out_labels])
+
+
+def _elementwise(
+    left: jax.Array, left_labels: Labels, right: jax.Array, right_labels: Labels, out_labels: Labels
+) -> jax.Array:
+    """The product of two arrays that share some labels or none, each broadcast along what only the other has."""
+    spec = _explicit_spec(left, left_labels, right, right_labels, out_labels)
+    factors = aligned(left, left_labels, out_labels), aligned(right, right_labels, out_labels)
+    if spec is not None:
+        # One mesh axis may split both, each along a label of its own; the result has it once.
+        factors = _split_at_most(factors[0], spec), _split_at_most(factors[1], spec)
+    return factors[0] * factors[1]
+
+
+def _split_at_most(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The array whole along what `spec` does not split, and otherwise as it is."""
+    entries = tuple(jax.typeof(array).sharding.spec)
+    kept = tuple(None if allowed is None else entry for entry, allowed in zip(entries, spec, strict=False))
+    return array if kept == entries else jax.sharding.reshard(array, PartitionSpec(*kept))
 
 
 def placed_like(array: jax.Array, reference: jax.Array) -> jax.Array:

@@ -216,6 +216,15 @@ def magnitudes():
 
 
 @case
+def outer_product_of_two_that_one_axis_splits():
+    """Nothing is summed, and the result can have the mesh axis only once."""
+    with jax.set_mesh(MESH):
+        left, right = put(normal(1, B), "data"), put(normal(2, 4, D), "model", "data")
+        out = jax.jit(lambda a, b: sj.core.product(a, ("a",), b, ("b", "c"), ("a", "b", "c")))(left, right)
+    close(out, np.asarray(left)[:, None, None] * np.asarray(right))
+
+
+@case
 def adapt_and_merge_where_the_weight_lives():
     fn = lambda p, x: product(x, p["w"], ("data", "model"))
     params = {"w": normal(1, D, F)}

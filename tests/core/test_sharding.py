@@ -32,6 +32,7 @@ CASES = [
     *("both_axes", "gathered_before_use", "heads", "scanned_stack", "tied_embedding", "magnitudes"),
     *("adapt_and_merge_where_the_weight_lives", "roles_and_capture", "shard_map_output_axis", "shard_map_input_axis"),
     *("shard_map_stack_axis", "shard_map_refuses_what_cannot_be_split", "without_a_mesh_in_context"),
+    "outer_product_of_two_that_one_axis_splits",
 ]
 
 

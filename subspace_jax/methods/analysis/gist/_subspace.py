@@ -10,9 +10,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from subspace_jax.core import Params, StructureError, check_choice, check_number, check_rank, combine
+from subspace_jax.core import Params, StructureError, check_choice, check_number, check_rank, combine, product
 
 # loss(params, example), of one example without a batch axis; with `frozen`, of the whole tree.
 ExampleLoss = Callable[[Any, Any], jax.Array]
@@ -163,23 +162,19 @@ def all_products(one: jax.Array, other: jax.Array) -> jax.Array:
 
     Without flattening: split axes stay where they are.
     """
-    axes = tuple(range(1, one.ndim))
-    return jnp.tensordot(one, other, (axes, axes), precision="highest", out_sharding=_explicit(one, [0, None]))
+    axes = _axes(one)
+    return product(one, ("one", *axes), other, ("other", *axes), ("one", "other"), precision="highest")
 
 
 def _sums(weights: jax.Array, gradients: jax.Array) -> jax.Array:
     """Sums gradients with weights `[sums, examples]`."""
-    kept = _explicit(gradients, [None, *range(1, gradients.ndim)])
-    return jnp.tensordot(weights, gradients, 1, precision="highest", out_sharding=kept)
+    axes = _axes(gradients)
+    return product(weights, ("sum", "one"), gradients, ("one", *axes), ("sum", *axes), precision="highest")
 
 
-def _explicit(array: jax.Array, axes: Sequence[int | None]) -> PartitionSpec | None:
-    """How a result is split that inherits these axes of an array, where mesh axes are explicit."""
-    sharding = jax.typeof(array).sharding
-    if not sharding.mesh.explicit_axes:
-        return None
-    entries = (*sharding.spec, *(None,) * (array.ndim - len(sharding.spec)))
-    return PartitionSpec(*(None if axis is None else entries[axis] for axis in axes))
+def _axes(stack: jax.Array) -> tuple[str, ...]:
+    """Names of the axes of a stack's entries."""
+    return tuple(f"axis {i}" for i in range(1, stack.ndim))
 
 
 def count_examples(examples: Any) -> int:
