@@ -19,7 +19,6 @@ from subspace_jax.core import (
     matches,
     nearest,
 )
-from subspace_jax.weights import largest_of_all
 
 Module = Literal["lora", "adapter"]
 Part = Literal["module", "entries", "whole", "nothing"]
@@ -140,22 +139,26 @@ def allocate(
     costs = _costs(scores, roles, rank, module, parallel)
     norms = _norms(scores, costs)
     rules = _Rules(costs, norms, alpha, beta, structured_only, whole_vectors, include_norm)
-    owners = _owners(scores)
+    order = _order(scores, most)
+    ends = np.cumsum([v.size for v in scores.values()])
+    owners = np.searchsorted(ends, order, side="right")
     counts = np.zeros(len(scores), np.int64)
     best: tuple[int, int, int] | None = None
     totals = []
-    for tau in range(step, min(most, owners.size) + 1, step):
+    for tau in range(step, len(order) + 1, step):
         counts += np.bincount(owners[tau - step : tau], minlength=len(scores))
         counted = extra + sum(rules.decide(path, int(c))[2] for path, c in zip(scores, counts, strict=True))
         totals.append(counted)
         if best is None or abs(counted - budget) <= best[0]:
             best = abs(counted - budget), tau, counted
     if best is None or not min(totals) <= budget <= max(totals):
-        reach = f"from {min(totals):,} to {max(totals):,}" if totals else f"nothing: step={step} is above {owners.size}"
+        reach = f"from {min(totals):,} to {max(totals):,}" if totals else f"nothing: step={step} is above {len(order)}"
         raise ValueError(f"spt: budget={budget:,}: the sweep reaches {reach}; choose a budget, step or most for it.")
     _, tau, counted = best
-    chosen = largest_of_all(scores, tau)
-    leaves = {path: rules.leaf(path, chosen[path]) for path in scores}
+    chosen = np.zeros(ends[-1], bool)
+    chosen[order[:tau]] = True
+    parts = zip(scores.items(), np.split(chosen, ends[:-1]), strict=True)
+    leaves = {path: rules.leaf(path, part.reshape(score.shape)) for (path, score), part in parts}
     return Allocation(leaves, rank, module, tau, counted, extra + sum(leaf.trained for leaf in leaves.values()))
 
 
@@ -237,8 +240,12 @@ def _norms(scores: Mapping[str, np.ndarray], costs: Mapping[str, tuple[int, int]
     return frozenset(path for path in scores if not costs[path][0] and path.rpartition("/")[0] not in layers)
 
 
-def _owners(scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Which array each entry of all together is of, by falling score."""
+def _order(scores: Mapping[str, np.ndarray], most: int) -> np.ndarray:
+    """Places of the `most` largest entries of all arrays together, by falling score; of equal ones the first."""
     flat = np.concatenate([np.ravel(v) for v in scores.values()])
-    owners = np.repeat(np.arange(len(scores), dtype=np.int32), [v.size for v in scores.values()])
-    return owners[np.argsort(-flat, kind="stable")]
+    if most < flat.size:
+        # Sorting what the sweep never reaches would take longer than all the rest.
+        places = np.flatnonzero(flat >= np.partition(flat, flat.size - most)[flat.size - most])
+    else:
+        places = np.arange(flat.size)
+    return places[np.argsort(-flat[places], kind="stable")][:most]
