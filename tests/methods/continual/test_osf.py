@@ -38,6 +38,35 @@ def test_every_split_is_the_weight_and_counts_add_up(shape, width):
             assert adapted["w"].high_left.shape[-1] == k
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("width", ["exact", "bucketed"])
+def test_where_nothing_is_frozen_no_matrix_of_zeros_is_multiplied(width, rows):
+    w, x = matrix((6, 2, 4)), matrix((rows, 6), 1)
+    roles = {"w": sj.Role.dense((0,), (1, 2))}
+    free, padded = (adapt(w, 0, roles, width=one, route="auto") for one in (width, "common"))
+    assert free["w"].base is None
+    assert free["w"].live is None
+    assert free["w"].shape == w.shape
+
+    def loss(trainable, frozen):
+        return jnp.sum(
+            jnp.sin(sj.with_adapters(lambda p: jnp.einsum("ni,iab->nab", x, p["w"]))(sj.combine(trainable, frozen)))
+        )
+
+    (value, gradient), (expected, wanted) = (jax.value_and_grad(loss)(*sj.partition(one)) for one in (free, padded))
+    np.testing.assert_allclose(value, np.sin(np.einsum("ni,iab->nab", x, w)).sum(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(expected, value, rtol=1e-4, atol=1e-4)
+    for name in ("left", "core", "right"):
+        np.testing.assert_allclose(getattr(gradient["w"], name), getattr(wanted["w"], name), atol=1e-4)
+
+
+def test_a_step_with_nothing_frozen_multiplies_factors_alone():
+    d = 64
+    adapted = adapt(matrix((d, d)), 0)
+    found = jax.jit(sj.with_adapters(lambda p, x: x @ p["w"])).lower(adapted, jnp.ones((1, d))).compile()
+    assert found.cost_analysis()["flops"] < 1.05 * 2 * d * (d + d)
+
+
 def test_a_weight_without_full_rank_is_split_too():
     w = matrix((12, 3)) @ matrix((3, 8), 1)
     for k in (2, 3, 5):

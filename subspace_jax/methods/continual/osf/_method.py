@@ -144,7 +144,10 @@ def _split(array: jax.Array, role: Role, ranks: np.ndarray, width: Width, route:
     small = jnp.matmul(left * core[..., None, :], right, precision=jax.lax.Precision.HIGHEST)
     uneven = width == "common" or most != least
     return SplitSVD(
-        base=role.unmatrix(matrix - small, array.shape).astype(array.dtype),
+        # Nothing is frozen in a stream's first task, and no step then multiplies with a matrix of zeros.
+        base=role.unmatrix(matrix - small, array.shape).astype(array.dtype) if most else None,
+        in_sizes=role.in_shape(array.shape),
+        out_sizes=role.out_shape(array.shape),
         high_left=(u * high[..., None, :])[..., :most],
         high_right=(vt * high[..., :, None])[..., :most, :],
         left=left,

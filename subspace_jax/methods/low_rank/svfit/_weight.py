@@ -29,7 +29,7 @@ class SplitSVD(LowRankCore):
 
     Attributes:
       base: \(K_h = L_h\,\mathrm{diag}(s_h)\,R_h\), of the weight's shape: formed once, so that no step multiplies
-        frozen factors.
+        frozen factors; None where nothing is frozen.
       high_left: \(L_h\), `[*stack, in, high]`, orthonormal columns.
       high_right: \(R_h\), `[*stack, high, out]`, orthonormal rows.
       left: \(L\), `[*stack, in, low]`, trainable.
@@ -85,7 +85,8 @@ class SplitSVD(LowRankCore):
             return False
         rows = x.size // inputs
         factored = 6 * rows * self.rank * (inputs + outputs)
-        formed = 2 * inputs * outputs * (3 * self.rank + rows)
+        # Two products with `base` are part of both; without one they are only part of the formed route.
+        formed = 2 * inputs * outputs * (3 * self.rank + rows * (1 if self.base is not None else 3))
         return formed < factored
 
 
