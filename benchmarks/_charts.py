@@ -45,8 +45,8 @@ class Roofline:
 
     @property
     def bars(self) -> Sequence[int]:
-        """Twenty, as high as so many bars."""
-        return range(20)
+        """Fourteen, as high as so many bars."""
+        return range(14)
 
 
 def draw(charts: Sequence[Chart | Roofline], path: Path) -> None:
@@ -95,15 +95,25 @@ def _draw_one(axis: Any, chart: Chart) -> None:
 
 
 def _draw_roofline(axis: Any, chart: Roofline) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     places = [x for series in chart.points.values() for x, _ in series.values()]
+    heights = [y for series in chart.points.values() for _, y in series.values()]
     ridge = chart.flops / chart.bytes
-    ends = (min(*places, ridge) / 2, max(*places, ridge) * 2)
+    ends = (min(*places, ridge) / 1.5, max(*places, ridge) * 1.5)
     axis.plot([ends[0], ridge, ends[1]], [ends[0] * chart.bytes, chart.flops, chart.flops], color="0.3", linewidth=1)
     for number, (name, series) in enumerate(chart.points.items()):
-        axis.scatter(*zip(*series.values(), strict=True), s=18, label=name, marker="os^"[number % 3])
-        for label, (x, y) in series.items():
-            axis.annotate(label, (x, y), textcoords="offset points", xytext=(5, -3), fontsize=7)
-    axis.set(xscale="log", yscale="log")
+        drawn = axis.scatter(*zip(*series.values(), strict=True), s=18, label=name, marker="os^"[number % 3])
+        # Points of two series lie in pairs, so each has its labels on a side of its own.
+        side, offset = ("left", 5) if number % 2 == 0 else ("right", -5)
+        style = {"textcoords": "offset points", "ha": side, "fontsize": 7, "color": drawn.get_facecolor()[0]}
+        for label, place in series.items():
+            axis.annotate(label, place, xytext=(offset, -3), **style)
+    axis.set(xscale="log", yscale="log", ylim=(min(heights) / 1.3, 1.2 * max(*heights, chart.flops)))
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        one.set_major_formatter(ScalarFormatter())
+        one.set_minor_formatter(NullFormatter())
     axis.set_title(chart.title, fontsize=10)
     axis.set_xlabel("operations a byte", fontsize=9)
     axis.set_ylabel("GFLOP a second", fontsize=9)
