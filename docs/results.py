@@ -72,10 +72,14 @@ def benchmark_table(name: str) -> str:
     if not path.exists():
         return f"No result is recorded yet; `python -m benchmarks run {name}` makes one."
     result, benchmark = read_json(path), runner.entry(benchmarks, name)
-    tables = "\n\n".join(markdown_table(rows) for _, rows in benchmark.tables(result))
+    found = benchmark.tables(result)
+    # One table speaks for itself on its page; of several a reader must know which is which.
+    tables = [
+        f"*{title}*\n\n{markdown_table(rows)}" if len(found) > 1 else markdown_table(rows) for title, rows in found
+    ]
     where = result["environment"]
     note = f"`python -m benchmarks run {name}`; {where['cores']} cores, jax {where['packages']['jax']}."
-    return "\n\n".join([tables, *result.get("notes", ()), note])
+    return "\n\n".join([*tables, *result.get("notes", ()), note])
 
 
 def league_table(methods: int | None = None) -> str:
