@@ -73,7 +73,7 @@ class QuickstartConfig:
     tasks: tuple[str, ...] = ("rotten_tomatoes",)
     methods: tuple[str, ...] = ("head", "full", "lora", "dora")
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 120
+    steps: int = 100
     batch_size: int = 16
     max_length: int = 40
     train_size: int = 4000
