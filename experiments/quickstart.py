@@ -75,7 +75,7 @@ class QuickstartConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 100
     batch_size: int = 16
-    max_length: int = 40
+    max_length: int = 32
     train_size: int = 4000
     test_size: int = 1000
     rank: int = 8

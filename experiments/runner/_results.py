@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 PACKAGES = ("subspace-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -88,11 +89,19 @@ def human_bytes(count: float) -> str:
 
 
 def terminal_table(rows: Sequence[Sequence[str]], title: str) -> Table:
-    """Returns rows, header first, as a table for the terminal."""
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if i < 2 else "right")
-    for row in rows[1:]:
+    """Returns rows, header first, as a table for the terminal.
+
+    A first column that says the same in every row goes into the title: of 80 columns the others need all.
+    """
+    header, *body = rows
+    named = 2
+    if len(body) > 1 and len(header) > 2 and len({row[0] for row in body}) == 1:
+        title = f"{title}, {header[0]} {body[0][0]}"
+        header, body, named = header[1:], [row[1:] for row in body], 1
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < named else "right")
+    for row in body:
         table.add_row(*row)
     return table
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from experiments import quickstart, runner
 from subspace_jax.assets import is_available
@@ -37,6 +40,19 @@ def test_table_has_means_spreads_and_ratios():
     assert majority[2] == "50.0"
     assert full[1:5] == ["full", "60.0 ± 14.1", "10", "1.00"]
     assert lora[1:6] == ["lora", "60.0 ± 0.0", "10", "0.50", "2.0 KiB"]
+
+
+def test_the_recorded_table_is_whole_in_80_columns():
+    result = runner.read_json(Path(runner.__file__).parents[1] / "results" / "quickstart.json")
+    rows = runner.find("quickstart").rows(result)
+    with io.StringIO() as out:
+        Console(file=out, width=80).print(runner.terminal_table(rows, "quickstart"))
+        text = out.getvalue()
+    assert "quickstart, task rotten_tomatoes" in text
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    for row in rows[2:]:
+        (line,) = (line for line in text.splitlines() if line.split()[:1] == [row[1]])
+        assert line.split() == " ".join(row[1:]).split()
 
 
 def test_picture_is_a_picture(tmp_path):
