@@ -96,7 +96,7 @@ def terminal_table(rows: Sequence[Sequence[str]], title: str) -> Table:
     header, *body = rows
     named = 2
     if len(body) > 1 and len(header) > 2 and len({row[0] for row in body}) == 1:
-        title = f"{title}, {header[0]} {body[0][0]}"
+        title = f"{title} ({header[0]} {body[0][0]})"
         header, body, named = header[1:], [row[1:] for row in body], 1
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, name in enumerate(header):

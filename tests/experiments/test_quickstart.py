@@ -48,7 +48,7 @@ def test_the_recorded_table_is_whole_in_80_columns():
     with io.StringIO() as out:
         Console(file=out, width=80).print(runner.terminal_table(rows, "quickstart"))
         text = out.getvalue()
-    assert "quickstart, task rotten_tomatoes" in text
+    assert "quickstart (task rotten_tomatoes)" in text
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
     for row in rows[2:]:
         (line,) = (line for line in text.splitlines() if line.split()[:1] == [row[1]])
