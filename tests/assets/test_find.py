@@ -22,6 +22,8 @@ CARRIED = {
     "neuraloperator": ("darcy_train_16.pt", None),
     "scikit-image": ("data/brick.png", "7966caf324f6ba843118d98f7a07746d22f6a343430add0233eca5f6eaaa8fcf"),
     "spam-assassin": ("package/package.json", None),
+    # The file that they join to is held to a digest where it is joined.
+    **{f"gemma3-270m-part{i + 1}": (f"data/gemma-3-270m-q4_k_m.gguf.part{i:02}", None) for i in range(4)},
 }
 
 
