@@ -19,6 +19,7 @@ from subspace_jax.core import (
     matches,
     nearest,
 )
+from subspace_jax.weights import largest_of_all
 
 Module = Literal["lora", "adapter"]
 Part = Literal["module", "entries", "whole", "nothing"]
@@ -243,9 +244,7 @@ def _norms(scores: Mapping[str, np.ndarray], costs: Mapping[str, tuple[int, int]
 def _order(scores: Mapping[str, np.ndarray], most: int) -> np.ndarray:
     """Places of the `most` largest entries of all arrays together, by falling score; of equal ones the first."""
     flat = np.concatenate([np.ravel(v) for v in scores.values()])
-    if most < flat.size:
-        # Sorting what the sweep never reaches would take longer than all the rest.
-        places = np.flatnonzero(flat >= np.partition(flat, flat.size - most)[flat.size - most])
-    else:
-        places = np.arange(flat.size)
-    return places[np.argsort(-flat[places], kind="stable")][:most]
+    # Sorting what the sweep never reaches would take longer than all the rest.
+    largest = largest_of_all(scores, min(most, flat.size))
+    places = np.flatnonzero(np.concatenate([np.ravel(v) for v in largest.values()]))
+    return places[np.argsort(-flat[places], kind="stable")]
