@@ -22,22 +22,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import subspace_jax as sj
 from benchmarks._collectives import collectives
 from subspace_jax.io import restore_checkpoint, save_checkpoint
+from subspace_jax.linalg import stack_is_whole
+from subspace_jax.methods.continual.osf import _frozen
 from tests.eight_devices import check_cases
 
 LAYERS, WIDTH, ROWS = 4, 16, 24
 ROLES = {"layers": sj.Role.dense((1,), (2,), (0,)), "head": sj.Role.dense((0,), (1, 2))}
 SPECS = {"layers": P(None, "data", "model"), "head": P("model", "data", None)}
+LARGE = _frozen.LARGE
 TOLERANCE = 1e-4  # of the largest entry of an array, after three steps of Adam
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A method, an optimizer for it, and the fields that every device shall hold an eighth of."""
+    """A method, an optimizer for it, the fields that every device shall hold an eighth of, and whether it loops."""
 
     name: str
     method: Callable[[str], sj.Method]
     optimizer: Callable[[object], optax.GradientTransformation]
     eighths: tuple[str, ...]
+    loops: bool = False
 
 
 def osf_adam(frozen):
@@ -57,6 +61,7 @@ CASES = [
     Case("lift_blocks", lambda path: sj.lift(2, filter_rank=4, blocks=blocks(path)), lift_adam, ("indices", "values")),
     Case("osf", lambda path: sj.osf(0.5), osf_adam, ("left", "right", "high_left", "high_right")),
     Case("osf_common", lambda path: sj.osf(4, width="common"), osf_adam, ("left", "right", "high_left", "high_right")),
+    Case("osf_in_loops", lambda path: sj.osf(0.5), osf_adam, ("left", "right", "high_left", "high_right"), loops=True),
 ]
 
 
@@ -125,7 +130,14 @@ def check_checkpoint(adapted, state):
         assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
 
 
+def check_gathers(program, case):
+    """Projections in a loop gather one layer's factors at a time."""
+    gathered = [dims for o, _ in collectives(program.as_text()) for _, dims in o.shapes if o.kind == "all-gather"]
+    assert any(len(dims) == 3 and dims[0] == LAYERS for dims in gathered) != case.loops, gathered
+
+
 def check(case, mesh, explicit):
+    _frozen.LARGE = 0 if case.loops else LARGE
     params = make_params()
     rules = {name: case.method(name) for name in params}
     rng = np.random.default_rng(1)
@@ -169,6 +181,10 @@ def check(case, mesh, explicit):
         kept = jax.tree.map(lambda v: v.sharding, (new, state))
         step = jax.jit(make_step(optimizer, explicit), out_shardings=(*kept, None))
         placed_x, placed_y = (jax.device_put(v, NamedSharding(mesh, P("data"))) for v in (x, y))
+        assert stack_is_whole(spread["layers"].left)
+        assert not stack_is_whole(placed_x)
+        if not explicit and case.name in ("osf", "osf_in_loops"):
+            check_gathers(step.lower(new, parts[1], state, placed_x, placed_y).compile(), case)
         for value in losses:
             new, state, found = step(new, parts[1], state, placed_x, placed_y)
             np.testing.assert_allclose(found, value, rtol=TOLERANCE)

@@ -86,7 +86,7 @@ def test_small_ranks_stay_whole():
 @pytest.mark.parametrize("axes", ["auto", "explicit"])
 def test_split_entries_and_ranks_train_as_on_one_device(axes):
     lines, output = run_on_8_devices(__file__, axes)
-    assert len(lines) == 4, output
+    assert len(lines) == 5, output
 
 
 @pytest.mark.parametrize("kind", ["arrays", "shardings", "specs"])

@@ -37,6 +37,7 @@ from subspace_jax.linalg._remover import Remover as Remover
 from subspace_jax.linalg._remover import bucketed as bucketed
 from subspace_jax.linalg._remover import make_remover as make_remover
 from subspace_jax.linalg._sharding import by_compiler as by_compiler
+from subspace_jax.linalg._sharding import stack_is_whole as stack_is_whole
 from subspace_jax.linalg._sharding import whole_matrices as whole_matrices
 from subspace_jax.linalg._spectrum import Combine as Combine
 from subspace_jax.linalg._spectrum import allocate_terms as allocate_terms
@@ -111,6 +112,7 @@ __all__ = [
     "select_columns",
     "skew",
     "skew_size",
+    "stack_is_whole",
     "to_coordinates",
     "transform_rows",
     "transform_share",

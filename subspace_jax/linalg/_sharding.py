@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Shaped
 
 
@@ -69,6 +69,32 @@ def layers_apart(matrix: Shaped[Array, "*stack m n"]) -> Shaped[Array, "*stack m
         if matrix.shape[0] % math.prod(mesh.shape[n] for n in (*kept, name)) == 0:
             kept.append(name)
     return jax.lax.with_sharding_constraint(matrix, PartitionSpec(tuple(kept))) if kept else matrix
+
+
+def stack_is_whole(stack: Any) -> bool:
+    """Returns whether the first axis of an array is known not to be split between devices.
+
+    Then a loop over it sends nothing. Of an array in a program for a mesh with automatic axes that is not known.
+
+    Args:
+      stack: an array, or its shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> stack_is_whole(jnp.ones((4, 3, 2)))
+      True
+    """
+    if jax.device_count() == 1:
+        return True
+    if isinstance(stack, Tracer):
+        sharding = jax.typeof(stack).sharding
+        if sharding.mesh.empty or not all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
+            return False
+    else:
+        sharding = getattr(stack, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        return not sharding.spec or sharding.spec[0] is None
+    return isinstance(sharding, SingleDeviceSharding)
 
 
 def without_repeats(entries: Sequence[Any]) -> list[Any]:

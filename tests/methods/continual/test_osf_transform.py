@@ -13,6 +13,7 @@ import pytest
 
 import subspace_jax as sj
 from subspace_jax.core import PatternError, StructureError
+from subspace_jax.methods.continual.osf import _frozen
 from tests.tolerances import tolerance
 
 STACK = {"w": sj.Role.dense((1,), (2,), (0,))}
@@ -88,6 +89,31 @@ def test_every_width_and_form_trains_the_same_weight(shape, k, project_gradients
     for after in found[1:]:
         np.testing.assert_allclose(after, found[0], atol=2e-4)
     assert np.abs(found[0] - before).max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 8), (2, 8, 8)])
+@pytest.mark.parametrize("make", [sj.methods.osf.projection, with_removers])
+@pytest.mark.parametrize("width", ["exact", "common"])
+def test_large_stacks_are_projected_in_a_loop_with_the_same_result(shape, make, width, monkeypatch):
+    optimizer_of = lambda frozen: make(optax.adam(1e-2), frozen)
+    _, together, _ = train(matrix(shape), 3, optimizer_of, steps=10, width=width)
+    calls, real = [], jax.lax.map
+    monkeypatch.setattr(_frozen, "LARGE", 0)
+    monkeypatch.setattr(jax.lax, "map", lambda *args: calls.append(None) or real(*args))
+    before, after, _ = train(matrix(shape), 3, optimizer_of, steps=10, width=width)
+    assert len(calls) == 4  # both factors, before and after the optimizer
+    np.testing.assert_allclose(after, together, atol=1e-6)
+    assert max(leaks(before, after, 3)) < 1e-5
+
+
+def test_the_dense_form_loops_as_well(monkeypatch):
+    w = jnp.asarray(matrix((3, 12, 8)))
+    dense = sj.methods.osf.projection(optax.sgd(1.0), adapt(w, 3), mode="dense", roles=STACK)
+    project = lambda: jax.jit(lambda tree: dense.update(tree, dense.init(tree), tree)[0])({"w": w})["w"]
+    together = project()
+    monkeypatch.setattr(_frozen, "LARGE", 0)
+    np.testing.assert_allclose(project(), together, atol=1e-5)
+    assert leaks(np.zeros_like(w) + w, w + project(), 3)[0] < 1e-5
 
 
 def test_removers_are_those_of_numpy_in_the_cheaper_form():

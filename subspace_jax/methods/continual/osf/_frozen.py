@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import Params, StructureError, leaves_with_paths
-from subspace_jax.linalg import Remover, make_remover, project
+from subspace_jax.linalg import Remover, Side, make_remover, project, stack_is_whole
 from subspace_jax.methods.low_rank.svfit import SplitSVD
+
+# Values of a matrix from which those of a stack are projected one after the other.
+LARGE = 2**20
 
 
 class High(NamedTuple):
@@ -31,7 +35,7 @@ class High(NamedTuple):
         """Sizes of the weight's inputs and outputs."""
         return self.left.shape[-2], self.right.shape[-1]
 
-    def remove(self, matrix: jax.Array, side: Literal["in", "out"]) -> jax.Array:
+    def remove(self, matrix: jax.Array, side: Side) -> jax.Array:
         """Returns a matrix without what lies in the frozen columns ("in") or rows ("out"), in float32 at least."""
         basis = self.left if side == "in" else jnp.swapaxes(self.right, -1, -2)
         return project(matrix, basis, mode="remove", side=side)
@@ -55,9 +59,38 @@ class Removers(NamedTuple):
         """Sizes of the weight's inputs and outputs."""
         return self.left.size, self.right.size
 
-    def remove(self, matrix: jax.Array, side: Literal["in", "out"]) -> jax.Array:
+    def remove(self, matrix: jax.Array, side: Side) -> jax.Array:
         """Returns a matrix without what lies in the frozen columns ("in") or rows ("out"), in float32 at least."""
         return (self.left if side == "in" else self.right)(matrix, side)
+
+
+def in_loops(given: Mapping[str, High | Removers]) -> frozenset[str]:
+    """Returns the paths of stacks that may be projected in a loop: their first axis is not split between devices."""
+    return frozenset(path for path, found in given.items() if all(map(stack_is_whole, jax.tree.leaves(found))))
+
+
+def remove(found: High | Removers, matrix: jax.Array, *sides: Side, loop: bool) -> jax.Array:
+    """Returns matrices without what lies in the frozen columns ("in"), rows ("out") or both, in float32 at least.
+
+    In a loop over the layers, a mesh that splits factors both ways gathers one layer's at a time and
+    not all of them, 4 GiB each in a model of 70 billion parameters.
+
+    Args:
+      found: what is removed.
+      matrix: `[*stack, in, out]`.
+      sides: from which, one after the other.
+      loop: whether one after the other where the matrices are large.
+    """
+
+    def one(pair: tuple[High | Removers, jax.Array]) -> jax.Array:
+        found, matrix = pair
+        for side in sides:
+            matrix = found.remove(matrix, side)
+        return matrix
+
+    if loop and matrix.ndim > 2 and math.prod(matrix.shape[1:]) >= LARGE:
+        return jax.lax.map(one, (found._replace(live=None), matrix))
+    return one((found, matrix))
 
 
 def removers(frozen: Params) -> dict[str, Removers]:

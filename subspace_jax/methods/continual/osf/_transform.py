@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from subspace_jax.core import (
     leaves_with_paths,
     map_with_paths,
 )
-from subspace_jax.methods.continual.osf._frozen import high_of
+from subspace_jax.methods.continual.osf._frozen import high_of, in_loops, remove
 from subspace_jax.methods.low_rank.svfit import SplitSVD
 from subspace_jax.optim import (
     MatrixView,
@@ -75,7 +75,8 @@ def projection(
     d = 512 and n = 4096, with Adam: 1.15 times the plain step with half of the triples frozen, 0.95 times with seven
     eighths, 1.46 times with half and the common width, whose columns of zeros are multiplied too. On a mesh
     (`sj.shardings`, `sj.state_shardings`) factors and states are split both ways, as the weight; a projection then
-    gathers one of its factors over the devices that split its rank.
+    gathers one of its factors over the devices that split its rank. Stacks of large matrices are projected a layer
+    after the other, on a mesh where `frozen` is given with shardings that do not split the layers.
 
     Args:
       inner: the optimizer; AdamW at 1e-5 in the authors' runs.
@@ -113,9 +114,10 @@ def projection(
     check_choice("osf.projection: mode", mode, ("factored", "dense"))
     extended = rest_without_gradient(inner)
     given = high_of(frozen)
+    loops = in_loops(given)
 
     def projected(tree: PyTree, high: dict[str, Any]) -> Updates:
-        return _dense(tree, high, roles) if mode == "dense" else _factored(tree, high, drop_rounding=True)
+        return _dense(tree, high, loops, roles) if mode == "dense" else _factored(tree, high, loops, drop_rounding=True)
 
     def init(params: Params) -> OSFState:
         check_paths(given, params, "SplitSVD")
@@ -137,7 +139,7 @@ def projection(
         if project_params and mode == "dense":
             steps = projected(steps, high)
         elif project_params:
-            steps = _after(steps, like_updates(steps, params), high)
+            steps = _after(steps, like_updates(steps, params), high, loops)
         return steps, OSFState(state.high, held)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -201,7 +203,7 @@ def _check(high: Mapping[str, Any], tree: PyTree, mode: Form) -> None:
                 raise StructureError(f"{path}: factors of sizes {shapes}, but the frozen part is of {expected}.")
 
 
-def _factored(tree: PyTree, high: Mapping[str, Any], *, drop_rounding: bool = False) -> PyTree:
+def _factored(tree: PyTree, high: Mapping[str, Any], loops: Container[str], *, drop_rounding: bool = False) -> PyTree:
     """The factors of every `SplitSVD` projected off its frozen part, with padding set to zero."""
 
     def one(path: str, leaf: Any) -> Any:
@@ -215,7 +217,7 @@ def _factored(tree: PyTree, high: Mapping[str, Any], *, drop_rounding: bool = Fa
                 return value * jnp.asarray(live, value.dtype)
             if name not in ("left", "right"):
                 return value
-            new = found.remove(value, "in" if name == "left" else "out")
+            new = remove(found, value, "in" if name == "left" else "out", loop=path in loops)
             new = without_rounding(new, value) if drop_rounding else new
             if found.live is not None:
                 new = new * (found.live[..., None, :] if name == "left" else found.live[..., :, None])
@@ -226,7 +228,7 @@ def _factored(tree: PyTree, high: Mapping[str, Any], *, drop_rounding: bool = Fa
     return map_with_paths(one, tree)
 
 
-def _after(steps: Updates, params: Params, high: Mapping[str, Any]) -> PyTree:
+def _after(steps: Updates, params: Params, high: Mapping[str, Any], loops: Container[str]) -> PyTree:
     """The steps that lead to projected parameters, in the dtype of the parameters."""
 
     def one(path: str, step: Any, param: Any) -> Any:
@@ -241,14 +243,14 @@ def _after(steps: Updates, params: Params, high: Mapping[str, Any]) -> PyTree:
             return step
         return jax.tree.map(lambda n, p: n - p, new, param)
 
-    return map_with_paths(back, steps, params, _factored(moved, high))
+    return map_with_paths(back, steps, params, _factored(moved, high, loops))
 
 
-def _dense(tree: PyTree, high: Mapping[str, Any], roles: Mapping[str, Role] | None) -> PyTree:
+def _dense(tree: PyTree, high: Mapping[str, Any], loops: Container[str], roles: Mapping[str, Role] | None) -> PyTree:
     """Whole arrays without what lies in the frozen part's columns or rows."""
 
     def one(matrix: jax.Array, view: MatrixView) -> jax.Array:
-        found = high[view.path]
-        return without_rounding(found.remove(found.remove(matrix, "in"), "out"), matrix)
+        found = remove(high[view.path], matrix, "in", "out", loop=view.path in loops)
+        return without_rounding(found, matrix)
 
     return map_matrices(one, tree, roles, high)
