@@ -70,22 +70,34 @@ def _o_lora(data: StreamData, rate: float, config: StreamConfig) -> sj.continual
     return sj.methods.o_lora.learner(loss, data.kernels, optimizer, **_others(data), **options)
 
 
-def _gpm(data: StreamData, rate: float, config: StreamConfig) -> sj.continual.Learner:
+def _gpm(data: StreamData, rate: float, config: StreamConfig, **options: Any) -> sj.continual.Learner:
     name = data.mask
-    options: dict[str, Any] = {"threshold": config.threshold, "columns": config.columns}
+    options |= {"threshold": config.threshold, "columns": config.columns}
     options["mask"] = None if name is None else lambda batch: jnp.asarray(batch[name])
     loss, optimizer = _loss(data, config), _optimizer(rate, config)
     return sj.methods.gpm.learner(loss, data.kernels, optimizer, **_others(data), **options)
 
 
-def _osf(data: StreamData, rate: float, config: StreamConfig, preserved: str = "schedule") -> sj.continual.Learner:
-    options: dict[str, Any] = {"tasks": len(data.names), "preserved": preserved}
+def _gpm_updates(data: StreamData, rate: float, config: StreamConfig) -> sj.continual.Learner:
+    return _gpm(data, rate, config, project_gradients=False)
+
+
+def _osf(data: StreamData, rate: float, config: StreamConfig, **options: Any) -> sj.continual.Learner:
+    options["tasks"] = len(data.names)
     loss, optimizer = _loss(data, config), _optimizer(rate, config)
     return sj.methods.osf.learner(loss, data.kernels, optimizer, **_others(data), **options)
 
 
 def _osf_importance(data: StreamData, rate: float, config: StreamConfig) -> sj.continual.Learner:
-    return _osf(data, rate, config, "importance")
+    return _osf(data, rate, config, preserved="importance")
+
+
+def _osf_updates(data: StreamData, rate: float, config: StreamConfig) -> sj.continual.Learner:
+    return _osf(data, rate, config, project_gradients=False)
+
+
+def _osf_importance_updates(data: StreamData, rate: float, config: StreamConfig) -> sj.continual.Learner:
+    return _osf(data, rate, config, preserved="importance", project_gradients=False)
 
 
 def _coso(data: StreamData, rate: float, config: StreamConfig, **options: Any) -> sj.continual.Learner:
@@ -111,8 +123,11 @@ METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "lora_outputs": (_lora_outputs, (3e-4, 1e-3, 3e-3)),
     "o_lora": (_o_lora, (3e-4, 1e-3, 3e-3)),
     "gpm": (_gpm, (1e-4, 3e-4, 1e-3)),
+    "gpm_updates": (_gpm_updates, (1e-4, 3e-4, 1e-3)),
     "osf": (_osf, (1e-4, 3e-4, 1e-3)),
+    "osf_updates": (_osf_updates, (1e-4, 3e-4, 1e-3)),
     "osf_importance": (_osf_importance, (1e-4, 3e-4, 1e-3)),
+    "osf_importance_updates": (_osf_importance_updates, (1e-4, 3e-4, 1e-3)),
     "coso": (_coso, (3e-4, 1e-3, 3e-3)),
     "coso_without_history": (_coso_without_history, (3e-4, 1e-3, 3e-3)),
     "joint": (_joint, (3e-5, 1e-4, 3e-4)),
@@ -123,8 +138,11 @@ TITLES = {
     "lora_outputs": "sequential LoRA, attention outputs",
     "o_lora": "O-LoRA",
     "gpm": "GPM",
+    "gpm_updates": "GPM, updates alone",
     "osf": "OSF, schedule",
+    "osf_updates": "OSF, schedule, updates alone",
     "osf_importance": "OSF, importance",
+    "osf_importance_updates": "OSF, importance, updates alone",
     "coso": "CoSO, attention outputs",
     "coso_without_history": "the same without its history",
     "joint": "joint training (ceiling)",
