@@ -337,7 +337,7 @@ def charts(results: Mapping[str, Any]) -> list[Chart]:
 
 BENCHMARK = Benchmark(
     name="adapters",
-    claim="What a training step costs with every adapter of the catalogue, relative to LoRA at equal budget.",
+    claim="What a training step costs with 30 adapters of the catalogue, relative to LoRA at equal budget.",
     config=Config,
     run=run,
     tables=tables,

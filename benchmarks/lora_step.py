@@ -193,7 +193,7 @@ def charts(results: Mapping[str, Any]) -> list[Chart]:
 
 BENCHMARK = Benchmark(
     name="lora_step",
-    claim="What a LoRA step costs beside full fine-tuning, nnx.LoRA, qwix, materialized LoRA and late freezing.",
+    claim="What a LoRA step costs beside full fine-tuning, nnx.LoRA, materialized LoRA, late freezing and qwix.",
     config=Config,
     run=run,
     tables=tables,

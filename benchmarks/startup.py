@@ -319,7 +319,7 @@ def charts(results: Mapping[str, Any]) -> list[Chart]:
 
 BENCHMARK = Benchmark(
     name="startup",
-    claim="What starting PiSSA, CorDA and LoRA-SB costs: full and randomized decompositions, and Gram matrices.",
+    claim="What starting PiSSA, CorDA, LoRA-SB, LoRA-XS and SVFit costs: decompositions, and Gram matrices.",
     config=Config,
     run=run,
     tables=tables,

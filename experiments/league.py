@@ -35,19 +35,19 @@ SPT, RandLoRA, S2FT, SNELL and SNELLA at most one.
 Vision is too short a run to show what fine-tuning can do: the head learns at the rate of the arm, and in 40 steps of 16
 images it learns little at rates that suit a backbone. The head alone, at a rate of 0.1, has 67.2 ± 1.2, full
 fine-tuning 59.7 ± 3.4, LoRA 66.4 ± 2.1, DoRA 67.2 ± 2.4. Ahead of the head are SNELL (71.9 ± 1.7) and SNELLA (70.6 ±
-1.0), both at large rates, RandLoRA (70.3 ± 0.3), SVFit (70.0 ± 0.6) and LIFT (69.5 ± 0.5); LoCA, S2FT and SaRA within
-their spreads.
+1.0), both at large rates, RandLoRA (70.3 ± 0.3), SVFit (70.0 ± 0.6), LoCA (69.7 ± 1.2) and LIFT (69.5 ± 0.5); S2FT
+and SaRA within their spreads.
 All of them bend the features to an unready head and lose 47 (SNELLA) to 79 of the 92 points that the probe of digits
 had. With a rate of its own for the head this would be another table.
 
 Causal: before, SmolLM2 tells 14.6 % of the messages' tokens and 22.1 % of English ones. Full fine-tuning and LoRA reach
-21.8 (± 0.4 and ± 1.5), SoKA 21.6 ± 0.3, OFT, RandLoRA and Matryoshka 21.1; SNELLA, SPT, PiSSA, DoRA, Block-LoRA, LIFT,
-SaRA, Comp-LoRA, DCT-Adam and PEGO lie between 20.5 and 20.9, SNELL, SVFit and GaLore at 20.1, Composable SFT at 19.8,
-nearly all within LoRA's spread. SPT finds every kernel sensitive enough for a module, and is LoRA here. Trion reaches
-19.1, LoRA-SB, CorDA, Flora and LoRA-Pro gain a little more than half as much as LoRA (18.6 to 18.8). QLoRA ends at 17.8
-± 0.7 because it begins at 11.5: four bits a weight cost this small model 3 points of the messages and 2.3 of English.
-In 30 steps little is forgotten: 2.8 points of English by SoKA, 2.7 by SaRA, 2.5 by PiSSA and LoRA-SB, 1.6 by LoRA, 0.7
-by DoRA, 0.4 by full fine-tuning and SNELL, 0.2 by SNELLA.
+21.8 (± 0.4 and ± 1.5), SoKA 21.6 ± 0.3, OFT 21.2, RandLoRA and Matryoshka 21.1; SNELLA, SPT, PiSSA, DoRA, Block-LoRA,
+LIFT, SaRA, Comp-LoRA, DCT-Adam and PEGO lie between 20.5 and 20.9, SNELL, SVFit and GaLore at 20.1, Composable SFT at
+19.8, nearly all within LoRA's spread. SPT finds every kernel sensitive enough for a module, and is LoRA here. Trion
+reaches 19.1, LoRA-SB, CorDA, Flora and LoRA-Pro gain a little more than half as much as LoRA (18.6 to 18.8). QLoRA ends
+at 17.8 ± 0.7 because it begins at 11.5: four bits a weight cost this small model 3 points of the messages and 2.3 of
+English. In 30 steps little is forgotten: 2.8 points of English by SoKA, 2.7 by SaRA, 2.5 by PiSSA and LoRA-SB, 1.6 by
+LoRA, 0.7 by DoRA, 0.4 by full fine-tuning and SNELL, 0.2 by SNELLA.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Five text tasks one after the other: what a pretrained MiniLM forgets, and what keeps it from that.
 
-Sentiment of film reviews, topics of newswire, spam, authors of tweets and languages of messages, in an order of its own
-for every seed. Each task has a head; its examples are shown for a number of steps and never again.
+Sentiment of film reviews, topics of newswire, spam, authors of tweets and languages of messages, in an order that each
+seed draws. Each task has a head; its examples are shown for a number of steps and never again.
 
 - full: sequential fine-tuning of everything above the frozen layers, biases and norms included.
 - lora: one LoRA on the attention kernels, trained on every task.

@@ -6,7 +6,7 @@ projection memory of every layer, and later gradients or updates are projected o
 gradient before Adam, "after" Adam's update, "sandwich" both. O-LoRA adapts the network that the first task trained
 and is compared with one adapter that goes on learning.
 
-Then one task alone: Adam against GaLore with an eighth of the dimensions in both hidden kernels.
+Then one task alone: Adam against GaLore with rank 8 in both hidden kernels, an eighth of the first one's shorter side.
 
     python -m experiments run projected_gradients
 

@@ -104,7 +104,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="block_lora",
-    claim="A shared head with a sum of arms learns about as well as LoRA of the nominal rank, with fewer values.",
+    claim="A shared head with a sum of two arms learns about as well as LoRA of the nominal rank, with fewer values.",
     config=Config,
     run=run,
     rows=rows,

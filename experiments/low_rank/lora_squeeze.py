@@ -202,7 +202,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="lora_squeeze",
-    claim="Training at a high rank and squeezing to a small one beats training the small one, in as many steps.",
+    claim="Training at a high rank and squeezing beats training at a small one where the change has the small one.",
     config=Config,
     run=run,
     rows=rows,

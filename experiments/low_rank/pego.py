@@ -203,7 +203,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="pego",
-    claim="A group kept orthogonal to the weights changes features less, and reads a new domain no worse.",
+    claim="A group kept orthogonal to the weights changes features less, and reads a new domain no worse if small.",
     config=Config,
     run=run,
     rows=rows,

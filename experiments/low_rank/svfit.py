@@ -90,7 +90,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="svfit",
-    claim="A few hundred trained singular values do as well as LoRA of 3.5 times their size, and less than rank 8.",
+    claim="128 trained singular values do as well as LoRA of 3.5 times their size, and less than rank 8.",
     config=SvfitConfig,
     run=run,
     rows=rows,

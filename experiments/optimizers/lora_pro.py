@@ -10,7 +10,7 @@ Measured over five seeds, loss at the end at the best of five rates: SGD 0.222 �
 at 0.1; Adam 0.222 ± 0.042 at 0.003, LoRA-Pro with Adam 0.221 ± 0.042 at 0.001. All are near the best that a change of
 rank 4 can do. LoRA-Pro depends less on the rate: at a tenth of SGD's best rate LoRA is at 0.352 and LoRA-Pro at 0.248,
 at a tenth of Adam's at 0.777 and 0.304, and at 0.3 plain SGD diverges where LoRA-Pro does not. The gap between the
-equivalent and the whole gradient is smaller at every rate up to 0.01.
+equivalent and the whole gradient is smaller at every rate at which both converge.
 
 Claims that did not reproduce: a lower loss once every arm has its best rate. LoRA-Pro with Adam keeps moments of the
 weight's own size.

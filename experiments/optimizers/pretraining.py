@@ -8,11 +8,11 @@ with a seed of their own; low-rank optimizers have rank 16 of 64.
 
 Validation loss in nats on tales that are held out, over three seeds: Muon 1.670 ± 0.004 and ROOT 1.674 ± 0.011 cannot
 be told apart (ROOT's claim is about injected noise, which `root` tries), ARO 1.711 ± 0.017, DCT-Adam 1.746 ± 0.012,
-GaLore 1.838 ± 0.013, Adam 1.861 ± 0.008, Trion 1.948 ± 0.011. So optimizers that orthogonalize lead Adam by a sixth of
-a nat here, and projecting to a quarter of the directions costs Adam nothing; but Trion, which orthogonalizes a momentum
-of 16 directions and moves in no others, falls behind Adam. ARO's lead over Muon does not show in so short a run. State
-of the matrices: GaLore 264 KiB and Muon 416 KiB to Adam's 832 KiB. Operations are the compiler's count, which knows
-nothing of the decompositions that ARO and GaLore call.
+GaLore 1.838 ± 0.013, Adam 1.861 ± 0.008, Trion 1.948 ± 0.011. So optimizers that orthogonalize lead Adam by 0.15 to
+0.19 nats here, and projecting to a quarter of the directions costs Adam nothing; but Trion, which orthogonalizes a
+momentum of 16 directions and moves in no others, falls behind. ARO's lead over Muon does not show in so short a run.
+State of the matrices: GaLore 264 KiB and Muon 416 KiB to Adam's 832 KiB. Operations are the compiler's count, which
+knows nothing of the decompositions that ARO and GaLore call.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="composable_sft_languages",
-    claim="A task's vector from English and a language's vector, added, do the task in the language.",
+    claim="A task's vector from English does no better in another language with that language's vector added.",
     config=LanguagesConfig,
     run=run,
     rows=rows,

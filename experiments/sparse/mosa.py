@@ -138,7 +138,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="mosa",
-    claim="An adapter learns better from few examples if each pass trains a random part of it.",
+    claim="Trained by random parts an adapter is a point ahead on 50 examples, within a spread, as by two passes.",
     config=MosaConfig,
     run=run,
     rows=rows,

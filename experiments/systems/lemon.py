@@ -187,7 +187,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="lemon",
-    claim="A network pretrained on five equations predicts a new one better after 20 samples than one trained on one.",
+    claim="Pretrained on five equations a network predicts a new one with their terms better from 20 samples.",
     config=LemonConfig,
     run=run,
     rows=rows,

@@ -54,8 +54,8 @@ def penalty(adapted: Params, *, norm: Norm = "l1", axis: Axis = "in", normalize:
       StructureError: the tree has no weight of `pego`.
 
     Note:
-      A step of `pego(2, modules=4)` in the benchmark's transformer, with 512 tokens, has 1.18 times the operations of
-      LoRA's with as many values on all kernels, and 1.02 times on query and value as published; the penalty costs the
+      A step of `pego(2, modules=4)` in the benchmark's transformer, with 512 tokens, has 1.11 times the products of
+      LoRA's with as many values on all kernels, and 1.01 times on query and value as published; the penalty costs the
       same for any number of tokens. One product of outputs by outputs is in memory at a time, forward and backward.
 
     Example:

@@ -18,7 +18,7 @@ register(
     year=2025,
     kinds=("merger",),
     use_for="Merging LoRA experts whose updates differ in size, when equal shares are wanted.",
-    not_for="Experts need their size: in our test task arithmetic is ahead by ten points.",
+    not_for="Experts need their size: in our test task arithmetic is ahead by 13 points.",
     differs=(
         "Lengths are those of outputs unless `granularity` says otherwise; a secondary source reads the paper as "
         "lengths of inputs."

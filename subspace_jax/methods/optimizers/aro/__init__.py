@@ -22,6 +22,6 @@ register(
     year=2026,
     kinds=("transformation",),
     use_for="Steepest descent with other rules than Muon's, in rotated coordinates.",
-    not_for="Memory of the optimizer is short: the rotations add four fifths to Muon's state.",
+    not_for="Memory of the optimizer is short: the rotations add a half to four fifths to Muon's state.",
     differs="Which side is rotated can be said by path; the paper goes by the side of the residual stream.",
 )

@@ -33,7 +33,7 @@ register(
     authors="Wang, Liang, He, Wang, Tan",
     year=2025,
     kinds=("transformation",),
-    use_for="LoRA with full fine-tuning's rates, when there is no time to tune them.",
+    use_for="LoRA whose result depends less on the rate, when there is no time to tune it.",
     not_for="Rates are tuned, where LoRA is level; with Adam it keeps moments of the weight's own size.",
     differs="Inverses are damped by `delta`.",
 )

@@ -27,7 +27,7 @@ register(
     authors="Zhang, Zou, An, Liu, Zhang",
     year=2024,
     kinds=("module",),
-    use_for="Adapters on a few hundred examples.",
+    use_for="Adapters on some dozens of examples, where it is a point ahead, within a spread.",
     not_for="Data are plenty, or two passes a step are too dear.",
     differs=(
         "One array stands for the released N copies with masked gradients, the same under SGD and under Adam with "

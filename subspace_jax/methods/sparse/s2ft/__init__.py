@@ -45,7 +45,7 @@ register(
     authors="Yang, Leng, Guo, Zhao, Nakada, Zhang, Yao, Chen",
     year=2024,
     kinds=("weight",),
-    use_for="The least memory and time in a step, with dense slices of heads and channels.",
+    use_for="Memory and time of a step among the least of all adapters, by dense slices of heads and channels.",
     not_for="The best accuracy at any size is wanted: LoRA fits more at its best rate.",
     differs=(
         "Weights stay in place by default, and rows are picked by position; the paper reorders them, for which "

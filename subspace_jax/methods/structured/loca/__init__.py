@@ -26,7 +26,7 @@ register(
     year=2025,
     kinds=("weight", "transformation"),
     use_for="Very small files: some thousands of coefficients, placed anywhere in the spectrum.",
-    not_for="A step's time counts (three to four times LoRA's on a CPU), or the change has a white spectrum.",
+    not_for="A step's time counts (two to eight times LoRA's on a CPU), or the change has a white spectrum.",
     differs=(
         "Several ways of evaluation give the same numbers; `highest=1.0` reaches the last frequencies that the "
         "published bound leaves out."

@@ -68,7 +68,7 @@ def soka(
     terms, which start with factors of norm 1. A term has \(m n + p q + 1\) values, and its matrix may have full rank.
 
     As compiled for all kernels of MiniLM with four terms, a step has 1.4 times the operations of a LoRA step with as
-    many values, and takes 2.1 times as long on a CPU: products with the small factors move more than they multiply.
+    many values, and takes 1.9 times as long on a CPU: products with the small factors move more than they multiply.
 
     Args:
       terms: \(r\); None takes it from the spectrum, by `energy`, `combine`, `least` and `most`, or by `budget`.
