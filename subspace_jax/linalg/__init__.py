@@ -25,6 +25,8 @@ from subspace_jax.linalg._kronecker import kronecker_sum as kronecker_sum
 from subspace_jax.linalg._kronecker import kronecker_svd as kronecker_svd
 from subspace_jax.linalg._kronecker import rearrange as rearrange
 from subspace_jax.linalg._kronecker import unrearrange as unrearrange
+from subspace_jax.linalg._magnitudes import kth_smallest_magnitude as kth_smallest_magnitude
+from subspace_jax.linalg._magnitudes import magnitude_quantile as magnitude_quantile
 from subspace_jax.linalg._newton_schulz import NEWTON_SCHULZ_COEFFICIENTS as NEWTON_SCHULZ_COEFFICIENTS
 from subspace_jax.linalg._newton_schulz import newton_schulz as newton_schulz
 from subspace_jax.linalg._orthogonal import cayley as cayley
@@ -101,6 +103,8 @@ __all__ = [
     "kronecker_rows",
     "kronecker_sum",
     "kronecker_svd",
+    "kth_smallest_magnitude",
+    "magnitude_quantile",
     "make_remover",
     "newton_schulz",
     "orthonormalize",

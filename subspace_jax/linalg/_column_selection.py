@@ -29,7 +29,7 @@ class Selected(NamedTuple):
 
     Attributes:
       indices: which columns, `[*stack, rank]` int32, ascending.
-      coordinates: the matrix times them, `[*stack, N, rank]` in float32.
+      coordinates: the matrix times them, `[*stack, N, rank]` in at least float32.
     """
 
     indices: jax.Array
@@ -81,7 +81,7 @@ def select_columns(
     transform: Transform = "matmul",
     norm: Literal[1, 2] = 1,
 ) -> Selected:
-    r"""Returns the columns of a fixed basis that hold most of a matrix.
+    r"""Picks the columns of a fixed basis that hold most of a matrix: their indices, and its coordinates in them.
 
     With `norm=2` no other `rank` columns approximate the matrix better, and the squared error is at most
     \((1 - r / n)\,\|B\|^2\).
@@ -92,6 +92,9 @@ def select_columns(
       basis: "dct", or "random_qr".
       transform: "matmul", or "fft" by fast transforms of the rows.
       norm: of the columns of \(B Q\), by which they are ranked.
+
+    Returns:
+      `Selected`: indices `[*stack, rank]` and coordinates `[*stack, N, rank]`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -141,7 +141,8 @@ def kronecker_svd(
 ) -> KroneckerSVD:
     r"""Returns the leading Kronecker terms: the best approximation by a sum of so many, in the Frobenius norm.
 
-    \(W \approx \sum_c s_c\,U_c \otimes V_c\), by a singular value decomposition of the rearranged matrix in float32.
+    \(W \approx \sum_c s_c\,U_c \otimes V_c\), by a singular value decomposition of the rearranged matrix in at
+    least float32.
 
     Args:
       matrix: `[*stack, m p, n q]`, any floating dtype.

@@ -29,10 +29,17 @@ def newton_schulz(
       matrix: `[*stack, m, n]`.
       coefficients: \((a, b, c)\) of every step.
 
+    Returns:
+      `[*stack, m, n]`, in at least float32.
+
     Example:
       >>> import jax.numpy as jnp
       >>> bool(jnp.allclose(newton_schulz(jnp.diag(jnp.array([3.0, 1.0]))), jnp.eye(2), atol=0.4))
       True
+
+    References:
+      Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024 (the iteration).
+      You, coefficients of five steps for Muon, in modded-nanogpt, 2025 (the default coefficients).
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = jnp.swapaxes(matrix, -1, -2) if tall else matrix

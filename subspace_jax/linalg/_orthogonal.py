@@ -32,7 +32,7 @@ def skew(entries: Float[Array, "*stack free"], size: int) -> Float[Array, "*stac
 
 @jax.custom_jvp
 def cayley(matrix: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
-    r"""Returns the Cayley transform \((I + Q)(I - Q)^{-1}\), a rotation for skew-symmetric \(Q\), in float32.
+    r"""Returns the Cayley transform \((I + Q)(I - Q)^{-1}\), a rotation for skew-symmetric \(Q\).
 
     Its derivative is \(\frac{1}{2} (I + R)\,dQ\,(I + R)\), so that no step solves anything backwards.
 
@@ -89,6 +89,9 @@ def cayley_neumann(matrix: Float[Array, "*stack n n"], terms: int) -> Float[Arra
     Args:
       matrix: \(Q\), `[..., n, n]`.
       terms: \(t\), at least 2.
+
+    Raises:
+      ValueError: `terms` is below 2.
 
     Example:
       >>> import jax.numpy as jnp

@@ -18,12 +18,17 @@ _CONVERGENT = ((1.5, -0.5, 0.0),) * 40
 
 
 def polar(matrix: Float[Array, "*stack m n"], method: PolarMethod = "svd") -> Float[Array, "*stack m n"]:
-    r"""Returns \(U V^T\) of the thin SVD \(U S V^T\): the matrix of norm 1 that goes along with a matrix most.
+    r"""Returns the orthogonal polar factor \(U V^T\) of a matrix, of its thin SVD \(U S V^T\).
+
+    Of all matrices of spectral norm 1 it is the one with the largest inner product with the matrix.
 
     Args:
       matrix: `[*stack, m, n]`.
       method: "svd", exact, with some orthonormal vectors where singular values are zero; or "newton_schulz", by
         products alone, with zeros there.
+
+    Returns:
+      `[*stack, m, n]`, in at least float32.
 
     Example:
       >>> import jax.numpy as jnp
@@ -32,5 +37,6 @@ def polar(matrix: Float[Array, "*stack m n"], method: PolarMethod = "svd") -> Fl
     """
     if method == "newton_schulz":
         return newton_schulz(matrix, _CONVERGENT)
-    u, _, vt = jnp.linalg.svd(whole_matrices(matrix), full_matrices=False)
+    wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    u, _, vt = jnp.linalg.svd(whole_matrices(wide), full_matrices=False)
     return wide_matmul(u, vt)

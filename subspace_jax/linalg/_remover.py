@@ -19,7 +19,7 @@ BUCKETS = 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remover:
-    r"""What takes a subspace out of matrices; `make_remover` makes it.
+    r"""A projection that removes a fixed subspace from matrices; `make_remover` builds it.
 
     At most one of both arrays is there; with neither, nothing is removed and nothing multiplied.
 
@@ -56,7 +56,7 @@ class Remover:
 
 
 def make_remover(basis: Float[Array, "*stack d k"], columns: int | None = None) -> Remover:
-    r"""Makes what removes the span of a basis, in the cheaper of two forms.
+    r"""Builds the projection that removes the span of a basis, in the cheaper of two forms.
 
     With fewer than \(d / 2\) columns that is the basis, \(G - U\,(U^T G)\); with more the projector \(I - U U^T\), made
     here once; with none nothing at all. Which one depends on shapes alone, so that programs with removers of the same
@@ -74,8 +74,8 @@ def make_remover(basis: Float[Array, "*stack d k"], columns: int | None = None) 
       A `Remover`, in float32 (float64 if the basis is that).
 
     Raises:
-      ValueError: the basis is no stack of matrices, has more columns than rows, or a column beyond `columns` that is
-        not zero.
+      ValueError: the basis is no stack of matrices, has more columns than rows or a column beyond `columns` that is
+        not zero, or `columns` is not in 0 .. k.
 
     Example:
       >>> import jax.numpy as jnp

@@ -13,7 +13,7 @@ from jaxtyping import Array, Shaped
 
 
 def whole_matrices(matrix: Shaped[Array, "*stack m n"]) -> Shaped[Array, "*stack m n"]:
-    """Returns the array with the last two axes whole on every device, where mesh axes are explicit.
+    """Replicates the last two axes of an array over all devices, where mesh axes are explicit.
 
     Decompositions need that there; stacked axes keep their split, so that each device decomposes its own matrices.
     Under automatic axes the compiler gathers by itself, and the array comes back as it is.
@@ -77,7 +77,7 @@ def stack_is_whole(stack: Any) -> bool:
     Then a loop over it sends nothing. Of an array in a program for a mesh with automatic axes that is not known.
 
     Args:
-      stack: an array, or its shape.
+      stack: an array, or a `jax.ShapeDtypeStruct` with its sharding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -119,7 +119,7 @@ def without_repeats(entries: Sequence[Any]) -> list[Any]:
 def by_compiler(
     function: Callable[[jax.Array], jax.Array], array: Shaped[Array, " *shape"]
 ) -> Shaped[Array, " *shape"]:
-    """Runs a function that JAX refuses over explicit mesh axes with axes that the compiler splits.
+    """Runs a function that JAX does not support over explicit mesh axes under automatic sharding.
 
     Args:
       function: keeps the shape; the result is placed as the array.

@@ -97,7 +97,7 @@ def transport(
         were squared are uncorrelated with mean zero.
 
     Returns:
-      Coordinates in the new basis, in float32.
+      Coordinates in the new basis, in at least float32.
 
     Example:
       >>> import jax.numpy as jnp
@@ -193,7 +193,7 @@ def orthonormalize(columns: Float[Array, "*stack d k"], tolerance: float = 1e-6)
       tolerance: a column with less than this share of its length left counts as dependent.
 
     Returns:
-      Columns of length one or zero, of the same shape, in float32.
+      Columns of length one or zero, of the same shape, in at least float32.
 
     Example:
       >>> import jax.numpy as jnp

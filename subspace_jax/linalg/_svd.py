@@ -44,6 +44,7 @@ def is_narrow(dtype) -> bool:
     A step on such weights multiplies in their dtype, with float32 sums inside of products, and converts nothing large.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> is_narrow(jnp.bfloat16), is_narrow(jnp.float32)
       (True, False)
     """
@@ -108,7 +109,7 @@ def product_svd(left: Float[Array, "*stack m r"], right: Float[Array, "*stack r 
       right: \(B\), `[*stack, r, n]`.
 
     Returns:
-      \(\min(m, n, r)\) triples at least, all that the product can have; in at least float32.
+      \(\min(m, n, r)\) triples, all that the product can have; in at least float32.
 
     Example:
       >>> import jax.numpy as jnp

@@ -35,3 +35,7 @@ def test_the_structure_comes_back_whole_with_its_remarks():
     except ValueError:
         return
     raise AssertionError("another structure was taken")
+
+
+def test_the_library_registers_once():
+    sj.io.register_library_for_export()

@@ -6,7 +6,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 
 from benchmarks._compilations import compilations
-from subspace_jax.linalg import fix_signs, product_svd, randomized_svd, truncated_svd, wide_dtype
+from subspace_jax.linalg import fix_signs, polar, product_svd, randomized_svd, truncated_svd, wide_dtype
 
 
 def decaying(rng, m, n, power):
@@ -86,6 +86,12 @@ def test_bfloat16_is_decomposed_in_float32(svd):
     found = svd(w, 8)
     assert {x.dtype for x in found} == {jnp.dtype("float32")}
     np.testing.assert_allclose(product(found), np.asarray(w, np.float32), atol=1e-5)
+
+
+def test_the_polar_factor_of_bfloat16_is_orthogonal_in_float32():
+    found = polar(jnp.asarray(np.random.default_rng(6).normal(size=(5, 3)), jnp.bfloat16))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found.T @ found, np.eye(3), atol=1e-6)
 
 
 def test_float64_is_decomposed_in_float64():

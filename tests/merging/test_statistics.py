@@ -94,5 +94,8 @@ def test_bad_statistics_are_refused_by_path():
         regmean(experts, base, [good, {"dense": jnp.eye(3)}])
     with pytest.raises(sj.errors.StatisticsError, match="dense: the gram of expert 0 holds NaN"):
         regmean(experts, base, [{"dense": jnp.full((12, 12), jnp.nan)}, good])
+    shape = trees.SHAPES["dense"]
+    with pytest.raises(sj.errors.StatisticsError, match=r"dense: the squared_gradient of expert 1 has negative .* -3"):
+        fisher(experts, base, [{"dense": jnp.ones(shape)}, {"dense": jnp.ones(shape).at[0, 0].set(-3.0)}])
     with pytest.raises(sj.errors.StructureError, match="one mapping for each of 2 experts"):
         fisher(experts, base, good)  # pyright: ignore

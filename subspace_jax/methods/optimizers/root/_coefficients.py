@@ -40,6 +40,7 @@ def newton_schulz_map(values: np.ndarray, triple: Triple, steps: int = 5) -> np.
       steps: how often.
 
     Example:
+      >>> import numpy as np
       >>> newton_schulz_map(np.array([0.5, 1.0]), (1.5, -0.5, 0.0), 10).round(4).tolist()
       [1.0, 1.0]
     """
@@ -87,7 +88,7 @@ def random_spectra(shorter: int, longer: int) -> tuple[np.ndarray, ...]:
 def calibrate(
     shape: tuple[int, int], *, steps: int = 5, real_spectra: Sequence[np.ndarray] = (), minimax: bool = False
 ) -> Triple:
-    r"""Finds the triple whose steps bring the singular values of matrices of a size nearest to 1.
+    r"""Finds Newton-Schulz coefficients that bring the singular values of matrices of a size nearest to 1.
 
     Minimizes the mean over spectra of \(\frac{1}{m} \sum_i (p^{(5)}(\sigma_i) - 1)^2\), where no value in [0, 1] may
     end above 1.5, by Nelder-Mead from Muon's triple and from that of the nearest published size.
@@ -106,6 +107,7 @@ def calibrate(
       RankError: a side or `steps` is no positive integer.
 
     Example:
+      >>> import numpy as np
       >>> triple = calibrate((64, 256))
       >>> s = random_spectra(64, 256)[0]
       >>> bool(np.mean((newton_schulz_map(s, triple) - 1) ** 2) < np.mean((newton_schulz_map(s, MUON) - 1) ** 2) / 5)
@@ -149,7 +151,7 @@ def calibrate(
 
 @functools.cache
 def coefficients_for(shape: tuple[int, int], table: Table = "calibrated", safe: bool = True) -> Triple:
-    """Returns the triple for a matrix's size; found once per size, when a program is traced.
+    """Returns Newton-Schulz coefficients for a matrix's size; found once per size, when a program is traced.
 
     Args:
       shape: sides of the matrix.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from subspace_jax.core import Role, check_choice, check_int
-from subspace_jax.linalg import newton_schulz, whole_matrices
+from subspace_jax.linalg import magnitude_quantile, newton_schulz, whole_matrices
 from subspace_jax.methods.optimizers.root._coefficients import Table, coefficients_for
 from subspace_jax.optim import MatrixStep, Parts, map_matrices, scale_matrices, with_rate
 
@@ -46,7 +46,7 @@ def scale_by_root(
       momentum: \(\mu\).
       nesterov: \(N = G + \mu M\), as the published code; else \(N = M\), as its pseudo-code.
       quantile: share of a matrix's entries that are kept as they are; 1 clips nothing, which is Muon.
-      quantile_method: "exact" sorts the matrix; "approximate" sorts every so many entries of one with more than 65,536.
+      quantile_method: "exact" counts all entries; "approximate" every so many of a matrix with more than 65,536.
       table: coefficients: "calibrated" for the size, "published" for the sizes of a model of 10^9 parameters and
         Muon's elsewhere, or "muon".
       safe: take Muon's in place of a published triple that lets some singular values end above 1.5.
@@ -64,6 +64,7 @@ def scale_by_root(
 
     Raises:
       ValueError: an unknown `table` or `quantile_method`.
+      RankError: `steps` is not a positive integer.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
@@ -107,12 +108,14 @@ def clip_entries(matrix: jax.Array, quantile: Any, method: Quantile = "exact") -
       >>> clip_entries(jnp.array([[1.0, -2.0], [3.0, -100.0]]), 2 / 3).tolist()
       [[1.0, -2.0], [3.0, -3.0]]
     """
-    sizes = jnp.abs(whole_matrices(matrix))
-    entries = sizes.reshape(*sizes.shape[:-2], -1)
-    if method == "approximate" and entries.shape[-1] > SAMPLED:
+    size = math.prod(matrix.shape[-2:])
+    if method == "approximate" and size > SAMPLED:
+        entries = whole_matrices(matrix).reshape(*matrix.shape[:-2], 1, size)
         # A stride without a common factor with the sides visits all rows and columns.
-        entries = entries[..., :: entries.shape[-1] // SAMPLED | 1]
-    bound = jnp.quantile(entries, quantile, axis=-1)[..., None, None] + _FLOOR
+        bound = magnitude_quantile(entries[..., :: size // SAMPLED | 1], quantile)
+    else:
+        bound = magnitude_quantile(matrix, quantile)
+    bound = bound[..., None, None] + _FLOOR
     soft = jnp.sign(matrix) * jnp.maximum(jnp.abs(matrix) - bound, 0.0)
     return jnp.where(jnp.asarray(quantile) < 1, matrix - soft, matrix)
 
@@ -156,6 +159,7 @@ def orthogonalize(
 
     Raises:
       ValueError: an unknown `table`.
+      RankError: `steps` is not a positive integer.
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
@@ -215,6 +219,10 @@ def root(
 
     Returns:
       A transformation that keeps structure, shapes and dtypes; with weight decay its `update` needs `params`.
+
+    Raises:
+      ValueError: an unknown `table` or `quantile_method`; at `update`, `params` is missing for the weight decay.
+      RankError: `steps` is not a positive integer.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from subspace_jax.linalg import kth_smallest_magnitude
 from subspace_jax.weights import placed_as
 
 Kernel = Literal["distance", "linear", "sigmoid", "rbf"]
@@ -81,14 +82,14 @@ def compete(matrix: jax.Array, order: jax.Array, rule: Rule) -> jax.Array:
       [[0.0, -0.0], [3.0, 8.0]]
     """
     fixed = lax.stop_gradient(matrix)
-    limit = jnp.vectorize(_ordered, signature="(m,n),()->()")(fixed, order)[..., None, None]
+    limit = kth_smallest_magnitude(fixed, order)[..., None, None]
     if rule == "soft":
         return matrix * jnp.maximum(jnp.abs(fixed) - limit, 0.0)
     return matrix * jnp.where(jnp.abs(fixed) > limit, jnp.abs(fixed), 0.0)
 
 
 def threshold_order(share: float, size: int, rule: Rule) -> int:
-    r"""Returns which magnitude is the threshold where a share of entries is set to zero.
+    r"""Returns the place, by ascending magnitude, of the threshold that sets a share of entries to zero.
 
     "soft": \(\lceil s S \rceil\), of the exact product. "hard": the linearly interpolated quantile of the release lies
     between two magnitudes, of which the lower one separates the same entries: \(\lfloor s (S - 1) \rfloor + 1\).
@@ -139,19 +140,3 @@ def _squares(a: jax.Array, b: jax.Array) -> jax.Array:
     """Squared distances of all pairs of rows, by products and never below zero."""
     lengths = jnp.sum(a * a, axis=-1)[..., :, None] + jnp.sum(b * b, axis=-1)[..., None, :]
     return jnp.maximum(lengths - 2.0 * _products(a, b), 0.0)
-
-
-def _ordered(matrix: jax.Array, order: jax.Array) -> jax.Array:
-    """The magnitude of an order, counted from 1, by bisection on bits: non-negative floats are ordered as they are.
-
-    The comparison looks at the matrix on both sides of zero: magnitudes would be an array of their own, and a copy.
-    """
-
-    def narrow(step: jax.Array, found: jax.Array) -> jax.Array:
-        tried = found | (jnp.ones((), jnp.int32) << (30 - step).astype(jnp.int32))
-        limit = lax.bitcast_convert_type(tried, jnp.float32).astype(matrix.dtype)
-        below = jnp.sum((matrix < limit) & (matrix > -limit), dtype=jnp.int32)
-        return jnp.where(below < order, tried, found)
-
-    found = lax.fori_loop(0, 31, narrow, jnp.zeros((), jnp.int32))
-    return lax.bitcast_convert_type(found, jnp.float32)
