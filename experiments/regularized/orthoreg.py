@@ -220,7 +220,7 @@ def rows(results: Mapping[str, Any]) -> Sequence[Sequence[str]]:
 
 EXPERIMENT = Experiment(
     name="orthoreg",
-    claim="Task vectors trained towards orthonormal updates are less alike; they merge better with LoRA alone.",
+    claim="Task vectors trained toward orthonormal updates are less alike; they merge better with LoRA alone.",
     config=OrthoRegConfig,
     run=run,
     rows=rows,

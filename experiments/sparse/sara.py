@@ -2,7 +2,7 @@
 
 A ReLU network 64-64-64-10 on the 8x8 digits of scikit-learn, trained on 1,200 upright images, is tuned to 300 that are
 turned by 90 degrees. A fifth of the entries of its kernels learn: the smallest, the largest, or random ones; LoRA has
-a rank of nearly as many values. The smallest ones also with SaRA's second selection half way, with its nuclear norm on
+a rank of nearly as many values. The smallest ones also with SaRA's second selection halfway, with its nuclear norm on
 one matrix drawn a step, and with both. All arms have the same images, steps, cosine schedule and grid of rates, of
 which the best by accuracy on turned digits counts; "source" is the accuracy on upright ones that is left.
 

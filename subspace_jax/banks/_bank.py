@@ -36,7 +36,7 @@ def bank(
     slots: int | None = None,
     trainable: bool = False,
 ) -> Params:
-    r"""Stacks adapters of one model, so that each row of a batch can use another one: \((W + s_i a_i b_i)\,g_i\).
+    r"""Stacks adapters of one model, so that each row of a batch can use its own: \((W + s_i a_i b_i)\,g_i\).
 
     Slot 0 is the plain base; `adapters[i]` gets slot \(i + 1\). Adapters may have different ranks and scales, cover
     different leaves, and be of LoRA, of DoRA, or of any method whose weight is a low-rank addition. Those that stand

@@ -135,7 +135,12 @@ def initial_state(adapted: Params, memory: PyTree = None) -> LearnerState:
 
 
 def init_opt_state(optimizer: optax.GradientTransformation, adapted: Params) -> OptState:
-    """Initializes an optimizer for the trainable tree, in arrays that share nothing with it."""
+    """Initializes an optimizer for the trainable tree, in arrays that share nothing with it.
+
+    Args:
+      optimizer: any optax transformation.
+      adapted: the whole adapted tree, of which what learns counts.
+    """
     return jax.tree.map(jnp.copy, optimizer.init(partition(adapted)[0]))
 
 
@@ -215,14 +220,28 @@ def concrete_int(value: jax.Array) -> int | None:
 
 
 def rules_of(select: Selector | Iterable[str], method: Method, rules: Any) -> list[tuple[Selector, Method | None]]:
-    """Returns rules for `adapt`: one method for what is selected, then the caller's for everything else."""
+    """Returns rules for `adapt`: one method for what is selected, then the caller's for everything else.
+
+    Args:
+      select: globs or a predicate of path and array.
+      method: of what they select.
+      rules: the caller's, as those of `adapt`; None for none.
+    """
     selectors: list[Any] = [select] if isinstance(select, str) or callable(select) else list(select)
     others = rules.items() if isinstance(rules, Mapping) else rules or ()
     return [*((one, method) for one in selectors), *others]
 
 
 def check_tasks(name: str, tasks: Any) -> None:
-    """Refuses a number of tasks that is not a positive integer."""
+    """Refuses a number of tasks that is not a positive integer.
+
+    Args:
+      name: what errors begin with.
+      tasks: what the caller gave.
+
+    Raises:
+      StreamError: `tasks` is not a positive integer.
+    """
     if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
         raise StreamError(f"{name}: tasks={tasks!r}; expected the number of tasks in the stream, a positive int.")
 

@@ -112,10 +112,11 @@ def run_stream(
       on_task: called with the number of the task and its row of the matrix.
 
     Returns:
-      The accuracy matrix and the last state.
+      The accuracy matrix, the scores before any training (`base`) and the last state.
 
     Raises:
-      StreamError: there are no tasks, a task has no batches, or the checkpoint is of another stream.
+      StreamError: there are no tasks, `evaluate` is unknown, `save_every` is below 1, a task has no batches, or the
+        checkpoint is of another stream.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj

@@ -145,6 +145,8 @@ def adapt(
       RoleError: a method needs a matrix and how the model uses the leaf is not known.
       NonFiniteError: a selected leaf holds NaN or infinity.
       StatisticsError: a method's statistics are missing.
+      RankError: a rank does not fit a leaf, whose path the message has; a method's other errors come through too.
+      TypeError: a rule gives something that is no method, or its selector is no glob, predicate or tuple of these.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -226,7 +228,7 @@ def _check_winners(rules: list[tuple[Selector, Method | None]], matching: Mappin
 
 
 def _check_roles(roles: Mapping[str, Role], paths: list[str]) -> None:
-    """Refuses a role for a path that the tree does not have: a misspelt one would leave the leaf without."""
+    """Refuses a role for a path that the tree does not have: a misspelled one would leave the leaf without."""
     known = {*paths, *(f"params/{path}" for path in paths)}
     # What `roles` found in {"params": ..., "batch_stats": ...} serves for the parameters alone.
     collections = any(name in known and name not in paths for name in roles)

@@ -63,6 +63,8 @@ def with_adapters(
     Raises:
       MaterializeError: when called, if the full array would be formed and `on_materialize` is "error".
       PatternError: when called, if a rule of `on_materialize` matches no stand-in.
+      TypeError: when called, if a selector of `on_materialize` is no glob, predicate or tuple of these.
+      ValueError: a word of `on_materialize`, or `custom_rules`, is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj

@@ -51,12 +51,20 @@ class Statistics:
     extra: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def get(self, name: str) -> jax.Array | None:
-        """Returns a statistic by its name, None if it was not gathered."""
+        """Returns a statistic by its name, None if it was not gathered.
+
+        Raises:
+          StatisticsError: `name` is "second_moment", and the Gram matrix was not captured.
+        """
         return self.extra.get(name, getattr(self, name, None) if name != "extra" else None)
 
     @property
     def second_moment(self) -> jax.Array:
-        """The Gram matrix divided by the number of rows."""
+        """The Gram matrix divided by the number of rows.
+
+        Raises:
+          StatisticsError: the Gram matrix was not captured.
+        """
         if self.gram is None or self.count is None:
             raise StatisticsError('The Gram matrix was not captured; ask capture for statistics=("gram",).')
         return self.gram / self.count[..., None, None]
@@ -123,10 +131,14 @@ def capture(
       A dict from path to `Statistics`.
 
     Raises:
-      StatisticsError: there are no batches, a selected leaf is no kernel that multiplies inputs, a kernel's output
-        does not reach the function's result, the loss is not a scalar, an input holds NaN or infinity, or the mask
-        does not fit an input.
-      PatternError: a glob matches nothing.
+      StatisticsError: a statistic or `scale_examples` is unknown; `rules` come with `statistics`, `select` or
+        `scale_examples`; `scale_examples` or `mask` comes with gradients alone; no method of the rules needs
+        statistics, or one needs inputs scaled in several ways.
+      StatisticsError: there are no batches, no leaf is selected, a selected leaf is no kernel that multiplies inputs, a
+        kernel's output does not reach the function's result, the loss is not a scalar, an input holds NaN or infinity,
+        or the mask does not fit an input.
+      PatternError: a glob or a rule matches nothing.
+      TypeError: `select` or a rule is of a wrong type.
 
     Example:
       >>> import jax.numpy as jnp

@@ -19,7 +19,7 @@ class Source:
     """A published method that this library implements.
 
     Attributes:
-      slug: its name everywhere: of its home, test, experiment and page.
+      slug: its name everywhere: of its package, test, experiment and page.
       family: folder of `subspace_jax.methods` that it lives in.
       kinds: what it is: a stand-in weight, a gradient transformation, a learner of streams, a penalty, ...
       title: title of the publication.
@@ -28,7 +28,7 @@ class Source:
       public: its public names, those of `subspace_jax.methods.<slug>`.
       uses: names of `subspace_jax` that several methods share and that complete this one.
       experiment: the runnable experiment that shows it.
-      module: full name of its home.
+      module: full name of its package.
       use_for: when to use it, in a sentence for its page.
       not_for: when not to.
       differs: where this library departs from the publication, or the publication's text from its code.
@@ -67,9 +67,9 @@ def register(
     not_for: str = "",
     differs: str = "",
 ) -> Source:
-    """Enters a method into the catalogue; each method's home does this once, at its end.
+    """Enters a method into the catalogue; each method's package does this once, at its end.
 
-    Slug and family follow from where the home is, `subspace_jax.methods.<family>.<slug>`, public names are its
+    Slug and family follow from where the package is, `subspace_jax.methods.<family>.<slug>`, public names are its
     `__all__`. The citation is added to the docstring of each public function and class, so that it is written once.
 
     Args:
@@ -88,7 +88,7 @@ def register(
       The entry.
 
     Raises:
-      ValueError: the slug is taken, a kind is unknown, or the module is not the home of a method.
+      ValueError: the slug is taken, a kind is unknown, or the module is not a method's package.
     """
     parts = module.split(".")
     if len(parts) != 4 or parts[1] != "methods":
@@ -111,13 +111,16 @@ def register(
 
 
 def lazy_names(module: str, files: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns the `__getattr__` of a method's home for names that are loaded when they are first asked for.
+    """Returns the `__getattr__` of a method's package for names that are loaded when they are first asked for.
 
     For what needs a library that takes long to import, such as Flax NNX.
 
     Args:
       module: `__name__` of the home.
       files: the private file of each name.
+
+    Raises:
+      AttributeError: from the function returned, for a name that `files` does not have.
 
     Example:
       >>> get = lazy_names("subspace_jax.core", {"matches": "_paths"})

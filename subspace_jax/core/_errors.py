@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 class SubspaceError(ValueError):
-    """Base of every error that this library raises for bad input."""
+    """Base of this library's own errors, a ValueError; option values out of range may raise a plain ValueError."""
 
 
 class PatternError(SubspaceError):
@@ -19,7 +19,7 @@ class RoleError(SubspaceError):
 
 
 class RankError(SubspaceError):
-    """A rank that the weight's shape does not allow."""
+    """A rank or another integer option is no integer, out of range, or larger than the weight's shape allows."""
 
 
 class NonFiniteError(SubspaceError):

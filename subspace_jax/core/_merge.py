@@ -97,6 +97,9 @@ def merge_rounding(adapted: Params) -> dict[str, Rounding]:
     Returns:
       A dict from the path of each stand-in weight to its `Rounding`.
 
+    Raises:
+      NotMergeableError: a weight depends on the input.
+
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
       >>> w = jnp.linspace(0.1, 1.0, 12, dtype=jnp.bfloat16).reshape(4, 3)

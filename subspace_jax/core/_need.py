@@ -52,7 +52,7 @@ _INPUT_STATISTICS = {
 
 
 def register_statistic(name: str, statistic: InputStatistic) -> None:
-    """Adds a statistic of inputs that methods can need; the home that uses it does this once.
+    """Adds a statistic of inputs that methods can need; the package that uses it does this once.
 
     `capture` returns the sum over all rows in `Statistics.extra[name]`.
 

@@ -242,6 +242,9 @@ class Operation(abc.ABC):
           x: the operation's other operand.
           vector: `[*stack, out]`.
           contract: the operation on the unscaled weight.
+
+        Raises:
+          MaterializeError: the operation contracts some of the output features and keeps others.
         """
         labels = self._role_labels(self.role.stack_axes)
         names, sizes = self._bond(self.role.out_axes)

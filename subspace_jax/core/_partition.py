@@ -117,7 +117,7 @@ def _first_difference(trainable: Params, frozen: Params) -> str:
 
 
 def with_dropout(adapted: Params, key: jax.Array) -> Params:
-    """Switches on the dropout of every stand-in weight that has one, for one training step.
+    """Switches on what is random in training (dropout, drawn parts, noise) of all stand-in weights, for one step.
 
     Each weight folds its own path into the key, so that masks differ between weights; give another key at every
     step. Without this call nothing is dropped.

@@ -39,8 +39,8 @@ def roles(
       **kwargs: likewise.
 
     Returns:
-      A dict from path to `Role`, in the order of the tree. A kernel that is sliced, scaled, masked or otherwise
-      computed with before its product has the role of that product.
+      A dict from path to `Role`; arrays that a weight stores come last. A kernel that is sliced, scaled, masked or
+      otherwise computed with before its product has the role of that product.
 
     Raises:
       PatternError: a glob of `stack` matches no leaf, or names an axis that the leaf has not.

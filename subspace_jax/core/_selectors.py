@@ -65,6 +65,7 @@ def select_paths(tree: PyTree, selector: Selector | Iterable[str]) -> list[str]:
 
     Raises:
       PatternError: a glob matches nothing.
+      TypeError: `selector` is none of these.
     """
     leaves = leaves_with_paths(tree)
     selectors = (selector,) if isinstance(selector, str) or callable(selector) else tuple(selector)

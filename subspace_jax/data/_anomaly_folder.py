@@ -1,4 +1,4 @@
-"""Images for anomaly detection in the folder layout of MVTec AD: normal ones to fit to, labelled ones to test with."""
+"""Images for anomaly detection in the folder layout of MVTec AD: normal ones to fit to, labeled ones to test with."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ SHOWN = 12
 
 
 class DataError(SubspaceError):
-    """A user's file, row or image cannot be used; the message says which, why, and the mend.
+    """A user's file, row or image cannot be used; the message says which, why, and how to mend it.
 
     Args:
         message: what is wrong with what, and what was expected.

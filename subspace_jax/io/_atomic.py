@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Gives a temporary path beside `path`, and on success puts the file written there in its place.
+    """Writes a file atomically: a context manager that gives a temporary path and renames it to `path` on success.
 
     Until then, and whenever the writing fails, what `path` holds is left alone. A killed process leaves at most a
     hidden temporary file.

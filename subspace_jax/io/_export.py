@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 from typing import Any
@@ -49,8 +50,9 @@ def register_for_export(cls: type[Weight]) -> None:
     )
 
 
+@functools.cache  # a class registers once
 def register_library_for_export() -> None:
-    """Registers the stand-in weights of this library that stand in trees of users."""
+    """Registers the library's weight classes with `jax.export`; importing the library has done it."""
     for cls in Weight.classes.values():
         ours = cls.__module__.startswith("subspace_jax.") and ".core." not in cls.__module__
         if cls is Full or (ours and not inspect.isabstract(cls)):

@@ -74,7 +74,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray
       AdapterFileError: the file is missing, truncated, not of this format, or its header contradicts it.
 
     Example:
-      >>> import pathlib, tempfile
+      >>> import pathlib, tempfile, numpy as np
       >>> path = pathlib.Path(tempfile.mkdtemp(), "tensors.safetensors")
       >>> write_safetensors(path, {"a": np.ones((2, 3), np.float32)}, {"note": "hello"})
       >>> tensors, metadata = read_safetensors(path)
@@ -106,6 +106,13 @@ def write_safetensors(
 
     Raises:
       AdapterFileError: a name is unsafe, a dtype is not known to the format, or the folder does not exist.
+
+    Example:
+      >>> import pathlib, tempfile, numpy as np
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "tensors.safetensors")
+      >>> write_safetensors(path, {"a": np.arange(3)}, {"note": "hello"})
+      >>> read_safetensors(path)[0]["a"].tolist()
+      [0, 1, 2]
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file

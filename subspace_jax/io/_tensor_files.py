@@ -30,7 +30,7 @@ class TensorFiles:
       AdapterFileError: there is no file, a shard is missing, damaged or stale, or the index names other tensors.
 
     Example:
-      >>> import pathlib, tempfile
+      >>> import pathlib, tempfile, numpy as np
       >>> from subspace_jax.io import write_safetensors
       >>> folder = pathlib.Path(tempfile.mkdtemp())
       >>> write_safetensors(folder / "model.safetensors", {"w": np.ones((2, 3), np.float16)}, {})
@@ -78,7 +78,15 @@ class TensorFiles:
         return dict(found)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor, in the dtype of its file."""
+        """Returns a tensor, in the dtype of its file.
+
+        Args:
+          name: of the tensor.
+
+        Raises:
+          KeyError: there is no tensor of this name.
+          AdapterFileError: the file cannot be read, or was cut since the object was made.
+        """
         file, entry = self._entries[name]
         count = math.prod(entry.shape) * entry.dtype.itemsize
         with open_checked(file) as opened:

@@ -50,7 +50,7 @@ Change = Dense | Factored | None  # None: the expert leaves the leaf as it is
 
 @dataclasses.dataclass(frozen=True)
 class Deferred:
-    """A leaf of an expert that is computed, or read from a file, only while its turn lasts.
+    """A leaf of an expert that is computed, or read from a file, only while it is merged.
 
     Attributes:
       shape: of the leaf.
@@ -86,7 +86,7 @@ _FORMS: dict[type, Form] = {}
 
 
 def register_form(kind: type[Weight], form: Form) -> None:
-    """Tells how a class of weights is merged in its parts; its home does this once.
+    """Tells how a class of weights is merged in its parts; the package that defines it does this once.
 
     Args:
       kind: the class.
@@ -110,6 +110,9 @@ def read_change(path: str, leaf: Any, base: Any) -> Change:
       leaf: an array, a stand-in weight, or `Deferred`.
       base: the array of the base, or a weight that stands for it.
 
+    Returns:
+      A `Dense` or a `Factored` change; None where the expert leaves the leaf as it is.
+
     Raises:
       StructureError: an adapter stands on another array than the base's.
     """
@@ -127,7 +130,12 @@ def read_change(path: str, leaf: Any, base: Any) -> Change:
 
 
 def formed(change: Change, base: Any) -> jax.Array:
-    """Returns the change as an array of the leaf's shape, in at least float32."""
+    """Returns the change as an array of the leaf's shape, in at least float32.
+
+    Args:
+      change: what is formed; None for no change.
+      base: the base's leaf, an array or a weight that stands for one.
+    """
     if isinstance(change, Dense):
         return change.array
     if change is None:

@@ -37,7 +37,7 @@ def dare(
       key: draws what is dropped, by expert and path: another order of leaves draws the same.
       drop: \(p\), below 1.
       rescale: divide by \(1 - p\).
-      merger: takes the experts so changed and the base, such as
+      merger: called as `merger(changed, base, select=...)`, such as
         `functools.partial(sj.merging.ties, density=0.2)`.
       select: which leaves are merged; the others are the base's.
 
@@ -46,6 +46,8 @@ def dare(
 
     Raises:
       StructureError: the trees differ; the message has the path.
+      NonFiniteError: an expert holds NaN or infinity; likewise.
+      PatternError: a glob of `select` matches nothing.
       ValueError: `drop` is not in [0, 1).
 
     Example:
@@ -77,18 +79,23 @@ def with_changes(
     select: Selector | None = None,
     roles: Any = None,
 ) -> Params:
-    """Merges experts whose changes are made anew, each only while its leaf is merged.
+    """Merges experts after a function has replaced each one's change, leaf by leaf as it is merged.
 
     Args:
       experts: trees of arrays or of stand-in weights.
       base: the tree that they were trained from.
       change: takes the leaf and the number of an expert, and returns what that one is to change there.
-      merger: takes the changed experts and the base.
+      merger: called as `merger(changed, base, select=...)`.
       select: which leaves are merged; the others are the base's.
       roles: how plain arrays are read as matrices.
 
     Returns:
       What the merger returns.
+
+    Raises:
+      StructureError: the trees differ; the message has the path.
+      NonFiniteError: an expert, or what `change` returns, holds NaN or infinity; likewise.
+      PatternError: a glob of `select` or a path of `roles` matches nothing.
     """
     found = {site.path: site for site in sites(experts, base, select=select, roles=roles)}
     treedef = jax.tree.structure(base, is_leaf=is_weight)

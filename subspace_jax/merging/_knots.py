@@ -45,10 +45,14 @@ def knots(
       roles: how plain arrays of other than two axes are read as matrices. Leaves that are none are merged unaligned.
 
     Returns:
-      A tree of the base's structure, shapes and dtypes. LoRAs give a LoRA of the sum of their ranks.
+      A tree of the base's structure, shapes and dtypes. LoRAs give a LoRA of the sum of their ranks,
+        or of the smaller side where that is less.
 
     Raises:
       StructureError: the trees differ; the message has the path.
+      NonFiniteError: an expert holds NaN or infinity; likewise.
+      PatternError: a glob of `select` or a path of `roles` matches nothing.
+      ValueError: `scale` is not a finite number, or `tolerance` is not in [0, 1).
 
     Example:
       >>> import functools, jax.numpy as jnp, subspace_jax as sj

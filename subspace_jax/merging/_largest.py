@@ -14,13 +14,13 @@ _DIGIT = 16  # bits counted in one pass
 
 
 def kth_magnitude(leaves: Callable[[], Iterable[jax.Array]], place: int) -> Any:
-    """Returns the magnitude at a place of the ascending order of all entries.
+    """Returns the k-th smallest magnitude among all entries of several arrays, exactly.
 
     The bits of a non-negative number are ordered as the number is. Each pass counts the next 16 of them among the
     entries that agree in those found so far, so a float32 takes two passes, and no leaf is sorted or kept.
 
     Args:
-      leaves: makes an iterator over arrays of one floating dtype; called once a pass.
+      leaves: makes an iterator over arrays of one floating dtype; called once a pass, and once before.
       place: from 1 to the number of entries.
 
     Returns:

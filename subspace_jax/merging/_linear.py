@@ -113,7 +113,7 @@ def _first(experts: Sequence[Params], select: Selector | None) -> Params:
 
 
 def linear(site: Site, coefficients: Sequence[Any]) -> Change:
-    r"""Returns \(\sum_i c_i D_i\), in factors where all changes are.
+    r"""Returns the weighted sum \(\sum_i c_i D_i\) of the experts' changes of a leaf, in factors where all are.
 
     Args:
       site: the leaf.
@@ -134,7 +134,11 @@ def linear(site: Site, coefficients: Sequence[Any]) -> Change:
 
 
 def concatenated(terms: Sequence[tuple[Any, Factored]]) -> Factored | None:
-    """Returns the weighted sum of changes in factors: the factors side by side, exactly; None for no change."""
+    """Returns the weighted sum of changes in factors: the factors side by side, exactly; None for no change.
+
+    Args:
+      terms: pairs of a weight and a change.
+    """
     if not terms:
         return None
     gains: list[Any] = [c * change.gain for c, change in terms if change.gain is not None]
@@ -148,7 +152,11 @@ def concatenated(terms: Sequence[tuple[Any, Factored]]) -> Factored | None:
 
 
 def mean(site: Site) -> Change:
-    """Returns the mean change, which mergers of matrices take for everything else."""
+    """Returns the mean of the experts' changes of a leaf, as mergers of matrices do with leaves that are none.
+
+    Args:
+      site: the leaf.
+    """
     count = len(site.leaves)
     return linear(site, [1.0 / count] * count)
 

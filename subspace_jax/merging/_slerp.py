@@ -44,6 +44,8 @@ def slerp(
 
     Raises:
       StructureError: there are not two trees, they differ, or the base is needed; the message has the path.
+      NonFiniteError: an expert holds NaN or infinity; likewise.
+      PatternError: a glob of `select` matches nothing.
       ValueError: an option is none of those above.
 
     Example:

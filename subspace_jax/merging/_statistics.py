@@ -43,6 +43,9 @@ def fisher(
       StatisticsError: one expert has statistics of a leaf and another has none, or they have another shape, or are
         negative or not finite; the message has the path.
       StructureError: the trees differ, or there are not as many statistics as experts.
+      NonFiniteError: an expert holds NaN or infinity; the message has the path.
+      PatternError: a glob of `select` matches nothing.
+      ValueError: `minimum` is not above 0.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
@@ -101,6 +104,9 @@ def regmean(
       StatisticsError: one expert has statistics of a leaf and another has none, or they have another shape, or are
         not finite; the message has the path.
       StructureError: the trees differ, or there are not as many statistics as experts.
+      NonFiniteError: an expert holds NaN or infinity; the message has the path.
+      PatternError: a glob of `select` or a path of `roles` matches nothing.
+      ValueError: `off_diagonal` is not in [0, 1], or `ridge` is not above 0.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
@@ -200,7 +206,13 @@ def _of_leaf(
                 f"{site.path}: expert {i} has {came} as its {field} here, expected shape {shape}. Capture the same "
                 "statistics of every expert, on its own data."
             )
-        finite = jnp.isfinite(one).all()
-        if not isinstance(finite, Tracer) and not bool(finite):
+        if isinstance(one, Tracer):
+            continue
+        if not bool(jnp.isfinite(one).all()):
             raise StatisticsError(f"{site.path}: the {field} of expert {i} holds NaN or infinity; capture it anew.")
+        if field == "squared_gradient" and bool(jnp.any(one < 0)):
+            raise StatisticsError(
+                f"{site.path}: the {field} of expert {i} has negative entries, down to {float(jnp.min(one)):.3g}; "
+                "expected means of squares. Capture it anew."
+            )
     return [jnp.asarray(one) for one in found]

@@ -25,7 +25,7 @@ def to_low_rank(
     r"""Returns the nearest low-rank adapters: of every matrix's change the `rank` largest singular triples.
 
     A merged tree in full weights, or in factors of a large rank, becomes one that `save_adapter` and `save_peft` write
-    small. Adapters of at most this rank, and leaves that are no matrices, stay as they are.
+    small. LoRAs of at most this rank, and leaves that are no matrices, stay as they are.
 
     Args:
       merged: a tree of arrays or of stand-in weights.
@@ -39,6 +39,9 @@ def to_low_rank(
 
     Raises:
       RankError: the rank is no positive integer.
+      StructureError: the trees differ; the message has the path.
+      NonFiniteError: `merged` holds NaN or infinity; likewise.
+      PatternError: a glob of `select` or a path of `roles` matches nothing.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj

@@ -51,8 +51,9 @@ def sites(
       least: the smallest number of experts.
 
     Raises:
-      StructureError: too few experts, an expert lacks a leaf or has another shape, or has a leaf too many.
-      PatternError: a glob of `select` matches nothing.
+      StructureError: `experts` is no list or too short, an expert lacks a leaf, has one too many or one of another
+        shape, a weight depends on the input, or no chosen leaf holds floating-point numbers.
+      PatternError: a glob of `select` or a path of `roles` matches nothing.
     """
     if isinstance(experts, Mapping) or not isinstance(experts, Sequence):
         raise StructureError(f"experts: expected a list of trees, came a {type(experts).__name__}; write [one, other].")
@@ -142,6 +143,11 @@ def merge_leaves(
     Returns:
       A tree of the base's structure, shapes and dtypes. A change in factors is a low-rank weight on the base's array.
       A formed one is an array, or `Full` where an expert has an adapter, so that the result can be saved as one.
+
+    Raises:
+      StructureError: as `sites`, or an adapter stands on another base; the message has the path.
+      PatternError: as `sites`.
+      NonFiniteError: a change that `rule` looks at holds NaN or infinity.
     """
     found = sites(experts, base, select=select, roles=roles, least=least)
     merged = {site.path: write(site, rule(site)) for site in found}
@@ -151,7 +157,16 @@ def merge_leaves(
 
 
 def write(site: Site, change: Change) -> Any:
-    """Returns the merged leaf of a change."""
+    """Returns the base's leaf with a merged change applied.
+
+    Args:
+      site: the leaf.
+      change: what the merged tree changes of it; None for nothing.
+
+    Returns:
+      The base's own leaf for no change; a weight in factors where the change has some and a class of weights holds
+      them; else an array, or `Full` where an expert has an adapter.
+    """
     if change is None:
         return site.base
     weights = site.weights()
@@ -172,7 +187,12 @@ def write(site: Site, change: Change) -> Any:
 
 
 def low_rank(base: Any, change: Factored) -> LowRank:
-    """Returns the low-rank weight that adds a change in factors to the base's leaf."""
+    """Returns the low-rank weight that adds a change in factors to the base's leaf.
+
+    Args:
+      base: the leaf, an array or a weight that stands for one.
+      change: in factors, without a gain.
+    """
     array = base if isinstance(base, Weight) else jnp.asarray(base)
     return LowRank(
         base=array,

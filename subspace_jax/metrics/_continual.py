@@ -32,6 +32,9 @@ def accuracy_curve(matrix: Any, weights: Any = None) -> jax.Array:
     Returns:
       `[tasks]`.
 
+    Raises:
+      ValueError: the matrix is not square, or is empty.
+
     Example:
       >>> [round(float(a), 4) for a in accuracy_curve([[0.9, 0.2, 0.3], [0.8, 0.85, 0.25], [0.7, 0.8, 0.95]])]
       [0.9, 0.825, 0.8167]
@@ -47,6 +50,9 @@ def average_accuracy(matrix: Any, weights: Any = None) -> jax.Array:
     Args:
       matrix: \(R\), last row needed.
       weights: numbers of test examples by task, for accuracy over all of them pooled; equal weights if None.
+
+    Raises:
+      ValueError: the matrix is not square, or is empty.
     """
     return accuracy_curve(matrix, weights)[-1]
 
@@ -57,12 +63,22 @@ def incremental_accuracy(matrix: Any, weights: Any = None) -> jax.Array:
     Args:
       matrix: \(R\), lower triangle needed.
       weights: numbers of test examples by task, for accuracy over all of them pooled; equal weights if None.
+
+    Raises:
+      ValueError: the matrix is not square, or is empty.
     """
     return jnp.mean(accuracy_curve(matrix, weights))
 
 
 def learning_accuracy(matrix: Any) -> jax.Array:
-    r"""Returns the mean of \(R_{i,i}\): how well each task was learned when it was trained."""
+    r"""Returns the mean of \(R_{i,i}\): how well each task was learned when it was trained.
+
+    Args:
+      matrix: \(R\), diagonal needed.
+
+    Raises:
+      ValueError: the matrix is not square, or is empty.
+    """
     return jnp.mean(jnp.diagonal(_square(matrix)))
 
 
@@ -73,7 +89,7 @@ def backward_transfer(matrix: Any) -> jax.Array:
       matrix: \(R\), diagonal and last row needed.
 
     Raises:
-      ValueError: there is one task only.
+      ValueError: the matrix is not square, or has one task only.
 
     Example:
       >>> round(float(backward_transfer([[0.9, 0.2, 0.3], [0.8, 0.85, 0.25], [0.7, 0.8, 0.95]])), 4)
@@ -93,7 +109,7 @@ def forgetting(matrix: Any, step: int | None = None) -> jax.Array:
       step: \(t \ge 1\); the last if None.
 
     Raises:
-      ValueError: there is no earlier task.
+      ValueError: the matrix is not square, or there is no earlier task.
 
     References:
       Chaudhry et al., Riemannian Walk for Incremental Learning, 2018.
@@ -114,6 +130,9 @@ def forward_transfer(matrix: Any, base: Any) -> jax.Array:
       matrix: \(R\), entries above the diagonal needed; NaN where one is missing.
       base: \(b\), scores of the untrained model, `[tasks]`.
 
+    Raises:
+      ValueError: the matrix is not square, or has one task only.
+
     References:
       Lopez-Paz, Ranzato, Gradient Episodic Memory for Continual Learning, 2017.
     """
@@ -127,6 +146,9 @@ def intransigence(matrix: Any, single: Any) -> jax.Array:
     Args:
       matrix: \(R\), diagonal needed.
       single: \(s\), scores of models trained on one task each, `[tasks]`.
+
+    Raises:
+      ValueError: the matrix is not square, or is empty.
     """
     matrix = _square(matrix)
     return jnp.mean(jnp.asarray(single, matrix.dtype) - jnp.diagonal(matrix))
@@ -159,6 +181,9 @@ def multi_domain_scores(matrix: Any) -> MultiDomainScores:
 
     Args:
       matrix: the full accuracy matrix.
+
+    Raises:
+      ValueError: the matrix is not square, or has one task only.
 
     Example:
       >>> scores = multi_domain_scores([[0.9, 0.2, 0.3], [0.8, 0.85, 0.25], [0.7, 0.8, 0.95]])

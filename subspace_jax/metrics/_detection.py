@@ -75,8 +75,8 @@ def aupro(maps: Any, masks: Any, limit: float = 0.3) -> float:
         raise ValueError(f"aupro: limit={limit!r}; expected a rate above 0 and at most 1.")
     weights, regions = np.zeros(np.shape(masks)), 0
     for weight, mask in zip(weights, np.asarray(masks, bool), strict=True):
-        labelled: Any = ndimage.label(mask, np.ones((3, 3)))
-        found, count = labelled
+        labeled: Any = ndimage.label(mask, np.ones((3, 3)))
+        found, count = labeled
         sizes = np.bincount(found.ravel(), minlength=count + 1)
         weight[mask] = 1.0 / sizes[found[mask]]
         regions += count

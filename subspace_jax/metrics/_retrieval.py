@@ -50,6 +50,13 @@ def retrieval_scores(
       same_set: item i of both is the same, and no query may find itself.
       block: queries ranked at a time; memory is `block` times the gallery.
 
+    Returns:
+      `RetrievalScores`; where no query has a match, `valid` is 0 and the scores are NaN.
+
+    Raises:
+      ValueError: with `same_set` there are not as many queries as items.
+      ValueError: an entry of `ks` is below 1 or above the number of items.
+
     Example:
       >>> import jax.numpy as jnp
       >>> x, y = jnp.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.8, 0.2]]), jnp.array([0, 0, 1, 1])

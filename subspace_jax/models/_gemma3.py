@@ -50,7 +50,7 @@ def load_gemma3(
 
 
 def gemma3_file() -> Path:
-    """Returns the carried file, joined from its four parts.
+    """Returns the path of the packaged Gemma 3 GGUF file, joined from its four parts.
 
     Raises:
         AssetMissingError: the parts are absent; `python -m experiments fetch gemma3-270m`.

@@ -44,6 +44,7 @@ def export_gguf(path: str | Path, params: Any, model: PretrainedModel, *, precis
             weights, or a value is no float16. Nothing is written.
 
     Example:
+        >>> import subspace_jax as sj
         >>> from subspace_jax.models import export_gguf, load_smollm2
         >>> model = load_smollm2(packed=True)  # doctest: +SKIP
         >>> export_gguf("tuned.gguf", sj.merge(adapted), model)  # doctest: +SKIP

@@ -49,6 +49,7 @@ def load_hf(folder: str | Path, *, place: Place | None = None, **overrides: Any)
         AdapterFileError: a file is missing, cut or of two versions.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from subspace_jax.models import load_hf
         >>> model = load_hf("models/Qwen3-0.6B", scan_layers=True, dtype=jnp.bfloat16)  # doctest: +SKIP
     """

@@ -18,7 +18,7 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 def cubic_resize_matrix(old: int, new: int) -> np.ndarray:
     """Returns the matrix of one-dimensional cubic convolution from `old` to `new` samples.
 
-    Half-pixel centres, edges repeated, no smoothing when shrinking, and the coefficient `a = -0.75` that
+    Half-pixel centers, edges repeated, no smoothing when shrinking, and the coefficient `a = -0.75` that
     vision models are trained with; `jax.image.resize` uses -0.5, which changes features visibly.
 
     Args:
@@ -39,12 +39,12 @@ def cubic_resize_matrix(old: int, new: int) -> np.ndarray:
     """
     if old < 1 or new < 1:
         raise ValueError(f"cannot resize {old} samples to {new}; expected positive sizes")
-    centres = (np.arange(new) + 0.5) * old / new - 0.5
-    left = np.floor(centres).astype(int)
+    centers = (np.arange(new) + 0.5) * old / new - 0.5
+    left = np.floor(centers).astype(int)
     matrix = np.zeros((new, old))
     for tap in range(-1, 3):
         column = np.clip(left + tap, 0, old - 1)
-        np.add.at(matrix, (np.arange(new), column), _cubic(np.abs(centres - (left + tap))))
+        np.add.at(matrix, (np.arange(new), column), _cubic(np.abs(centers - (left + tap))))
     return matrix
 
 

@@ -195,6 +195,7 @@ def add_classifier(
 
     Raises:
         TypeError: another module.
+        ValueError: an unknown `pooling`, or one for a `Llama`.
 
     Example:
         >>> import jax, jax.numpy as jnp

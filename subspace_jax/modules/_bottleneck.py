@@ -59,6 +59,10 @@ def bottleneck(
 
     Raises:
       PatternError: from `adapt`: the rule matches no kernel to read from, or none to stand on, or no bias.
+      RoleError: from `adapt`: a kernel is not known to be a matrix.
+      RankError: `size` is not a positive integer.
+      ValueError: `placement` or `activation` is unknown, `scale` is not a finite number, or `reads` is missing where a
+        parallel module needs it, or is given to a sequential one.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj

@@ -44,7 +44,11 @@ class Module(Weight):
         """Returns what the kernel gives and the module adds."""
 
     def materialize(self, dtype: Any = None) -> jax.Array:
-        """Refuses: what is added depends on the input."""
+        """Refuses: what is added depends on the input.
+
+        Raises:
+          RoleError: always.
+        """
         del dtype
         raise RoleError(
             f"A kernel of shape {self.shape} with a {type(self).__name__} is no array: the model uses it in another "

@@ -115,12 +115,20 @@ class ModuleBank(Weight):
 
 
 def with_slots(role: Role) -> Role:
-    """Returns the role of all slots' modules together: one more stacked axis behind all others."""
+    """Returns the role of all slots' modules together: one more stacked axis behind all others.
+
+    Args:
+      role: of the kernel.
+    """
     return dataclasses.replace(role, stack_axes=(*role.stack_axes, len(role.order)))
 
 
 def alone(module: Weight) -> list[str]:
-    """Names of the fields that all layers share; in a bank their first axis runs over slots."""
+    """Returns the names of the fields that all layers share; in a bank their first axis runs over slots.
+
+    Args:
+      module: one module, or those of all slots.
+    """
     return [name for name, _ in module.data_items() if not {"stack", "array"} & set(module.axes[name].split())]
 
 

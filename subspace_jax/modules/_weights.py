@@ -134,6 +134,12 @@ class Bottleneck(Module):
 def features_last(x: jax.Array, labels: tuple[str, ...], axes: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
     """Returns activations `[..., features]` with the features of a kernel's axes as one last axis.
 
+    Args:
+      x: what the model computes, the kernel's input or its output.
+      labels: of its axes, as an `Operation` has them.
+      axes: the kernel's axes whose features these are.
+      shape: of the kernel.
+
     Raises:
       RoleError: they are not its last axes, as those of a convolution's input or of experts computed together.
     """

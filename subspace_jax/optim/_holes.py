@@ -12,7 +12,7 @@ from subspace_jax.core import OptState, Params, PyTree, Updates
 
 
 def is_hole(value: Any) -> bool:
-    """Tells whether there is no array in the place of one: None, what optax masks with, or what Flax makes of that.
+    """Tells whether a value holds no array: None, `optax.MaskedNode`, or an empty container.
 
     Example:
       >>> import optax
@@ -47,7 +47,7 @@ def filled(new: PyTree, old: PyTree) -> PyTree:
 
 
 def rest_without_gradient(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimizer on the arrays that have a gradient; where there is None the parameters and its state rest.
+    """Wraps an optimizer so that arrays whose gradient is None keep their value and their state.
 
     Optimizers of optax take None for a gradient in part only: Adam refuses it, momentum is lost.
 
@@ -108,7 +108,7 @@ def _is_none(value: Any) -> bool:
 
 
 class Leaves:
-    """The arrays of updates in a list, and lists in the same order of trees that have one value for each of them.
+    """Lists of the arrays of updates, and of trees like them, in one order, without the places that have no gradient.
 
     Attributes:
       arrays: `jax.tree.leaves` of the updates.

@@ -112,7 +112,8 @@ def in_subspace(
       RankError: `rank` or `every` is not a positive integer.
       PatternError: a basis is for no leaf, or a glob matches nothing.
       RoleError: an array with a basis is not known to be a matrix.
-      StructureError: a basis does not fit its array.
+      StructureError: a basis does not fit its array, is not in float32 at least, or has columns that are neither
+        orthonormal nor zero.
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
@@ -223,6 +224,12 @@ def in_complement(
 
     Returns:
       A transformation like that of `in_subspace`.
+
+    Raises:
+      StructureError: a basis has columns that are neither orthonormal nor zero; at `init`, it does not fit its array.
+      PatternError: at `init`, a basis is for no leaf.
+      RoleError: at `init`, an array with a basis is not known to be a matrix.
+      ValueError: `side` is unknown; at `init`, the inner optimizer needs parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj

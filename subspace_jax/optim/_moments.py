@@ -31,6 +31,13 @@ def project_momentum(
       side: which axis the subspaces lie in: "in", "out" or "both".
       roles: how the model uses plain arrays with more than two axes, from `sj.roles`.
 
+    Raises:
+      ValueError: `mode` or `side` is unknown.
+      PatternError: a basis is for no leaf of the moments.
+      StructureError: a basis does not fit its array, is not in float32 at least, or has columns that are neither
+        orthonormal nor zero.
+      RoleError: an array with a basis is not known to be a matrix.
+
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
       >>> state = optax.trace(0.9).init({"w": jnp.ones((3, 2))})._replace(trace={"w": jnp.ones((3, 2))})

@@ -78,8 +78,10 @@ def project_orthogonal(
 
     Raises:
       PatternError: at `init` or `update`, a basis is for no leaf.
-      StructureError: a basis does not fit its array, or is not in float32.
+      StructureError: a basis does not fit its array, or is not in float32 at least; at `init`, it has columns that are
+        neither orthonormal nor zero.
       RoleError: an array is not known to be a matrix.
+      ValueError: `mode`, `side` or `renorm` is unknown.
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj
@@ -215,7 +217,10 @@ def sandwich(
 
     Raises:
       PatternError: at `init` or `update`, a basis is for no leaf.
-      StructureError: a basis does not fit its array, or is not in float32.
+      StructureError: a basis does not fit its array, or is not in float32 at least; at `init`, it has columns that are
+        neither orthonormal nor zero.
+      RoleError: an array is not known to be a matrix.
+      ValueError: `mode`, `side` or `renorm` is unknown.
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj

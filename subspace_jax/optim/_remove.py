@@ -65,6 +65,7 @@ def remove_subspaces(
       PatternError: at `init` or `update`, a remover is for no leaf.
       StructureError: a remover does not fit its array.
       RoleError: an array is not known to be a matrix.
+      ValueError: `side` is unknown.
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj

@@ -80,7 +80,8 @@ def riemannian(
       transport: "project" projects first moments onto the new tangent space; "isometric" carries them by the
         manifold's `transport`; "none" gives the inner optimizer the gradient as it is and leaves its moments alone, so
         that only the direction is projected.
-      renormalize_every: steps from one QR factorization against rounding to the next; it keeps signs of columns.
+      renormalize_every: with "exponential", steps from one QR factorization against rounding to the next; it keeps
+        signs of columns. Other retractions need none.
       tolerance: largest error of a point that `init` accepts, where it sees concrete arrays.
 
     Returns:

@@ -12,7 +12,7 @@ ROUNDING = 32 * float(jnp.finfo(jnp.float32).eps)
 def without_rounding(
     projected: jax.Array, whole: jax.Array, tolerance: float = ROUNDING, *, renorm: bool = False
 ) -> jax.Array:
-    """Returns projected matrices with those set to zero that hold nothing but rounding of the whole.
+    """Sets projected matrices to zero where only rounding error of the original is left.
 
     Adam would give rounding full steps, in directions that mean nothing.
 

@@ -86,7 +86,7 @@ def scale_matrices(
     together: Callable[[Mapping[str, tuple[jax.Array, Parts]]], Mapping[str, Parts]] | None = None,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformation:
-    """Makes a transformation of what it does to one stack of matrices; all other arrays have Adam's direction.
+    """Builds a transformation from an update rule for stacks of matrices; all other arrays get Adam's direction.
 
     Args:
       start: `start(zeros, path)` returns the state of a stack of matrices, from zeros `[*stack, in, out]` in float32.
@@ -104,6 +104,9 @@ def scale_matrices(
 
     Returns:
       A transformation that keeps structure, shapes and dtypes; a leaf without a gradient keeps its state.
+
+    Raises:
+      ValueError: at `update`, `params` is None with `needs_params`.
 
     Example:
       >>> import jax.numpy as jnp

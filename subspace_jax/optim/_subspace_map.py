@@ -22,17 +22,40 @@ Moments = Literal["carry", "reset", "transport"]
 
 @dataclasses.dataclass(frozen=True)
 class SubspaceMap:
-    """Maps one array to the coordinates of a subspace of one of its sides, and back."""
+    """Maps one array to the coordinates of a subspace of one of its sides, and back.
+
+    Attributes:
+      view: how the array is seen as matrices.
+      side: which of their sides the subspace lies in.
+    """
 
     view: MatrixView
     side: Side
 
     def coordinates(self, array: jax.Array, basis: jax.Array, *, drop_rounding: bool = False) -> jax.Array:
+        """Returns the coordinates of an array in the subspace, in the array's dtype.
+
+        Args:
+          array: of the view's shape.
+          basis: `[*stack, d, k]`, orthonormal columns.
+          drop_rounding: whether coordinates that are rounding alone become zero.
+
+        Returns:
+          `[*stack, k, out]` for side "in", `[*stack, in, k]` for "out".
+        """
         matrix = self.view.unfold(array)
         found = to_coordinates(matrix, basis, side=self.side)
         return (without_rounding(found, matrix) if drop_rounding else found).astype(array.dtype)
 
     def lifted(self, coordinates: jax.Array, basis: jax.Array, scale: Any, like: jax.Array) -> jax.Array:
+        """Returns the array that coordinates stand for, times a scale.
+
+        Args:
+          coordinates: `[*stack, k, out]` for side "in", `[*stack, in, k]` for "out".
+          basis: `[*stack, d, k]`, orthonormal columns.
+          scale: a number or scalar array.
+          like: an array of the view's shape, whose dtype and layout the result has.
+        """
         whole = scale * from_coordinates(coordinates, basis, side=self.side)
         return placed_like(self.view.fold(whole).astype(like.dtype), like)
 
@@ -63,12 +86,23 @@ class SubspaceMap:
 
 
 def matrix_shape(array: jax.Array, view: MatrixView) -> tuple[int, ...]:
-    """Returns the shape `[*stack, in, out]` of an array as matrices."""
+    """Returns the shape `[*stack, in, out]` of an array as matrices.
+
+    Args:
+      array: of the view's shape; it may be abstract.
+      view: how it is seen as matrices.
+    """
     return jax.eval_shape(view.unfold, array).shape
 
 
 def subspace_map(view: MatrixView | None, array: jax.Array, rule: SideRule) -> SubspaceMap | None:
-    """Returns the map of the side that a rule chooses; None if the leaf is not read as a matrix with such a side."""
+    """Returns the map of the side that a rule chooses; None if the leaf is not read as a matrix with such a side.
+
+    Args:
+      view: how the leaf is seen as matrices; None where it is not.
+      array: the leaf; it may be abstract.
+      rule: "in" or "out" for this side of every matrix, or the "shorter" or "longer" one of each.
+    """
     if view is None or view.is_vector:
         return None
     if rule in ("in", "out"):

@@ -49,7 +49,8 @@ def fit(
       The last state; `state.step` is below `steps` if the run was stopped.
 
     Raises:
-      ValueError: `steps` or `every` is not positive, or the batches end too early; what was learned is saved first.
+      ValueError: `steps` is negative or `every` not positive, or the batches end too early; what was learned is saved
+        first.
       StructureError: the checkpoint is of another tree.
       CheckpointError: the checkpoint is damaged, or its optimizer is another one.
 

@@ -43,8 +43,8 @@ def init_train_state(
     """Makes the state before the first step, with every array placed.
 
     With `compute_dtype` the frozen weights are cast to it here, once, and every stand-in says that it stands for an
-    array of that dtype, so that the model computes in it; what learns is kept in float32, and so are the parts of
-    stand-ins that are not of the weight's shape (bases, scales). Weights that learn whole keep a float32 copy and are
+    array of that dtype, so that the model computes in it; what learns is kept in float32, and parts of stand-ins that
+    are not of the weight's shape (bases, scales) keep their dtype. Weights that learn whole keep a float32 copy and are
     cast where they are used. A model that names a dtype of its own, as Flax modules with `dtype=` do, is built with
     the same one.
 

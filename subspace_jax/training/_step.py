@@ -46,7 +46,9 @@ def make_train_step(
       what `has_aux` adds. The state that goes in is consumed, except for its frozen arrays.
 
     Raises:
-      ValueError: `accumulate` is not a positive integer.
+      ValueError: `accumulate` is not a positive integer; when called, if `loss` returns with `has_aux` no dict, or one
+        with a name `loss` or `gradient_norm`.
+      StructureError: when called, if `accumulate` does not divide the rows of an array of the batch.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj

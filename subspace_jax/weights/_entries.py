@@ -13,7 +13,7 @@ from subspace_jax.core import Role, RoleError
 
 
 def flat_entries(array: jax.Array, role: Role) -> jax.Array:
-    """Returns the entries of every layer in the order that positions count, `[*stack, S]`.
+    """Flattens every layer's entries in the order in which sparse positions number them, `[*stack, S]`.
 
     Args:
       array: of this role.

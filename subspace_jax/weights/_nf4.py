@@ -48,6 +48,9 @@ class NF4(Stored, Weight):
       out_sizes: sizes of the role's output axes.
       order: whether entries follow each other as in the (out, in) matrix, as other tools store it, or as in (in,
         out).
+
+    References:
+      Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
     """
 
     codes: jax.Array
@@ -114,11 +117,17 @@ def quantize_nf4(array: jax.Array, role: Role | None = None, order: Order = "out
     Returns:
       The quantized weight; `materialize` gives the rounded array.
 
+    Raises:
+      RoleError: the role does not read the array as a matrix.
+
     Example:
       >>> import jax.numpy as jnp
       >>> w = jnp.linspace(-1.0, 1.0, 128).reshape(16, 8)
       >>> bool(jnp.abs(quantize_nf4(w).materialize() - w).max() < 0.16)
       True
+
+    References:
+      Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
     """
     role = Role.dense() if role is None else role
     # Blocks run across rows, so they cannot follow a split of the matrix.

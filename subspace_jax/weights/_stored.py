@@ -15,7 +15,7 @@ else:
 
 
 class Stored(_Base):
-    """A mixin, in front of `Weight`, of one that only stores an array, which is formed where it is used."""
+    """Mixin, in front of `Weight`, of weights that hold an array compressed and form it where it is used."""
 
     stored: ClassVar[bool] = True
 

@@ -37,8 +37,8 @@ def save_adapter(path: str | os.PathLike[str], adapted: Any, *, base: Any = None
     """Writes what adaptation added to the parameters into one safetensors file, atomically.
 
     Tensors are named by their slash-joined paths; a manifest in the file's metadata tells how the stand-in weights
-    are made of them, and a checksum of manifest and tensors stands beside it. Arrays outside stand-in weights are not
-    stored but recorded by shape, dtype and hash.
+    are made of them, and a checksum of manifest and tensors stands beside it. Arrays outside stand-in weights are
+    recorded by shape, dtype and hash, and stored where they differ from `base`.
 
     Args:
       path: the file; its folder must exist.
@@ -91,6 +91,15 @@ def load_adapter(path: str | os.PathLike[str], base_params: Any, *, verify: bool
       AdapterFileError: the file is damaged or hostile, a tensor is missing, extra or wrongly shaped, or the
         parameters are not those that were adapted. Files of earlier versions have no checksum, so their numbers
         cannot be checked.
+
+    Example:
+      >>> import pathlib, tempfile, jax, jax.numpy as jnp, subspace_jax as sj
+      >>> params = {"w": jnp.ones((6, 4))}
+      >>> adapted = sj.adapt(params, {"w": sj.lora(rank=2)}, key=jax.random.key(0))
+      >>> path = save_adapter(pathlib.Path(tempfile.mkdtemp(), "adapter.safetensors"), adapted, base=params)
+      >>> loaded = load_adapter(path, params)
+      >>> bool((loaded["w"].a == adapted["w"].a).all()), loaded["w"].base is params["w"]
+      (True, True)
     """
     tensors, metadata = read_safetensors(path)
     if _KEY not in metadata:

@@ -37,6 +37,16 @@ class Checkpointer:
 
     A checkpoint appears whole or not at all: Orbax writes into a temporary folder and renames it at the end. Use it
     as a context manager, or call `close`.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, subspace_jax as sj
+      >>> adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(rank=2)}, key=jax.random.key(0))
+      >>> with Checkpointer(tempfile.mkdtemp(), max_to_keep=1) as checkpointer:
+      ...     for step in (10, 20):
+      ...         checkpointer.save(step, adapted)
+      ...     steps, restored = checkpointer.all_steps(), checkpointer.restore()
+      >>> steps, restored.adapted["w"].a.shape
+      ([20], (6, 2))
     """
 
     def __init__(

@@ -66,8 +66,21 @@ def restore_checkpoint(
       shardings: where the arrays of the adapted tree go.
       base: the parameters that the checkpoint was saved with, if it was.
 
+    Returns:
+      A `Checkpoint` with step, adapted tree and extra, bit for bit as they were saved, and the optimizer's state where
+      `like` is given, else None.
+
     Raises:
       CheckpointError: there is none, it is damaged, or the arguments do not fit it.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, subspace_jax as sj
+      >>> adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(rank=2)}, key=jax.random.key(0))
+      >>> folder = tempfile.mkdtemp()
+      >>> save_checkpoint(folder, 3, adapted, extra={"batch": 40})
+      >>> restored = restore_checkpoint(folder)
+      >>> restored.step, restored.extra, bool((restored.adapted["w"].a == adapted["w"].a).all())
+      (3, {'batch': 40}, True)
     """
     with Checkpointer(directory, base=base, read_only=True) as checkpointer:
         return checkpointer.restore(step, like=like, shardings=shardings)
@@ -80,8 +93,19 @@ def abstract_checkpoint(directory: str | os.PathLike[str], step: int | None = No
       directory: the run's folder.
       step: which one; the latest if None.
 
+    Returns:
+      A `Checkpoint` with the step, and the adapted tree and extra without numbers; its `opt_state` is None.
+
     Raises:
       CheckpointError: there is none, or its manifest is damaged.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, subspace_jax as sj
+      >>> adapted = sj.adapt({"w": jnp.ones((6, 4))}, {"w": sj.lora(rank=2)}, key=jax.random.key(0))
+      >>> folder = tempfile.mkdtemp()
+      >>> save_checkpoint(folder, 3, adapted)
+      >>> abstract_checkpoint(folder).adapted["w"].a
+      ShapeDtypeStruct(shape=(6, 2), dtype=float32)
     """
     with Checkpointer(directory, read_only=True) as checkpointer:
         return checkpointer.abstract(step)

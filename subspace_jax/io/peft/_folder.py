@@ -109,9 +109,9 @@ def load_peft(folder: str | os.PathLike[str], base_params: Any, names: NameMap) 
     Returns:
       A tree of the structure of `base_params` with stand-in weights: LoRA, DoRA, OFT, RandLoRA, `SparseDelta` for
       replaced rows of an embedding, and `full()` for modules that PEFT saved whole and for trained biases, to which
-      those of `lora_bias` are added. Layers of a stack that the file leaves out (`layers_to_transform`) get factors
-      of zero, which never learn. Starts that the base gives again (`init_lora_weights` "pissa" and "olora") are taken
-      out of it, as PEFT does when it loads them.
+      those of `lora_bias` are added. Layers of a stack that the file leaves out (`layers_to_transform`) get factors of
+      zero, which never learn, with LoRA and RandLoRA; with DoRA and OFT such a file is refused. Starts that the base
+      gives again (`init_lora_weights` "pissa" and "olora") are taken out of it, as PEFT does when it loads them.
 
     Raises:
       AdapterFileError: a file is missing, damaged or hostile, a tensor has no place in the tree, is missing or is

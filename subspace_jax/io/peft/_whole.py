@@ -69,6 +69,16 @@ def import_tensors(
 
     Raises:
       ManifestError: a leaf has no name, or a tensor is missing or of another shape; all of them are named.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from subspace_jax.io import NameMap, NameRule
+      >>> tensors = {"net.fc.weight": np.ones((2, 3), np.float32)}
+      >>> like = {"fc": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}
+      >>> shapes = {name: tensor.shape for name, tensor in tensors.items()}
+      >>> params, used = import_tensors(tensors.__getitem__, shapes, like, NameMap((NameRule("fc", "net.fc"),)))
+      >>> params["fc"]["kernel"].shape, used
+      ((3, 2), {'net.fc.weight'})
     """
     leaves = dict(leaves_with_paths(like))
     places = names.places(leaves)

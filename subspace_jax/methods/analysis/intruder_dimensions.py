@@ -32,7 +32,7 @@ DISTINCT = 1e-4
 
 
 class Intruders(NamedTuple):
-    """What was found in one kernel; of a stack each array has its leading axes.
+    """Intruder dimensions found in one kernel; of a stack each array has its leading axes.
 
     Attributes:
       similarity: the largest absolute cosine of each leading tuned vector with any pretrained one, `[*stack, k]`.

@@ -67,7 +67,10 @@ def lora_xs(
       A method whose weights are `LowRankCore` with a core `[*stack, rank, rank]`.
 
     Raises:
-      RankError: `rank` is above the weight's smaller side; raised by `adapt`, with the path.
+      RankError: `rank` is not a positive integer or `iterations` is negative; or `rank` is above the weight's smaller
+        side: raised by `adapt`, with the path.
+      RoleError: an array is not known to be a matrix; likewise.
+      ValueError: `factors` is unknown, `alpha` is not a positive number, or `noise` is negative.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -128,8 +131,11 @@ def lora_sb(
       A method that needs the statistic "gradient", whose weights are `LowRankCore`.
 
     Raises:
-      RankError: `rank` is above the weight's smaller side; raised by `adapt`, with the path.
+      RankError: `rank` is not a positive integer or `iterations` is negative; or `rank` is above the weight's smaller
+        side: raised by `adapt`, with the path.
       StatisticsError: gradients were not captured; raised by `adapt`, with the path.
+      RoleError: an array is not known to be a matrix; likewise.
+      ValueError: `update` is unknown, or `learning_rate` or `alpha` is not a positive number.
 
     Warning:
       Where a gradient is exactly zero (an unused expert) the factors are arbitrary and the core is zero; `adapt` warns.

@@ -63,6 +63,8 @@ def galore(
     Raises:
       RankError: `rank` or `every` is not a positive integer.
       PatternError: a glob matches nothing.
+      ValueError: an unknown `side`, `moments` or `decomposition`; at `update`, `params` is missing for the weight
+        decay.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj

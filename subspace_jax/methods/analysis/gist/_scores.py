@@ -126,6 +126,7 @@ def total_scores(scores: Sequence[Scores], weights: Sequence[float] | None = Non
       StructureError: no checkpoint, or not as many weights.
 
     Example:
+      >>> import numpy as np
       >>> one = Scores(np.array([[0.5, 0.1], [0.0, 0.9]]), np.zeros((2, 1)), np.ones(2))
       >>> total_scores([one]).tolist()
       [0.5, 0.9]
@@ -148,6 +149,7 @@ def select_examples(scores: np.ndarray, fraction: float = 0.05) -> np.ndarray:
       ValueError: `fraction` is not in (0, 1].
 
     Example:
+      >>> import numpy as np
       >>> select_examples(np.array([0.1, 0.9, 0.9, 0.3]), 0.5).tolist()
       [1, 2]
     """

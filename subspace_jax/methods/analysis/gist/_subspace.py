@@ -23,7 +23,7 @@ _EPSILON = 1e-6
 
 
 class TargetSubspace(NamedTuple):
-    """What is kept of the validation examples.
+    """The subspace of the validation examples' gradients, and each subtask's direction in it.
 
     Attributes:
       basis: a tree like the trainable parameters of orthonormal directions, `[rank, *shape]`.

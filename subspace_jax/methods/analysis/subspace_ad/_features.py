@@ -31,7 +31,7 @@ def middle_layers(num_blocks: int) -> tuple[int, ...]:
 
 
 def mix_layers(states: jax.Array, mix: Mix = "mean", groups: int = 2) -> jax.Array:
-    """Makes one feature vector a patch of its hidden states, which come raw, without the final norm.
+    """Combines each patch's hidden states of several layers, without the final norm, into one feature vector.
 
     Args:
       states: `[layers, ..., width]`, of the chosen layers.

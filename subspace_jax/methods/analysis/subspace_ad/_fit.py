@@ -42,7 +42,7 @@ def fit_subspace(
 
     \(\Sigma = \frac{1}{T - 1} \sum_p (x_p - \mu)(x_p - \mu)^T\); the rank is the smallest \(r\) with
     \(\sum_{j \le r} l_j \ge \tau \sum_j l_j\). The eigenvectors are computed on the host in float64, since the rank
-    is a number and not an array. Fitted to an unlabelled test set in place of normal images it is the batched
+    is a number and not an array. Fitted to an unlabeled test set in place of normal images it is the batched
     zero-shot mode of the publication.
 
     Args:

@@ -30,8 +30,8 @@ def anomaly_maps(scores: jax.Array, size: tuple[int, int], *, sigma: float = 4.0
       `[..., height, width]`.
 
     Raises:
-      RankError: an even kernel or an impossible size.
-      ValueError: sigma is not positive, or the scores are no maps.
+      RankError: `kernel` or a side of `size` is no positive integer.
+      ValueError: an even kernel, or one that does not fit; sigma is not positive, or the scores are no maps.
 
     Example:
       >>> import jax.numpy as jnp

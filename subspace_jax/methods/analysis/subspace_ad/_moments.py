@@ -41,7 +41,7 @@ def no_moments(width: int, dtype: jnp.dtype | type = jnp.float32) -> Moments:
 
 @jax.jit
 def add_patches(moments: Moments, features: jax.Array) -> Moments:
-    r"""Adds a batch of patches: every batch is centered by its own mean before anything is squared.
+    r"""Updates mean and scatter of patch features with one batch, centered by its own mean before it is squared.
 
     A sum of squares minus the square of a sum would cancel; merging centered batches does not, and it reads the data
     once, so that mean and covariance come from the same augmented images whatever the batches are.

@@ -117,6 +117,7 @@ def scale_by_coso(
     Raises:
       RankError: a rank, `gap` or `tasks` is not a positive integer, or `r2` is below `r1`.
       PatternError: a glob matches nothing.
+      ValueError: `side` is unknown.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
@@ -250,6 +251,7 @@ def coso(
     Raises:
       RankError: a rank, `gap` or `tasks` is not a positive integer, or `r2` is below `r1`.
       PatternError: a glob matches nothing.
+      ValueError: `side` is unknown; at `update`, `params` is missing for the weight decay.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj

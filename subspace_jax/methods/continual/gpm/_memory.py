@@ -33,6 +33,9 @@ def init_memory(size: int, columns: int | None = None, stack: Sequence[int] = ()
       columns: how many directions it can ever hold; `size` if None.
       stack: sizes of stacked axes, of layers that are scanned.
 
+    Raises:
+      ValueError: `columns` is not in 1 .. `size`.
+
     Example:
       >>> init_memory(4, 2).basis.shape
       (4, 2)

@@ -12,7 +12,7 @@ from subspace_jax.core import check_int
 
 
 class TaskSelector(NamedTuple):
-    """Prototypes of the classes of tasks.
+    """Tells an input's task by the nearest prototype of a class.
 
     Attributes:
       prototypes: `[tasks, classes, width]`, mean of the class's features of length one.

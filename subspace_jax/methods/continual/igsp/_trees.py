@@ -103,7 +103,7 @@ def stored_values(params: Params) -> dict[str, int]:
 
 
 def compact(params: Params) -> Params:
-    """Returns the tree with pools that have no more slots than some layer uses, for deployment.
+    """Drops the slots of experts that no layer uses, for deployment.
 
     Outputs stay. Noise routers go: the tree is not to be trained further.
 

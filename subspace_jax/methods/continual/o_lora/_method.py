@@ -50,6 +50,8 @@ def o_lora(rank: int = 8, *, tasks: int, alpha: float = 32.0, dropout: float = 0
 
     Raises:
       RankError: `rank` or `tasks` is not a positive integer.
+      RoleError: an array is not known to be a matrix; raised by `adapt`, with the path.
+      ValueError: `alpha` is not a positive number, `dropout` is not in [0, 1), or an unknown `dtype`.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj

@@ -94,7 +94,7 @@ def remove(found: High | Removers, matrix: jax.Array, *sides: Side, loop: bool) 
 
 
 def removers(frozen: Params) -> dict[str, Removers]:
-    r"""Makes what removes the frozen singular vectors of every weight, for a task's steps of `osf.projection`.
+    r"""Builds the projections that remove every weight's frozen singular vectors, for `osf.projection`.
 
     A side of which at least half the directions are frozen, or have room to be, is held as \(I - L_h L_h^T\) and
     multiplied once; of the others the singular vectors are held; one without any costs nothing. See

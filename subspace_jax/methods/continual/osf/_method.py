@@ -50,8 +50,10 @@ def osf(preserved: Preserved | Mapping[str, Any] = 0.5, *, width: Width = "exact
       freezes them.
 
     Raises:
-      RankError: a rank is not in 0 .. q.
-      PatternError: a weight is not in the dict.
+      RankError: a rank is not in 0 .. q; raised by `adapt`, with the path, where it depends on the weight.
+      PatternError: a weight is not in the dict; raised by `adapt`.
+      RoleError: an array is not known to be a matrix; raised by `adapt`, with the path.
+      ValueError: `width` or `route` is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj

@@ -99,6 +99,8 @@ def projection(
     Raises:
       StructureError: there is no `SplitSVD` in `frozen`, a path has a leaf of the other mode, or shapes differ.
       PatternError: at `init` or `update`, a `SplitSVD` of `frozen` is for no leaf.
+      RoleError: at `init`, with "dense", an array is not known to be a matrix.
+      ValueError: `mode` is unknown; at `update`, `params` is missing with `project_params` and "factored".
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj

@@ -18,7 +18,7 @@ from subspace_jax.weights import AsLowRank, LowRank
 
 
 def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> Method:
-    r"""Trains the lengths of a weight's output columns apart from their directions.
+    r"""Trains the length of each output column apart from its direction, which another method trains.
 
     \(W' = V\,\mathrm{diag}(m / \|V\|)\), where \(V\) is the weight that `method` makes, and \(m\) starts as the column
     lengths of the original, so that nothing changes at the start.
@@ -30,6 +30,10 @@ def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> 
 
     Returns:
       A method whose weights are `Magnitude` over those of `method`, with `magnitude` `[*stack, out]`.
+
+    Raises:
+      TypeError: `method` is not a method.
+      ValueError: `norm` is unknown.
 
     Warning:
       An output column of zeros has length zero and keeps it: neither magnitude nor direction ever gets a gradient.

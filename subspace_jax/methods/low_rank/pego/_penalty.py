@@ -52,6 +52,7 @@ def penalty(adapted: Params, *, norm: Norm = "l1", axis: Axis = "in", normalize:
 
     Raises:
       StructureError: the tree has no weight of `pego`.
+      ValueError: `norm` or `axis` is unknown.
 
     Note:
       A step of `pego(2, modules=4)` in the benchmark's transformer, with 512 tokens, has 1.11 times the products of
@@ -77,6 +78,13 @@ def penalty_terms(adapted: Params, *, norm: Norm = "l1", axis: Axis = "in", norm
       norm: likewise.
       axis: likewise.
       normalize: likewise.
+
+    Returns:
+      Both terms, float32 scalars.
+
+    Raises:
+      StructureError: the tree has no weight of `pego`.
+      ValueError: `norm` or `axis` is unknown.
     """
     check_choice("penalty: norm", norm, get_args(Norm))
     check_choice("penalty: axis", axis, get_args(Axis))

@@ -15,7 +15,7 @@ from subspace_jax.weights import LowRank
 
 
 class FrozenRouting(NamedTuple):
-    """What `freeze_routing` makes.
+    """Result of `freeze_routing`: LoRAs with fixed weights of the atoms.
 
     Attributes:
       adapted: the tree with `LowRank` weights, which merge.
@@ -41,8 +41,11 @@ def freeze_routing(fn: Callable[..., jax.Array], adapted: Params, batches: Itera
       adapted: a tree from `queryable_lora`.
       batches: over whose rows the mean is taken, and the gap.
 
+    Returns:
+      The tree with `LowRank` weights, the mean weights of the atoms, and how far both models are apart.
+
     Raises:
-      StructureError: there is no such weight, or there are no batches.
+      StructureError: there is no such weight, there are no batches, or a kernel is used in several places.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj

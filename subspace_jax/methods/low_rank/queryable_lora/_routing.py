@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class Router(NamedTuple):
-    """What all blocks share.
+    """The parameters of the router, which all blocks share.
 
     Attributes:
       keys: of the atoms, `[atoms, width]`.

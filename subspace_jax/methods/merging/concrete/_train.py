@@ -21,7 +21,7 @@ Coefficients = Literal["task", "layer"]
 
 
 class Concrete(NamedTuple):
-    """What was learned.
+    """The merged model of a learned mask, and how it was learned.
 
     Attributes:
       params: the merged model.

@@ -47,7 +47,7 @@ def do_merging(
       granularity: of lengths: one for every output, one for every input, or one for the matrix. A secondary source
         reads the publication as "input"; there the random start of LoRA fills inputs that no task uses.
       steps: of the first stage; 0 skips it.
-      gamma: pull of the first stage towards the factors as they are.
+      gamma: pull of the first stage toward the factors as they are.
       learning_rate: of its Adam, as a share of the size of a factor's entries.
       power: of its norms, 1 or 2.
       renormalize: bring the mean direction back to length 1.

@@ -70,6 +70,7 @@ def scale_by_aro(
     Raises:
       ValueError: an unknown `base`, `factorization` or side.
       StructureError: at the first update, matrices of one group whose rotated sides or stacks differ.
+      RankError: `passes` is not a positive integer.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
@@ -215,6 +216,11 @@ def aro(
 
     Returns:
       A transformation that keeps structure, shapes and dtypes; with weight decay its `update` needs `params`.
+
+    Raises:
+      ValueError: an unknown `base`, `factorization` or side; at `update`, `params` is missing for the weight decay.
+      RankError: `passes` is not a positive integer.
+      StructureError: at the first update, matrices of one group whose rotated sides or stacks differ.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj

@@ -235,6 +235,8 @@ def dct_adam(
 
     Raises:
       RankError: `rank` or `every` is not a positive integer.
+      ValueError: an unknown `transform`, `norm` or `basis`, or "fft" for another basis than cosines; at `update`,
+        `params` is missing for the weight decay.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj

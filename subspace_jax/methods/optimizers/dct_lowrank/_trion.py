@@ -97,7 +97,7 @@ def scale_by_trion(
 
     Raises:
       RankError: `rank` is not a positive integer.
-      ValueError: an unknown `scale`, `transform`, `norm` or `basis`.
+      ValueError: an unknown `scale`, `transform`, `norm` or `basis`, or "fft" for another basis than cosines.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
@@ -202,6 +202,8 @@ def trion(
 
     Raises:
       RankError: `rank` is not a positive integer.
+      ValueError: an unknown `scale`, `transform`, `norm` or `basis`, or "fft" for another basis than cosines; at
+        `update`, `params` is missing for the weight decay.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj

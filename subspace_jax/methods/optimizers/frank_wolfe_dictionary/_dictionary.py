@@ -61,7 +61,7 @@ def step(
     stepping: float = 0.75,
     polar_method: PolarMethod = "svd",
 ) -> DictionaryState:
-    r"""Takes one Frank-Wolfe step towards a dictionary that makes the samples sparse.
+    r"""Takes one Frank-Wolfe step toward a dictionary that makes the samples sparse.
 
     Minimizes \(F(D) = -E\,\|D^T y\|_p^p\) over matrices of spectral norm at most 1, the convex hull of orthogonal ones:
     \(F\) is concave, so a minimum is orthogonal. With \(z = D^T y\),

@@ -24,7 +24,7 @@ def scale_by_spectral_frank_wolfe(
     eps: float = 1e-8,
     roles: Mapping[str, Role] | None = None,
 ) -> optax.GradientTransformation:
-    r"""Points from a matrix away from the extreme point of the spectral ball that its averaged gradient leads to.
+    r"""Returns the Frank-Wolfe direction on the spectral-norm ball, from an averaged gradient.
 
     \(H \leftarrow (1 - \rho_t) H + \rho_t G\), \(\rho_t = t^{-1/2}\), and the direction is
     \(W + r\,\mathrm{polar}(H)\): a step \(-\gamma\) along it is \((1 - \gamma) W - \gamma\,r\,\mathrm{polar}(H)\),
@@ -46,7 +46,7 @@ def scale_by_spectral_frank_wolfe(
       A transformation whose `update` needs `params`.
 
     Raises:
-      ValueError: an unknown `polar_method`.
+      ValueError: an unknown `polar_method`; at `update`, `params` is missing.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj
@@ -117,6 +117,9 @@ def spectral_frank_wolfe(
 
     Returns:
       A transformation whose `update` needs `params`; they have to start inside the ball to stay there.
+
+    Raises:
+      ValueError: an unknown `polar_method`; at `update`, `params` is missing.
 
     Example:
       >>> import jax.numpy as jnp, optax, subspace_jax as sj

@@ -66,7 +66,7 @@ def adjust_pair(
 def plain_pair(
     a: jax.Array, b: jax.Array, a_gradient: jax.Array, b_gradient: jax.Array, scale: float, *, delta: float = 1e-8
 ) -> Adjusted:
-    r"""Returns the steps with \(X = 0\): the same change of the weight to first order, for less.
+    r"""Returns LoRA-Pro's steps without the Sylvester term, \(X = 0\): the same change to first order, at less cost.
 
     Args:
       a: \(A\), `[*stack, in, rank]`.

@@ -92,7 +92,7 @@ def enqueue(bank: FeatureBank, pretrained: jax.Array, downstream: jax.Array, lab
 
 
 def fill(bank: FeatureBank, features: jax.Array, labels: jax.Array) -> FeatureBank:
-    """Writes features of the pretrained encoder in place of both: the warm-up, before anything is trained.
+    """Fills the bank with pretrained features for both encoders: the warm-up before training.
 
     Go round the data until every row has a label (`bank.labels >= 0`), more than once if it has fewer samples than
     the bank has rows. Rows that stay empty count nowhere.

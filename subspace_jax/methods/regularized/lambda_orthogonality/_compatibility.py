@@ -68,6 +68,7 @@ def alignment_losses(
 
     Raises:
       StructureError: the shapes do not fit each other.
+      ValueError: `reduction` is unknown.
 
     Example:
       >>> import jax.numpy as jnp
@@ -163,6 +164,7 @@ def compatibility_loss(
 
     Raises:
       StructureError: the shapes do not fit each other.
+      ValueError: `reduction` is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -33,6 +33,9 @@ def orthogonal_kernel(entries: jax.Array, size: int, kind: StrictKind = "orthogo
     Returns:
         `[size, size]` in float32, orthogonal with determinant one.
 
+    Raises:
+        ValueError: `kind` is unknown, or `entries` are not as many as `size` needs.
+
     Example:
         >>> import jax.numpy as jnp
         >>> orthogonal_kernel(jnp.array([jnp.pi / 2]), 2).round(4).tolist()

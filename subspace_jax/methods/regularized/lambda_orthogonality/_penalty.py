@@ -47,7 +47,7 @@ def lambda_orthogonality(
 
     The distance is \(x = \|W^T W - I\|_F\); the terms of a stack are summed.
 
-    Below \(\lambda\) the gate closes and the matrix is free; above, the whole pull towards orthogonality acts. Large
+    Below \(\lambda\) the gate closes and the matrix is free; above, the whole pull toward orthogonality acts. Large
     \(\alpha\) makes the gate a step. \(\lambda = -\infty\) leaves soft orthogonality \(x\), as does \(\lambda = 0\)
     where \(\alpha x \gg 1\) (at \(x = 0\) the gate is half open); \(\lambda = \infty\) removes the term.
 

@@ -1,4 +1,4 @@
-"""OrthoReg: pushes every update of a weight towards orthonormal columns, so that task vectors interfere less."""
+"""OrthoReg: pushes every update of a weight toward orthonormal columns, so that task vectors interfere less."""
 
 from subspace_jax.core import register
 from subspace_jax.methods.regularized.orthoreg._analysis import disentanglement_error as disentanglement_error

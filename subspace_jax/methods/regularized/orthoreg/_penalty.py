@@ -28,7 +28,7 @@ def penalty(
 
     \(\sum_l \|D_l^T D_l - I\|_F\), of the smaller Gram matrix, so that a kernel and its transpose have one value: with
     singular values \(\sigma\) of D the square is \(\sum_i (\sigma_i^2 - 1)^2\). Add it to the loss of every task,
-    times 0.1 to 100; it needs nothing of other tasks. The pull is towards singular values of one, whatever the size of
+    times 0.1 to 100; it needs nothing of other tasks. The pull is toward singular values of one, whatever the size of
     the weights: watch \(\|D\|\).
 
     At \(D = 0\) its gradient is zero, so the task's loss makes the first step, and what it makes is then amplified.

@@ -112,7 +112,7 @@ def composable_sft(selection: Selection, *, current: Params | None = None, keep_
 
 
 class Ticket(NamedTuple):
-    """What `lottery_ticket` finds.
+    """Result of `lottery_ticket`: the tree with the trained additions, and their entries.
 
     Attributes:
       adapted: the tree on \\(\\theta_s\\) with trained additions, and the head.
@@ -151,6 +151,14 @@ def lottery_ticket(
       rounds: \(n\); 1 in published runs.
       key: a random key; consumed.
       roles: how the model uses the arrays.
+
+    Returns:
+      A `Ticket`: the tree that the last round trained, and the chosen entries.
+
+    Raises:
+      RankError: `rounds` is not a positive integer, or there are less entries to choose from than `count`.
+      PatternError: a glob of `maskable`, or `head`, matches nothing.
+      StructureError: the tree that `train` returned lacks an array, or has one of another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj

@@ -16,7 +16,7 @@ from subspace_jax.weights import largest_of_all
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-    """Chosen entries.
+    """The entries that sparse fine-tuning trains.
 
     Attributes:
       chosen: by path, bool of the array's shape.
@@ -59,8 +59,11 @@ def select_changed(
         untied from the input's, and the task's head.
       already: entries that were chosen before; they stay.
 
+    Returns:
+      The entries of every array that may be masked, those chosen before included.
+
     Raises:
-      RankError: there are less entries to choose from.
+      RankError: `count` is no integer or negative, or there are less entries to choose from.
       PatternError: a glob matches nothing.
       StructureError: an array of `before` is not in `after` with the same shape.
 
@@ -92,6 +95,13 @@ def select_random(params: Params, count: int, *, key: jax.Array, maskable: str |
       count: how many.
       key: a random key; consumed.
       maskable: globs of the arrays that may be masked.
+
+    Returns:
+      The entries of every array that may be masked.
+
+    Raises:
+      RankError: `count` is no integer or negative, or there are less entries to choose from.
+      PatternError: a glob matches nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp

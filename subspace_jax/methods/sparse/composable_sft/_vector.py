@@ -45,8 +45,12 @@ def vector_of(adapted: Params, *, least: float = 1e-7) -> Vector:
       adapted: a tree with weights of `composable_sft` and, for a head, of `full`.
       least: additions up to this size are dropped, as published.
 
+    Returns:
+      The vector, with its head; values are in float32.
+
     Raises:
       StructureError: the tree has no additions.
+      RoleError: a weight that learns as the head is no array.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -82,6 +86,9 @@ def compose(params: Params, *vectors: Vector) -> Params:
     Args:
       params: a tree of arrays, \(\theta_0\); of leaves in a head, the vector's are taken.
       vectors: of `vector_of`; `-vector` takes one away.
+
+    Returns:
+      A tree like the given one, of the arrays' dtypes; those of a head as the vector has them.
 
     Raises:
       StructureError: a vector has an array that the tree has not, or of another shape.

@@ -161,7 +161,7 @@ def merge_parts(adapted: Params) -> Params:
 
 
 class TwoPasses(NamedTuple):
-    """What `two_pass_loss` finds.
+    """Result of `two_pass_loss`: the loss and its parts.
 
     Attributes:
       loss: the sum that is trained.
@@ -194,6 +194,12 @@ def two_pass_loss(
       key: a random key; consumed. Another one at every step.
       add: \(w_{add}\).
       reg: \(w_{reg}\).
+
+    Returns:
+      The loss, that of the first pass, and how far both are apart.
+
+    Raises:
+      ValueError: `add` or `reg` is negative or not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, subspace_jax as sj

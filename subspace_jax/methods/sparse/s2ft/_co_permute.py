@@ -58,7 +58,12 @@ def coupled_order(
     Returns:
       `(*stack, units)`: which unit comes where.
 
+    Raises:
+      ValueError: there is no selection.
+      RoleError: a selection has another number of units or groups.
+
     Example:
+      >>> import numpy as np
       >>> v, o = np.array([True, False, False, True]), np.array([False, False, True, True])
       >>> coupled_order(v, o).tolist()
       [0, 3, 2, 1]
@@ -87,6 +92,7 @@ def inverse_order(order: np.ndarray) -> np.ndarray:
     """Returns the order that undoes another.
 
     Example:
+      >>> import numpy as np
       >>> inverse_order(np.array([2, 0, 1])).tolist()
       [1, 2, 0]
     """
@@ -99,6 +105,7 @@ def reordered(mask: np.ndarray, order: np.ndarray) -> np.ndarray:
     A mask of groups under an order of heads is reordered as the groups are.
 
     Example:
+      >>> import numpy as np
       >>> reordered(np.array([False, False, True]), np.array([2, 0, 1])).tolist()
       [True, False, False]
     """
@@ -121,7 +128,7 @@ def co_permute(params: Params, coupling: Coupling, order: np.ndarray) -> Params:
       RoleError: an axis does not fit the units, or the order takes a head out of its group.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, numpy as np
       >>> params = {"up": jnp.arange(6.0).reshape(2, 3), "down": jnp.arange(3.0).reshape(3, 1)}
       >>> moved = co_permute(params, Coupling(axes={"up": 1, "down": 0}, units=3), np.array([2, 0, 1]))
       >>> moved["up"].tolist(), bool(jnp.allclose(moved["up"] @ moved["down"], params["up"] @ params["down"]))

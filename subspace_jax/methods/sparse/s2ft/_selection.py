@@ -89,6 +89,7 @@ def slots_of(mask: np.ndarray) -> tuple[np.ndarray | None, int, int]:
       neighboring units, of which the first and the number follow.
 
     Example:
+      >>> import numpy as np
       >>> slots_of(np.array([False, True, True, False]))
       (None, 1, 2)
       >>> slots_of(np.array([[True, False, True], [False, True, False]]))[0].tolist()

@@ -1,4 +1,4 @@
-"""SaRA: trains the entries of smallest magnitude, with a nuclear-norm penalty and a second selection half way."""
+"""SaRA: trains the entries of smallest magnitude, with a nuclear-norm penalty and a second selection halfway."""
 
 from subspace_jax.core import register
 from subspace_jax.methods.sparse.sara._export import export as export

@@ -34,7 +34,7 @@ def sara(threshold: float, *, slots: int | None = None, keep_formed: bool = Fals
     `{"**": sj.sara(2e-3)}`; arrays that start at zero are selected whole, as intended. `sara.threshold_for` finds the
     threshold that a share of the entries lies below.
 
-    Train with `sara_adam`, which adds the nuclear norm of the trained entries and, half way, keeps of them those that
+    Train with `sara_adam`, which adds the nuclear norm of the trained entries and, halfway, keeps of them those that
     are still small.
 
     Args:

@@ -35,10 +35,28 @@ def scale_by_sara(
 ) -> optax.GradientTransformation:
     r"""Returns Adam's direction for the entries that SaRA trains; see `sara_adam`, which adds the rate.
 
-    Args: those of `sara_adam`, whose decay here is 0 by default.
+    Args:
+      adapted: the tree from `sj.adapt`, whose positions the penalty needs.
+      threshold: \(\theta_t\), that of `sara`.
+      reselect_after: \(T_p\); None for never.
+      penalty: \(\lambda\).
+      mode: "random_one" or "all".
+      min_side: matrices with a side up to this are left out of the penalty.
+      min_entries: a matrix with no more active entries gets no penalty.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled decay of active entries; none by default, other than in `sara_adam`.
+      reset_moments: whether moments and step count of the entries begin anew after \(T_p\).
+      seed: of the draws.
 
     Returns:
       An optax transformation with the state `ScaleBySaraState`; `update` needs the parameters.
+
+    Raises:
+      ValueError: an option is out of range; at `update`, `params` is missing.
+      RankError: `reselect_after`, `min_side` or `min_entries` is no integer, or is negative.
+      StructureError: at `init`, a weight has another number of values than in `adapted`.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -139,6 +157,8 @@ def sara_adam(
 
     Raises:
       ValueError: an option is out of range, or the rate is None and the threshold infinite.
+      RankError: `reselect_after`, `min_side` or `min_entries` is no integer, or is negative.
+      StructureError: at `init`, a weight has another number of values than in `adapted`.
 
     Note:
       The released default optimizer writes magnitudes in place of values at both selections, differentiates the

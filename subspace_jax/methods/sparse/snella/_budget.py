@@ -80,6 +80,9 @@ def share_out(scores: Sequence[float], sizes: Sequence[int], total: int, *, leas
       total: \(V\).
       least: entries that every layer keeps in any case, as far as it has them; of this library, 0 as published.
 
+    Raises:
+      ValueError: `least` entries of every layer are more than `total`.
+
     Example:
       >>> share_out([3.0, 1.0, 0.0], [10, 100, 100], 60)
       [10, 50, 0]

@@ -43,7 +43,7 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Allocation:
-    """Where a budget goes.
+    """How a budget of trained values is spent: modules and entries by path.
 
     Attributes:
       leaves: by path of every scored array.
@@ -93,8 +93,8 @@ def allocate(
     of equal distance. Never call this under `jit`: another allocation is another program.
 
     Args:
-      stats: what `sj.capture(loss, params, batches, statistics="squared_gradient", select=...)` found: the sums of
-        squared gradients of batch means over a few batches (published: 16 of 32 examples, in training mode, with the
+      stats: what `sj.capture(loss, params, batches, statistics="squared_gradient", select=...)` found: the mean
+        over a few batches of the square of a batch's gradient (published: 16 of 32 examples, in training mode, with the
         head as training will start it). Leave the head, the class token and the embeddings out of `select`. Batches of
         one example give the mean of squared gradients of examples, which ranks otherwise. Queries, keys and values that
         are one kernel are one matrix here; the method scores them apart.
@@ -115,9 +115,14 @@ def allocate(
       step: of the sweep, which goes through its multiples.
       most: the end of the sweep.
 
+    Returns:
+      An `Allocation`: what learns of every scored array, and how many values in all.
+
     Raises:
-      StatisticsError: an array has no squared gradient.
+      StatisticsError: there are no statistics, or an array has no squared gradient.
       ValueError: an option is out of range, or no sweep reaches the budget; the message tells what is reachable.
+      PatternError: `parallel` matches no scored array.
+      RankError: `rank`, `budget`, `step` or `most` is not a positive integer.
 
     Example:
       >>> import jax.numpy as jnp, subspace_jax as sj

@@ -124,7 +124,14 @@ class Tucker(Weight):
 
 
 def tucker_in_factors(factors: Sequence[jax.Array]) -> dict[str, jax.Array]:
-    """Returns the factors of the input axes, in the role's order, by the names of the fields that hold them."""
+    """Returns the factors of the input axes, in the role's order, by the names of the fields that hold them.
+
+    Args:
+      factors: of the input axes, in the role's order.
+
+    Raises:
+      RoleError: there are more than four.
+    """
     if len(factors) > len(IN_FACTORS):
         raise RoleError(f"a kernel with {len(factors)} input axes; the most that are served is {len(IN_FACTORS)}.")
     return dict(zip(IN_FACTORS, factors, strict=False))

@@ -234,7 +234,7 @@ def _at_path(split: Split | Mapping[str, Split] | None, path: str) -> Split | No
 
 
 def _check_splits(split: Split | Mapping[str, Split] | None, paths: Iterable[str]) -> None:
-    """Refuses a split for a path that the method does not have: a misspelt one would take another split."""
+    """Refuses a split for a path that the method does not have: a misspelled one would take another split."""
     paths = list(paths)
     for pattern in split if isinstance(split, Mapping) else ():
         if not any(matches(pattern, path) for path in paths):

@@ -19,7 +19,7 @@ from ._stopping import Minimized, StoppingRule
 
 
 class Clustering(NamedTuple):
-    """What was found, and how.
+    """Labels of the clusters, the graph they come from, and how the training went.
 
     Attributes:
       labels: int32 `[samples]`, from 0 to clusters - 1.

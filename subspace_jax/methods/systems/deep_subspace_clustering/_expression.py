@@ -89,7 +89,7 @@ def closed_form(layers: Sequence[Any], rho: float = 1.0) -> jax.Array:
       `[samples, samples]`, float32.
 
     Raises:
-      ValueError: rho is not positive, so that nothing need be inverted.
+      ValueError: rho is not positive; the matrix may be singular then.
 
     Example:
       >>> import jax.numpy as jnp

@@ -27,7 +27,7 @@ B_SCALE = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One adapted leaf.
+    """A leaf that the hypernetwork writes an adapter for, as a matrix.
 
     Attributes:
       path: of the leaf.
@@ -125,6 +125,9 @@ def unflatten(layout: Layout, output: jax.Array) -> dict[str, tuple[jax.Array, j
 
     Returns:
       By path `a` `[n, *stack, in, rank]` and `b` `[n, *stack, rank, out]`, in at least float32.
+
+    Raises:
+      StructureError: `output` is not `[n, size]`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -67,6 +67,9 @@ def ddim(
     Returns:
       Samples like `noise`.
 
+    Raises:
+      RankError: `steps` is not a positive integer, or above the number of levels.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> levels, point = cosine_schedule(20), jnp.array([[1.0, -2.0]])
