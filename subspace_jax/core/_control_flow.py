@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,10 @@ def _checkpoint(interpreter: Interpreter, eqn: Any, operands: list[Any]) -> list
         out = interpreter.within(context).run(body, values)
         return out, context.state, context.reports
 
+    operands = [
+        dataclasses.replace(v, weight=v.weight.before_checkpoint()) if isinstance(v, WeightView) else v
+        for v in operands
+    ]
     kept = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
     out, state, reports = jax.checkpoint(run, **kept)(outside.state, *operands)
     outside.state = state

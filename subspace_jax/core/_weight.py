@@ -173,6 +173,10 @@ class Weight(WeightParts, abc.ABC):
         del key
         return self
 
+    def before_checkpoint(self: W) -> W:
+        """Returns the weight as it enters a rematerialized part of a model, with what that need not compute twice."""
+        return self
+
     def sharding(self) -> NamedSharding | None:
         """Returns how the array stood for is laid out, where the mesh has explicit axes."""
         for name, value in self.data_items():

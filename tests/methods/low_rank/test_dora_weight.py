@@ -115,3 +115,19 @@ def test_columns_cannot_be_cut_where_nothing_can_sum_over_them():
     assert w.partition_specs(PartitionSpec("model", None)).direction.a == PartitionSpec("model", None)
     with pytest.raises(sj.core.RoleError, match="length of a whole column"):
         w.partition_specs(PartitionSpec("model", None), exact=True)
+
+
+@pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "exact"])
+def test_a_rematerialized_part_computes_constant_lengths_once(detach_norm):
+    w = make((32, 24), detach_norm=detach_norm)
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(6, 32)), jnp.float32)
+
+    def loss(w, layer):
+        return jnp.sum(jnp.tanh(sj.with_adapters(layer)(w, x)) ** 2)
+
+    plain = lambda w, x: jnp.sin(x @ w)
+    expected, found = (jax.jit(jax.grad(loss), static_argnums=1)(w, f) for f in (plain, jax.checkpoint(plain)))
+    assert found.lengths is None
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    text = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(w, jax.checkpoint(plain)))
+    assert text.count("cond[") == (1 if detach_norm else 2)  # one where lengths cancel, for each time they are computed

@@ -24,15 +24,17 @@ class Magnitude(Weight):
     Attributes:
       direction: \(V\).
       magnitude: \(m\), `[*stack, out]`.
+      lengths: \(\|V\|\), `[*stack, out]`, inside a rematerialized part, which would compute them twice; else None.
       detach_norm: treat \(\|V\|\) as a constant in the backward pass.
     """
 
     direction: Weight
     magnitude: jax.Array
+    lengths: jax.Array | None = None
     detach_norm: bool = static(default=True)
 
     divisible: ClassVar[tuple[str, ...]] = ("out",)
-    axes: ClassVar[Mapping[str, str]] = {"magnitude": "stack out"}
+    axes: ClassVar[Mapping[str, str]] = {"magnitude": "stack out", "lengths": "stack out"}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +48,7 @@ class Magnitude(Weight):
 
     def factors(self) -> jax.Array:
         r"""Returns \(m / \|V\|\), `[*stack, out]`; a column of zeros counts as of length 1."""
-        norm = column_lengths(self.direction, detach=self.detach_norm)
+        norm = column_lengths(self.direction, detach=self.detach_norm) if self.lengths is None else self.lengths
         return self.magnitude.astype(norm.dtype) / norm
 
     def materialize(self, dtype: Any = None) -> jax.Array:
@@ -65,6 +67,12 @@ class Magnitude(Weight):
         clean = dataclasses.replace(inner, dropout_key=None)
         scaled = operation.scale_outputs(dropped, self.factors(), lambda x: clean.contract(x, operation))
         return inner.contract_base(x, operation) - inner.contract_base(dropped, operation) + scaled
+
+    def before_checkpoint(self) -> Magnitude:
+        """Returns the weight with the lengths of its columns, which are constants to the backward pass."""
+        if not self.detach_norm or self.lengths is not None:
+            return self
+        return dataclasses.replace(self, lengths=column_lengths(self.direction, detach=True))
 
     def with_key(self, key: jax.Array) -> Magnitude:
         """Returns the weight with keys in `direction`."""
