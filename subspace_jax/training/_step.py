@@ -46,8 +46,8 @@ def make_train_step(
       what `has_aux` adds. The state that goes in is consumed, except for its frozen arrays.
 
     Raises:
-      ValueError: `accumulate` is not a positive integer; when called, if `loss` returns with `has_aux` no dict, or one
-        with a name `loss` or `gradient_norm`.
+      ValueError: `accumulate` is not a positive integer; when called, if what `loss` returns beside its value is no
+        dict, or has a name `loss` or `gradient_norm`.
       StructureError: when called, if `accumulate` does not divide the rows of an array of the batch.
 
     Example:

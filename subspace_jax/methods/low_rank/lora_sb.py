@@ -67,9 +67,9 @@ def lora_xs(
       A method whose weights are `LowRankCore` with a core `[*stack, rank, rank]`.
 
     Raises:
-      RankError: `rank` is not a positive integer or `iterations` is negative; or `rank` is above the weight's smaller
-        side: raised by `adapt`, with the path.
+      RankError: `rank` is above the weight's smaller side; raised by `adapt`, with the path.
       RoleError: an array is not known to be a matrix; likewise.
+      RankError: `rank` is not a positive integer, or `iterations` is negative.
       ValueError: `factors` is unknown, `alpha` is not a positive number, or `noise` is negative.
 
     Example:
@@ -131,10 +131,10 @@ def lora_sb(
       A method that needs the statistic "gradient", whose weights are `LowRankCore`.
 
     Raises:
-      RankError: `rank` is not a positive integer or `iterations` is negative; or `rank` is above the weight's smaller
-        side: raised by `adapt`, with the path.
+      RankError: `rank` is above the weight's smaller side; raised by `adapt`, with the path.
       StatisticsError: gradients were not captured; raised by `adapt`, with the path.
       RoleError: an array is not known to be a matrix; likewise.
+      RankError: `rank` is not a positive integer, or `iterations` is negative.
       ValueError: `update` is unknown, or `learning_rate` or `alpha` is not a positive number.
 
     Warning:

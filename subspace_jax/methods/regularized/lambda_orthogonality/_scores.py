@@ -87,7 +87,7 @@ def backfilling_score(curve: Any) -> jax.Array:
       curve: scores from share 0 to share 1, `[points]`, at least two.
 
     Raises:
-      ValueError: `curve` has other axes, or less than two points.
+      ValueError: `curve` is not one-dimensional, or has fewer than two points.
 
     References:
       Jaeckle, Faghri, Farhadi, Tuzel, Pouransari, FastFill: Efficient Compatible Model Update, 2023.

@@ -156,7 +156,7 @@ def lottery_ticket(
       A `Ticket`: the tree that the last round trained, and the chosen entries.
 
     Raises:
-      RankError: `rounds` is not a positive integer, or there are less entries to choose from than `count`.
+      RankError: `rounds` is not a positive integer, `count` is negative, or there are fewer entries to choose from.
       PatternError: a glob of `maskable`, or `head`, matches nothing.
       StructureError: the tree that `train` returned lacks an array, or has one of another shape.
 

@@ -63,7 +63,7 @@ def select_changed(
       The entries of every array that may be masked, those chosen before included.
 
     Raises:
-      RankError: `count` is no integer or negative, or there are less entries to choose from.
+      RankError: `count` is no integer or negative, or there are fewer entries to choose from.
       PatternError: a glob matches nothing.
       StructureError: an array of `before` is not in `after` with the same shape.
 
@@ -100,7 +100,7 @@ def select_random(params: Params, count: int, *, key: jax.Array, maskable: str |
       The entries of every array that may be masked.
 
     Raises:
-      RankError: `count` is no integer or negative, or there are less entries to choose from.
+      RankError: `count` is no integer or negative, or there are fewer entries to choose from.
       PatternError: a glob matches nothing.
 
     Example:

@@ -46,11 +46,11 @@ def vector_of(adapted: Params, *, least: float = 1e-7) -> Vector:
       least: additions up to this size are dropped, as published.
 
     Returns:
-      The vector, with its head; values are in float32.
+      The vector, its values in float32, with its head.
 
     Raises:
       StructureError: the tree has no additions.
-      RoleError: a weight that learns as the head is no array.
+      RoleError: what learns beside the additions is a module on activations, which is no array.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj

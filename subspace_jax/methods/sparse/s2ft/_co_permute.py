@@ -60,7 +60,7 @@ def coupled_order(
 
     Raises:
       ValueError: there is no selection.
-      RoleError: a selection has another number of units or groups.
+      RoleError: `first` does not run over the groups, or `second` not over the units.
 
     Example:
       >>> import numpy as np

@@ -46,7 +46,7 @@ def scale_by_sara(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      weight_decay: decoupled decay of active entries; none by default, other than in `sara_adam`.
+      weight_decay: decoupled decay of active entries; none by default, unlike in `sara_adam`.
       reset_moments: whether moments and step count of the entries begin anew after \(T_p\).
       seed: of the draws.
 
@@ -56,7 +56,7 @@ def scale_by_sara(
     Raises:
       ValueError: an option is out of range; at `update`, `params` is missing.
       RankError: `reselect_after`, `min_side` or `min_entries` is no integer, or is negative.
-      StructureError: at `init`, a weight has another number of values than in `adapted`.
+      StructureError: at `init`, the values of a weight have another shape than in `adapted`.
 
     Example:
       >>> import jax, jax.numpy as jnp, subspace_jax as sj
@@ -156,9 +156,10 @@ def sara_adam(
       An optax transformation.
 
     Raises:
-      ValueError: an option is out of range, or the rate is None and the threshold infinite.
+      ValueError: an option is out of range, or the rate is None and the threshold infinite; at `update`, `params` is
+        missing.
       RankError: `reselect_after`, `min_side` or `min_entries` is no integer, or is negative.
-      StructureError: at `init`, a weight has another number of values than in `adapted`.
+      StructureError: at `init`, the values of a weight have another shape than in `adapted`.
 
     Note:
       The released default optimizer writes magnitudes in place of values at both selections, differentiates the
