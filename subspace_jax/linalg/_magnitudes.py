@@ -67,7 +67,6 @@ def _ordered(matrix: jax.Array, order: jax.Array) -> jax.Array:
 
     The comparison looks at the matrix on both sides of zero: magnitudes would be an array of their own, and a copy.
     """
-
     matrix = matrix.astype(jnp.float32)
 
     def narrow(step: jax.Array, found: jax.Array) -> jax.Array:

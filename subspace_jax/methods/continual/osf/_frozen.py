@@ -72,8 +72,8 @@ def in_loops(given: Mapping[str, High | Removers]) -> frozenset[str]:
 def remove(found: High | Removers, matrix: jax.Array, *sides: Side, loop: bool) -> jax.Array:
     """Returns matrices without what lies in the frozen columns ("in"), rows ("out") or both, in float32 at least.
 
-    In a loop over the layers, a mesh that splits factors both ways gathers one layer's at a time and
-    not all of them, 4 GiB each in a model of 70 billion parameters.
+    In a loop over the layers, a mesh that splits factors both ways gathers those of one layer at a time, and not of
+    all: up to 4 GiB for each kernel of a model of 70 billion parameters.
 
     Args:
       found: what is removed.
