@@ -21,8 +21,11 @@ Measured over three seeds, final accuracy and backward transfer in percent, amon
 | LoRA, attention outputs | 26.7 ± 5.8 | -88 ± 9 | 79.8 ± 8.9 | -23.4 ± 10.9 |
 | O-LoRA | 29.8 ± 7.8 | -4 ± 3 | 94.5 ± 1.4 | -2.8 ± 1.0 |
 | GPM | 75.7 ± 1.2 | -14 ± 5 | 98.6 ± 0.0 | -0.2 ± 0.2 |
+| GPM, updates alone | 72.1 ± 1.2 | -15 ± 4 | 98.7 ± 0.2 | -0.4 ± 0.4 |
 | OSF, schedule | 46.8 ± 6.0 | -36 ± 14 | 94.7 ± 4.5 | -4.1 ± 5.4 |
+| OSF, schedule, updates alone | 28.9 ± 6.9 | -1 ± 1 | 95.5 ± 0.9 | -0.0 ± 0.1 |
 | OSF, importance | 31.4 ± 10.4 | -8 ± 14 | 94.9 ± 0.6 | -1.8 ± 3.1 |
+| OSF, importance, updates alone | 25.7 ± 2.1 | -11 ± 13 | 94.1 ± 2.3 | -1.7 ± 1.3 |
 | CoSO, attention outputs | 38.5 ± 2.2 | -44 ± 13 | 97.5 ± 0.6 | 0.2 ± 0.2 |
 | CoSO without its history | 37.0 ± 8.9 | -75 ± 11 | 94.4 ± 3.4 | -5.5 ± 4.2 |
 | joint training | 83.0 ± 0.1 | | 99.4 ± 0.1 | |
@@ -34,6 +37,9 @@ is ahead of full fine-tuning by about a spread with its schedule and not with im
 and outputs often have a mean below zero; then every layer keeps four fifths of its directions. GPM is far ahead of
 every other method. O-LoRA hardly forgets among all classes because it hardly tells them apart: 33 %
 when learned.
+
+Where updates alone are projected GPM ends 4 points lower, three of its spreads. OSF with its schedule ends 18 lower: at
+the rate that the stream of three tasks chose, 3e-5, it neither forgets nor learns to tell new classes from old ones.
 """
 
 from __future__ import annotations

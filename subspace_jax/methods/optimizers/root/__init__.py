@@ -36,7 +36,7 @@ register(
     year=2025,
     kinds=("transformation",),
     use_for="Matrices trained by Muon where single entries of the gradient are spoiled.",
-    not_for="Gradients are clean: Muon costs less.",
+    not_for="Gradients are clean: Muon is level with it.",
     differs=(
         "Coefficients can be calibrated to a matrix's size beside the published table; `safe` replaces published "
         "triples that let singular values end above 1.5."
