@@ -46,9 +46,10 @@ SHAPES = {
     "tiny": Shape(64, 2, 4, 2, 128, 97, 2, 16, True),
 }
 
-# A variant is a method, with or without one of two options behind it.
+# A variant is a method, with or without one of three options behind it.
 PLUS = " + "
 FLASH = "flash attention"
+JOINED = "joined products"
 COMPILE = "torch.compile"
 LEARNING_RATE = 1e-4
 BLOCK_SIZE = 32  # of OFT

@@ -20,6 +20,7 @@ import subspace_jax as sj
 from benchmarks._gpu_rows import (
     BLOCK_SIZE,
     FLASH,
+    JOINED,
     LEARNING_RATE,
     PLUS,
     SHAPES,
@@ -33,6 +34,10 @@ from benchmarks._products import product_flops
 from subspace_jax.models import Llama, LlamaConfig
 
 KERNELS = "decoder/**/kernel"
+
+# XLA joins products that share an operand, as queries, keys and values with their factors do, where operands and result
+# of one of them are below a size: 32 MiB by default, which the activations of a large batch exceed.
+JOIN_BELOW = {"xla_gpu_dot_merger_threshold_mb": 1024}
 
 # Sizes and approximations as PEFT has them, so that both do the same; None trains everything.
 METHODS: Mapping[str, Callable[[int], sj.Method] | None] = {
@@ -101,6 +106,8 @@ def measure(made: Callable[[], Model], variant: str, task: Task) -> dict[str, An
         raise AbsentError(f"JAX's device is a {jax.default_backend()}")
     if not on_gpu and FLASH in options:
         raise AbsentError("its attention needs a GPU")
+    if not on_gpu and JOINED in options:
+        raise AbsentError("only the compiler for GPUs joins products")
     model = made()
     forward = model.forward(attention="cudnn") if FLASH in options else model.forward()
     method = METHODS[kind]
@@ -126,7 +133,7 @@ def measure(made: Callable[[], Model], variant: str, task: Task) -> dict[str, An
     state = jax.jit(optimizer.init)(trainable)
     start = time.perf_counter()
     traced = jax.jit(step, donate_argnums=(0, 1)).trace(trainable, state, frozen, model.tokens)
-    compiled = traced.lower().compile()
+    compiled = traced.lower().compile(JOIN_BELOW if JOINED in options else None)
     build = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     values = sum(leaf.size for leaf in jax.tree.leaves(trainable))

@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks._benchmark import Benchmark, Rows, number
 from benchmarks._charts import Chart
 from benchmarks._gpu_processes import Collected, Pair, collect, read_rows
-from benchmarks._gpu_rows import COMPILE, FLASH, PLUS, SHAPES, Task
+from benchmarks._gpu_rows import COMPILE, FLASH, JOINED, PLUS, SHAPES, Task
 from experiments.runner import human_bytes
 
 OURS, PEFT = "subspace_jax", "PEFT"
@@ -25,6 +25,7 @@ VARIANTS = {
         "lora",
         f"full{PLUS}{FLASH}",
         f"lora{PLUS}{FLASH}",
+        f"lora{PLUS}{JOINED}",
         "dora",
         "oft",
         "randlora",

@@ -118,6 +118,23 @@ def test_flash_attention_is_cudnns(monkeypatch):
     assert set(asked) == {("cudnn", True)}
 
 
+def test_joined_products_are_an_option_of_the_compiler(monkeypatch):
+    asked, plain = [], jax.stages.Lowered.compile
+
+    def compiled(self, options=None):
+        asked.append(options)
+        return plain(self, options)
+
+    model = tiny_model()
+    with pytest.raises(AbsentError, match="only the compiler for GPUs"):
+        _gpu_step.measure(lambda: model, "lora + joined products", Task("tiny", (), RANK, 0.0))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    for variant in ("lora + joined products", "lora"):
+        assert _gpu_step.measure(lambda: model, variant, Task("tiny", (), RANK, 0.0))["flops"] == products("lora")
+    assert asked == [{"xla_gpu_dot_merger_threshold_mb": 1024}, None]
+
+
 def test_a_failing_variant_is_a_row(capsys):
     _gpu_step.main(Task("tiny", ("pissa",), 1000, 0.0).text())
     row = json.loads(capsys.readouterr().out)
