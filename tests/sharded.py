@@ -181,7 +181,7 @@ def check(case, mesh, explicit):
         kept = jax.tree.map(lambda v: v.sharding, (new, state))
         step = jax.jit(make_step(optimizer, explicit), out_shardings=(*kept, None))
         placed_x, placed_y = (jax.device_put(v, NamedSharding(mesh, P("data"))) for v in (x, y))
-        assert stack_is_whole(spread["layers"].left)
+        assert stack_is_whole(getattr(spread["layers"], case.eighths[0]))
         assert not stack_is_whole(placed_x)
         if not explicit and case.name in ("osf", "osf_in_loops"):
             check_gathers(step.lower(new, parts[1], state, placed_x, placed_y).compile(), case)
