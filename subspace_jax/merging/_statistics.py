@@ -206,13 +206,14 @@ def _of_leaf(
                 f"{site.path}: expert {i} has {came} as its {field} here, expected shape {shape}. Capture the same "
                 "statistics of every expert, on its own data."
             )
-        if isinstance(one, Tracer):
+        finite, least = jnp.isfinite(one).all(), jnp.min(one, initial=0.0)
+        if isinstance(finite, Tracer):  # so is what is made of an array inside a trace
             continue
-        if not bool(jnp.isfinite(one).all()):
+        if not bool(finite):
             raise StatisticsError(f"{site.path}: the {field} of expert {i} holds NaN or infinity; capture it anew.")
-        if field == "squared_gradient" and bool(jnp.any(one < 0)):
+        if field == "squared_gradient" and float(least) < 0:
             raise StatisticsError(
-                f"{site.path}: the {field} of expert {i} has negative entries, down to {float(jnp.min(one)):.3g}; "
+                f"{site.path}: the {field} of expert {i} has negative entries, down to {float(least):.3g}; "
                 "expected means of squares. Capture it anew."
             )
     return [jnp.asarray(one) for one in found]

@@ -84,6 +84,14 @@ def test_fisher_equals_the_weighted_mean_and_small_information_is_not_lost():
         assert_rounding(np.asarray(same["dense"]), np.asarray(experts[0]["dense"]))
 
 
+def test_statistics_may_be_constants_of_a_trace():
+    base = trees.base_tree()
+    experts = trees.full_experts(base, 2)
+    statistics = [{"dense": jnp.full(trees.SHAPES["dense"], level)} for level in (1.0, 3.0)]
+    traced = jax.jit(lambda experts: fisher(experts, base, statistics))(experts)
+    np.testing.assert_allclose(traced["dense"], fisher(experts, base, statistics)["dense"], rtol=1e-6)
+
+
 def test_bad_statistics_are_refused_by_path():
     base = trees.base_tree()
     experts = trees.full_experts(base, 2)
