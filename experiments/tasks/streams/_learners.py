@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,26 +79,10 @@ def _gpm(data: StreamData, rate: float, config: StreamConfig, **options: Any) ->
     return sj.methods.gpm.learner(loss, data.kernels, optimizer, **_others(data), **options)
 
 
-def _gpm_updates(data: StreamData, rate: float, config: StreamConfig) -> sj.continual.Learner:
-    return _gpm(data, rate, config, project_gradients=False)
-
-
 def _osf(data: StreamData, rate: float, config: StreamConfig, **options: Any) -> sj.continual.Learner:
     options["tasks"] = len(data.names)
     loss, optimizer = _loss(data, config), _optimizer(rate, config)
     return sj.methods.osf.learner(loss, data.kernels, optimizer, **_others(data), **options)
-
-
-def _osf_importance(data: StreamData, rate: float, config: StreamConfig) -> sj.continual.Learner:
-    return _osf(data, rate, config, preserved="importance")
-
-
-def _osf_updates(data: StreamData, rate: float, config: StreamConfig) -> sj.continual.Learner:
-    return _osf(data, rate, config, project_gradients=False)
-
-
-def _osf_importance_updates(data: StreamData, rate: float, config: StreamConfig) -> sj.continual.Learner:
-    return _osf(data, rate, config, preserved="importance", project_gradients=False)
 
 
 def _coso(data: StreamData, rate: float, config: StreamConfig, **options: Any) -> sj.continual.Learner:
@@ -123,11 +108,14 @@ METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "lora_outputs": (_lora_outputs, (3e-4, 1e-3, 3e-3)),
     "o_lora": (_o_lora, (3e-4, 1e-3, 3e-3)),
     "gpm": (_gpm, (1e-4, 3e-4, 1e-3)),
-    "gpm_updates": (_gpm_updates, (1e-4, 3e-4, 1e-3)),
+    "gpm_updates": (functools.partial(_gpm, project_gradients=False), (1e-4, 3e-4, 1e-3)),
     "osf": (_osf, (1e-4, 3e-4, 1e-3)),
-    "osf_updates": (_osf_updates, (1e-4, 3e-4, 1e-3)),
-    "osf_importance": (_osf_importance, (1e-4, 3e-4, 1e-3)),
-    "osf_importance_updates": (_osf_importance_updates, (1e-4, 3e-4, 1e-3)),
+    "osf_updates": (functools.partial(_osf, project_gradients=False), (1e-4, 3e-4, 1e-3)),
+    "osf_importance": (functools.partial(_osf, preserved="importance"), (1e-4, 3e-4, 1e-3)),
+    "osf_importance_updates": (
+        functools.partial(_osf, preserved="importance", project_gradients=False),
+        (1e-4, 3e-4, 1e-3),
+    ),
     "coso": (_coso, (3e-4, 1e-3, 3e-3)),
     "coso_without_history": (_coso_without_history, (3e-4, 1e-3, 3e-3)),
     "joint": (_joint, (3e-5, 1e-4, 3e-4)),
