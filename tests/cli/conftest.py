@@ -1,12 +1,14 @@
 """Tiny models under names of their own, with a tokenizer of whole words, so that commands run in seconds."""
 
 import contextlib
+import functools
 import io
 import json
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from subspace_jax import cli
@@ -43,9 +45,15 @@ def word_tokenizer():
 
 
 def _params(module, config, sample):
+    """Parameters of a configuration; as new arrays, because a run may donate its own."""
+    return jax.tree.map(jnp.asarray, _params_once(module, config, sample.shape, sample.dtype))
+
+
+@functools.cache
+def _params_once(module, config, shape, dtype):
+    params = jax.jit(module(config).init)(jax.random.key(3), jnp.ones(shape, dtype))["params"]
     # Large enough that an adapter has something to change.
-    params = module(config).init(jax.random.key(3), sample)["params"]
-    return jax.tree.map(lambda leaf: leaf * (4.0 if leaf.ndim > 1 else 1.0), params)
+    return jax.tree.map(lambda leaf: np.asarray(leaf) * (4.0 if leaf.ndim > 1 else 1.0), params)
 
 
 QUICK = ("--batch", 8, "--rank", 2, "--learning-rate", 0.01)
