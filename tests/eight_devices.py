@@ -10,6 +10,8 @@ from jax.sharding import AxisType
 
 from .quick import compile_quickly
 
+KINDS = ("auto", "explicit")
+
 
 def eight_devices():
     """Returns the environment variables of a process with 8 devices."""
@@ -17,10 +19,10 @@ def eight_devices():
     return {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-def run_on_8_devices(test_file, axes):
-    """Runs `sharded.py` beside a test file with "auto" or "explicit" axes; returns its lines and its whole output."""
+def run_on_8_devices(test_file, *arguments):
+    """Runs `sharded.py` beside a test file with these arguments; returns its lines and its whole output."""
     done = subprocess.run(
-        [sys.executable, str(Path(test_file).with_name("sharded.py")), axes],
+        [sys.executable, str(Path(test_file).with_name("sharded.py")), *arguments],
         env=os.environ | eight_devices(),
         capture_output=True,
         text=True,
@@ -40,19 +42,28 @@ def make_mesh(kind):
 
 
 def check_cases(cases, check):
-    """Runs `check(case, mesh, explicit)` on every case, or on those named on the command line, and says how it went."""
-    kind, *wanted = sys.argv[1:]
-    mesh, failed = make_mesh(kind), False
+    """Runs `check(case, mesh, explicit)` on every case, or on those named on the command line, and says how it went.
+
+    Both kinds of axes in one process: what a case compiles for one device serves twice.
+    """
+    wanted, failed = sys.argv[1:], False
+    meshes = {kind: make_mesh(kind) for kind in KINDS}
     for case in cases:
         if wanted and case.name not in wanted:
             continue
-        try:
-            check(case, mesh, kind == "explicit")
-        except Exception as error:
-            failed = True
-            if len(wanted) == 1:
-                raise
-            print(f"{case.name}: {type(error).__name__}: {error}"[:1500])
-        else:
-            print(f"{case.name}: ok")
+        for kind, mesh in meshes.items():
+            try:
+                check(case, mesh, kind == "explicit")
+            except Exception as error:
+                failed = True
+                if len(wanted) == 1:
+                    raise
+                print(f"{case.name}, {kind}: {type(error).__name__}: {error}"[:1500])
+            else:
+                print(f"{case.name}, {kind}: ok")
     sys.exit(failed)
+
+
+def all_ok(cases):
+    """The lines of `check_cases` where every case holds."""
+    return [f"{case.name}, {kind}: ok" for case in cases for kind in KINDS]

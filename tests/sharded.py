@@ -1,6 +1,6 @@
 """Methods whose parts are as long as the weight, split over 8 host devices and compared with one; a program of its own.
 
-Usage: python sharded.py auto|explicit METHOD...
+Usage: python sharded.py [METHOD ...]
 """
 
 import dataclasses

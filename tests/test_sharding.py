@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import subspace_jax as sj
 from subspace_jax.core import StructureError
 
-from .eight_devices import run_on_8_devices
+from .eight_devices import KINDS, run_on_8_devices
 
 MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
 SPECS = {"w": P("data", "model"), "stack": P(None, "model", "data"), "heads": P("data", "model", None), "bias": P()}
@@ -83,10 +83,9 @@ def test_small_ranks_stay_whole():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", ["auto", "explicit"])
-def test_split_entries_and_ranks_train_as_on_one_device(axes):
-    lines, output = run_on_8_devices(__file__, axes)
-    assert len(lines) == 5, output
+def test_split_entries_and_ranks_train_as_on_one_device():
+    lines, output = run_on_8_devices(__file__)
+    assert len(lines) == 5 * len(KINDS), output
 
 
 @pytest.mark.parametrize("kind", ["arrays", "shardings", "specs"])

@@ -1,6 +1,6 @@
 """Runs the methods on a mesh of 8 host devices and compares with one device; a program of its own.
 
-Usage: python sharded.py auto|explicit METHOD...
+Usage: python sharded.py [METHOD ...]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Trains on a mesh of 8 host devices and compares with one device; a program of its own.
 
-Usage: python sharded.py auto|explicit LAYOUT...
+Usage: python sharded.py [LAYOUT ...]
 """
 
 import dataclasses
