@@ -122,6 +122,9 @@ def test_probe_is_the_classifier_on_features_that_are_not_standardized():
 @carried
 def test_a_short_run_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.runner._search.MOST", 2)
+    # A task embeds 2,000 messages for the probe of what is forgotten: the same for every run below.
+    text = league.jobs(league.LeagueConfig(layers=1, text_steps=2, test_size=32))["text"]()
+    monkeypatch.setattr(league, "jobs", lambda config: {"text": lambda: text})
     settings = ("layers=1", "tasks=text", "text_steps=2", "test_size=32", "seeds=0", "rounds=1")
     command = ["run", "league", "--resume", "--out", str(tmp_path), "--set", *settings, "methods=lora,spt"]
     runner.main(command)
@@ -139,10 +142,9 @@ def test_a_short_run_is_resumed(tmp_path, monkeypatch):
     runner.main([*command[:4], str(tmp_path / "other"), *command[5:]])
     assert read_json(tmp_path / "other" / "league" / "result.json")["cells"] == results["cells"]
     # A run that diverges has a rate that is too large, and the search goes on.
-    job = league.jobs(league.LeagueConfig(layers=1, text_steps=2, test_size=32))["text"]()
     broken = lambda self, adapted, *a, **k: Trained(jax.tree.map(lambda v: v * np.nan, adapted), [np.nan], 0.0, 0)
     monkeypatch.setattr("experiments.tasks.league._run.Trainer.run", broken)
-    diverged = Entrant("lora", job, Context(tmp_path, False, Console()))._tuning_run(1.0, 0)
+    diverged = Entrant("lora", text, Context(tmp_path, False, Console()))._tuning_run(1.0, 0)
     assert diverged == {"learning_rate": 1.0, "seed": 0, "accuracy": 0.0, "last_loss": None}
     other = league._same_steps(league.LeagueConfig(text_steps=3, layers=1, test_size=32), results["config"])
     assert set(other) == {"vision", "causal"} - {"text"}
