@@ -1,4 +1,4 @@
-"""The Cayley transform against float64 solves, and its derivative against differences."""
+"""Skew-symmetric matrices entry by entry, and the Cayley transform against float64 solves and differences."""
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,29 @@ def random_skew(size, stack=(), spread=1.0, seed=0):
 def exact(matrix):
     wide, eye = np.asarray(matrix, np.float64), np.eye(matrix.shape[-1])
     return (eye + wide) @ np.linalg.inv(eye - wide)
+
+
+@pytest.mark.parametrize("stack", [(), (2, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1, 2, 5, 33])
+def test_skew_matrices_have_the_entries_row_by_row(size, dtype, stack):
+    entries = jnp.asarray(np.random.default_rng(size).normal(size=(*stack, skew_size(size))), dtype)
+    above = (..., *np.triu_indices(size, 1))
+    expected = np.zeros((*stack, size, size), np.float32)
+    expected[above] = np.asarray(entries, np.float32)
+    found = jax.jit(skew, static_argnums=1)(entries, size)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(found, np.float32), expected - np.swapaxes(expected, -1, -2))
+
+    weights = np.random.default_rng(9).normal(size=expected.shape).astype(np.float32)
+    gradient = jax.grad(lambda e: jnp.sum(skew(e, size) * weights))(entries.astype(jnp.float32))
+    np.testing.assert_allclose(gradient, (weights - np.swapaxes(weights, -1, -2))[above], rtol=1e-6)
+
+
+def test_an_entry_that_is_not_finite_stays_where_it_is():
+    found = np.asarray(skew(jnp.array([np.nan, 1.0, np.inf]), 3))
+    assert np.isfinite(found).sum() == 5
+    np.testing.assert_array_equal(np.diagonal(found), np.zeros(3))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 16, 64])
