@@ -19,6 +19,7 @@ from subspace_jax.core._errors import (
     SubspaceError,
     nearest,
 )
+from subspace_jax.core._finite import is_finite
 from subspace_jax.core._full import Full
 from subspace_jax.core._need import Need
 from subspace_jax.core._partition import key_for
@@ -284,7 +285,7 @@ def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None
             "Narrow the pattern, or put a rule with None before it."
         )
     if isinstance(leaf, (jax.Array, np.ndarray)) and not is_tracer(leaf):
-        finite = _is_finite(leaf)  # inside a trace this is not known either
+        finite = is_finite(leaf)  # inside a trace this is not known either
         if not is_tracer(finite) and not bool(finite):
             raise NonFiniteError(f"{path}: the weight holds NaN or infinity; load a sound checkpoint.")
     found = (stats or {}).get(path)
@@ -295,11 +296,6 @@ def _check(path: str, leaf: Any, method: Method, stats: Mapping[str, Any] | None
             f"{path}: {method.name} needs {', '.join(missing)}, which were not captured. Pass "
             f"stats=sj.capture(fn, params, batches, statistics={names!r}), or rules= in its place."
         )
-
-
-@jax.jit
-def _is_finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
 
 
 def _check_stored(path: str, leaf: Weight, method: Method) -> None:

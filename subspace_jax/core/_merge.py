@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 
 from subspace_jax.core._compat import is_tracer
 from subspace_jax.core._errors import NonFiniteError, NotMergeableError
+from subspace_jax.core._finite import is_finite
 from subspace_jax.core._links import resolve_links
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._types import Params
@@ -60,8 +60,8 @@ def merge(adapted: Params, *, keep_float32: bool = False) -> Params:
         if not is_weight(leaf):
             return leaf
         dtype = wide_dtype(leaf.dtype) if keep_float32 else leaf.dtype
-        array, finite = _materialize(leaf, np.dtype(dtype))
-        if not is_tracer(finite) and not bool(finite):
+        array = _materialize(leaf, np.dtype(dtype))
+        if not is_tracer(array) and not bool(is_finite(array)):
             bad = int((~jnp.isfinite(array)).sum())
             raise NonFiniteError(
                 f"{path}: {bad} of {array.size} entries of the merged {leaf.method or type(leaf).__name__} weight "
@@ -73,11 +73,7 @@ def merge(adapted: Params, *, keep_float32: bool = False) -> Params:
 
 
 # A weight is a pytree, so one compiled program serves every weight of one class and shape.
-@partial(jax.jit, static_argnums=1)
-def _materialize(weight: Weight, dtype: np.dtype[Any]) -> tuple[jax.Array, jax.Array]:
-    """The array that a weight stands for, and whether all of it is finite."""
-    array = weight.materialize(dtype)
-    return array, jnp.isfinite(array).all()
+_materialize = jax.jit(lambda weight, dtype: weight.materialize(dtype), static_argnums=1)
 
 
 def _is_mergeable(weight: Weight) -> bool:
@@ -116,7 +112,7 @@ def merge_rounding(adapted: Params) -> dict[str, Rounding]:
     report = {}
     for path, leaf in leaves_with_paths(resolve_links(adapted)):
         if is_weight(leaf):
-            exact, _ = _materialize(leaf, np.dtype(jnp.float32))
+            exact = _materialize(leaf, np.dtype(jnp.float32))
             error = exact.astype(leaf.dtype).astype(jnp.float32) - exact
             norm = float(jnp.linalg.norm(exact))
             report[path] = Rounding(
