@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from subspace_jax.core._adapt import Rules, chosen_methods
 from subspace_jax.core._apply import with_adapters
 from subspace_jax.core._errors import StatisticsError
+from subspace_jax.core._finite import is_finite
 from subspace_jax.core._need import Need, ScaleExamples, input_statistics
 from subspace_jax.core._paths import leaves_with_paths, map_with_paths
 from subspace_jax.core._probe import Probed
@@ -334,7 +335,7 @@ def _finish(sums: dict[str, dict[str, jax.Array]]) -> dict[str, Statistics]:
             )
         gathered = [name for name in input_statistics() if name in kept]
         for name in gathered:
-            if not bool(jnp.isfinite(kept[name]).all()):
+            if not bool(is_finite(kept[name])):
                 raise StatisticsError(
                     f"{path}: the {name} of the inputs holds NaN or infinity. Look for it in the batches; "
                     'scale_examples="signed_max" divides by zero where no entry of an example is above it.'

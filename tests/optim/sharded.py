@@ -54,18 +54,20 @@ def compare(actual, expected, what):
         assert error <= tolerance * max(np.abs(b).max(initial=0.0), 1e-2), f"{what}: {path} differs by {error}"
 
 
+def make_step(optimizer):
+    def step(params, state, gradient):
+        updates, state = optimizer.update(gradient, state, params)
+        return jax.tree.map(lambda p, u: p + u, params, updates), state, updates
+
+    return step
+
+
 @functools.cache
 def on_one_device(case):
     """The parameters and the last updates of two steps."""
     params, *gradients = (make_tree(seed, case.leaves) for seed in (0, 1, 2))
     optimizer = case.make(0.05)
-
-    @jax.jit
-    def step(params, state, gradient):
-        updates, state = optimizer.update(gradient, state, params)
-        return jax.tree.map(lambda p, u: p + u, params, updates), state, updates
-
-    state = optimizer.init(params)
+    step, state = jax.jit(make_step(optimizer)), optimizer.init(params)
     for gradient in gradients:
         params, state, updates = step(params, state, gradient)
     return params, updates
@@ -75,15 +77,15 @@ def check(case, mesh, explicit):
     trees = [make_tree(seed, case.leaves) for seed in (0, 1, 2)]
     optimizer, traces = case.make(0.05), []
     expected, expected_updates = on_one_device(case)
+    step = make_step(optimizer)
 
-    def step(params, state, gradient):
+    def counted(*arguments):
         traces.append(None)
-        updates, state = optimizer.update(gradient, state, params)
-        return jax.tree.map(lambda p, u: p + u, params, updates), state, updates
+        return step(*arguments)
 
     with jax.set_mesh(mesh):
         params, *gradients = (place(tree, mesh) for tree in trees)
-        run = jax.jit(step, donate_argnums=1)
+        run = jax.jit(counted, donate_argnums=1)
         state = optimizer.init(params)
         shardings = jax.tree.map(lambda v: v.sharding, params)
         for gradient in gradients:
