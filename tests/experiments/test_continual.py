@@ -126,7 +126,7 @@ def test_batches_go_on_from_any_step(tmp_path):
 
 
 def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.runner._search.MOST", 2)
+    monkeypatch.setattr("experiments.runner._search.MOST", 4)
     plain = streams.experiment(
         "continual_text", "a claim", continual_text.ContinualTextConfig, lambda config: small_data(), ()
     )
