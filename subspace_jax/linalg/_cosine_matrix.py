@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@functools.partial(jax.jit, static_argnames=("size", "dtype"), inline=True)
 def cosine_vectors(index: Int[Array, " *stack"], size: int, dtype=jnp.float32) -> Float[Array, "*stack size"]:
     r"""Returns rows of the orthonormal DCT-II matrix: \(c_i \cos(\pi (2 j + 1)\, i / 2 N)\) over \(j\).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -146,6 +147,7 @@ def from_grid(grid: jax.Array, role: Role, shape: tuple[int, ...]) -> jax.Array:
     return role.unmatrix(grid, shape)
 
 
+@functools.partial(jax.jit, inline=True)
 def gather_entries(grid: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns the entries of an `in_grid` array at positions of its last two axes; 0 at padding."""
 
@@ -155,6 +157,7 @@ def gather_entries(grid: jax.Array, indices: jax.Array) -> jax.Array:
     return jnp.vectorize(of_one, signature="(m,n),(k)->(k)")(grid, indices)
 
 
+@functools.partial(jax.jit, inline=True)
 def scatter_entries(grid: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
     """Returns an `in_grid` array with values written at positions of its last two axes; padding writes nothing."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -105,43 +106,7 @@ class LowRank(Weight):
         comparison a column. Under `jax.vmap` over weights both ways are run. Over a base in bfloat16 or float16 the
         products are of its dtype, with sums in float32 inside, so that the base is converted where it is formed only.
         """
-        one = self.with_frozen_stopped()
-        wide = wide_dtype(one.dtype)
-        base = one.role.matrix(_dense_base(one.base, wide) if isinstance(one.base, Weight) else one.base)
-        narrow = is_narrow(base.dtype)
-        a, b = one.a.astype(wide), one.b.astype(wide) * one.scale.astype(wide)
-
-        stack = tuple(f"stack{i}" for i in range(a.ndim - 2))
-
-        def times(
-            left: jax.Array, axes: str, right: jax.Array, right_axes: str, out_axes: str, narrow: bool = narrow
-        ) -> jax.Array:
-            # By label, so that a split input axis is summed over under explicit mesh axes as well.
-            labels = ((*stack, *names) for names in (axes, right_axes, out_axes))
-            left_labels, right_labels, out_labels = labels
-            if narrow:
-                left, right = left.astype(base.dtype), right.astype(base.dtype)
-                return product(left, left_labels, right, right_labels, out_labels).astype(wide)
-            return product(left, left_labels, right, right_labels, out_labels, precision=jax.lax.Precision.HIGHEST)
-
-        spread = times(times(a, "ir", a, "iq", "rq"), "rq", b, "qo", "ro")
-        cross = 2.0 * times(a, "ir", base, "io", "ro")
-        if one.base_squares is None:
-            squares = jnp.sum(jnp.square(base.astype(wide)), axis=-2)
-        else:
-            squares = one.base_squares.astype(wide)
-        expanded = squares + jnp.sum((cross + spread) * b, axis=-2)
-        # What rounding of the three terms leaves is a share of the largest of them, not of their sum.
-        cancels = jnp.any(expanded < CANCELLATION * (squares + jnp.sum(spread * b, axis=-2)))
-
-        def formed() -> jax.Array:
-            total = base.astype(wide) + times(a, "ir", b, "ro", "io", narrow=False)
-            return placed_like(jnp.sum(total * total, axis=-2), expanded)
-
-        value = jax.lax.stop_gradient(jax.lax.cond(cancels, formed, lambda: expanded))
-        # The derivative is that of the expanded form: linear in the sum, it loses its digits only where the sum does,
-        # and the backward pass keeps nothing of the weight's size.
-        return value + (expanded - jax.lax.stop_gradient(expanded))
+        return _squared_norms(self)
 
     def with_key(self, key: jax.Array) -> LowRank:
         """Returns the weight with keys for one step of dropout, one per stacked layer."""
@@ -156,3 +121,45 @@ class LowRank(Weight):
 
 def _dense_base(base: jax.Array | Weight, dtype: Any) -> jax.Array:
     return base.materialize(dtype) if isinstance(base, Weight) else base.astype(dtype)
+
+
+# Outside of a trace this is one program; inside, its equations stand where it is called.
+@functools.partial(jax.jit, inline=True)
+def _squared_norms(weight: LowRank) -> jax.Array:
+    one = weight.with_frozen_stopped()
+    wide = wide_dtype(one.dtype)
+    base = one.role.matrix(_dense_base(one.base, wide) if isinstance(one.base, Weight) else one.base)
+    narrow = is_narrow(base.dtype)
+    a, b = one.a.astype(wide), one.b.astype(wide) * one.scale.astype(wide)
+
+    stack = tuple(f"stack{i}" for i in range(a.ndim - 2))
+
+    def times(
+        left: jax.Array, axes: str, right: jax.Array, right_axes: str, out_axes: str, narrow: bool = narrow
+    ) -> jax.Array:
+        # By label, so that a split input axis is summed over under explicit mesh axes as well.
+        labels = ((*stack, *names) for names in (axes, right_axes, out_axes))
+        left_labels, right_labels, out_labels = labels
+        if narrow:
+            left, right = left.astype(base.dtype), right.astype(base.dtype)
+            return product(left, left_labels, right, right_labels, out_labels).astype(wide)
+        return product(left, left_labels, right, right_labels, out_labels, precision=jax.lax.Precision.HIGHEST)
+
+    spread = times(times(a, "ir", a, "iq", "rq"), "rq", b, "qo", "ro")
+    cross = 2.0 * times(a, "ir", base, "io", "ro")
+    if one.base_squares is None:
+        squares = jnp.sum(jnp.square(base.astype(wide)), axis=-2)
+    else:
+        squares = one.base_squares.astype(wide)
+    expanded = squares + jnp.sum((cross + spread) * b, axis=-2)
+    # What rounding of the three terms leaves is a share of the largest of them, not of their sum.
+    cancels = jnp.any(expanded < CANCELLATION * (squares + jnp.sum(spread * b, axis=-2)))
+
+    def formed() -> jax.Array:
+        total = base.astype(wide) + times(a, "ir", b, "ro", "io", narrow=False)
+        return placed_like(jnp.sum(total * total, axis=-2), expanded)
+
+    value = jax.lax.stop_gradient(jax.lax.cond(cancels, formed, lambda: expanded))
+    # The derivative is that of the expanded form: linear in the sum, it loses its digits only where the sum does,
+    # and the backward pass keeps nothing of the weight's size.
+    return value + (expanded - jax.lax.stop_gradient(expanded))

@@ -7,6 +7,7 @@ The data type is that of QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -75,17 +76,7 @@ class NF4(Stored, Weight):
 
     def materialize(self, dtype: Any = None) -> jax.Array:
         """Returns the dequantized array."""
-        one = self.with_frozen_stopped()
-        low, high = one.codes & 15, one.codes >> 4
-        codes = jnp.stack([low, high], axis=-1).reshape(*one.absmax.shape, BLOCK)
-        values = jnp.asarray(LEVELS)[codes] * one._scales()[..., None]
-        inputs, outputs = math.prod(one.in_sizes), math.prod(one.out_sizes)
-        flat = values.reshape(*one.absmax.shape[:-1], -1)[..., : inputs * outputs]
-        if one.order == "out_in":
-            matrix = jnp.swapaxes(flat.reshape(*flat.shape[:-1], outputs, inputs), -1, -2)
-        else:
-            matrix = flat.reshape(*flat.shape[:-1], inputs, outputs)
-        return one.role.unmatrix(matrix, one.shape).astype(self.dtype if dtype is None else dtype)
+        return _dequantize(self, self.dtype if dtype is None else dtype)
 
     def _scales(self) -> jax.Array:
         """The float32 scale of every block."""
@@ -129,7 +120,12 @@ def quantize_nf4(array: jax.Array, role: Role | None = None, order: Order = "out
     References:
       Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
     """
-    role = Role.dense() if role is None else role
+    return _quantize(array, Role.dense() if role is None else role, order, double)
+
+
+# Outside of a trace each of the two is one program; inside, its equations stand where it is called.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _quantize(array: jax.Array, role: Role, order: Order, double: bool) -> NF4:
     # Blocks run across rows, so they cannot follow a split of the matrix.
     matrix = whole_matrices(role.matrix(array)).astype(jnp.float32)
     entries = jnp.swapaxes(matrix, -1, -2) if order == "out_in" else matrix
@@ -160,6 +156,21 @@ def quantize_nf4(array: jax.Array, role: Role | None = None, order: Order = "out
         trainable=(),
         method="nf4",
     )
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _dequantize(weight: NF4, dtype: Any) -> jax.Array:
+    one = weight.with_frozen_stopped()
+    low, high = one.codes & 15, one.codes >> 4
+    codes = jnp.stack([low, high], axis=-1).reshape(*one.absmax.shape, BLOCK)
+    values = jnp.asarray(LEVELS)[codes] * one._scales()[..., None]
+    inputs, outputs = math.prod(one.in_sizes), math.prod(one.out_sizes)
+    flat = values.reshape(*one.absmax.shape[:-1], -1)[..., : inputs * outputs]
+    if one.order == "out_in":
+        matrix = jnp.swapaxes(flat.reshape(*flat.shape[:-1], outputs, inputs), -1, -2)
+    else:
+        matrix = flat.reshape(*flat.shape[:-1], inputs, outputs)
+    return one.role.unmatrix(matrix, one.shape).astype(dtype)
 
 
 def _quantize_scales(absmax: jax.Array) -> dict[str, jax.Array]:

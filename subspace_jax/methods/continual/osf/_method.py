@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -131,12 +132,30 @@ def _columns(ranks: np.ndarray, smaller: int, width: Width) -> tuple[int, int]:
 
 
 def _split(array: jax.Array, role: Role, ranks: np.ndarray, width: Width, route: Route) -> SplitSVD:
+    most, least = _columns(ranks, min(role.sizes(array.shape)), width)
+    uneven = width == "common" or most != least
+    parts = _parts(array, jnp.asarray(ranks), role, most, least, uneven)
+    return SplitSVD(
+        **parts,
+        in_sizes=role.in_shape(array.shape),
+        out_sizes=role.out_shape(array.shape),
+        route=route,
+        role=role,
+        dtype=array.dtype,
+        trainable=("left", "core", "right"),
+    )
+
+
+# Outside of a trace this is one program; inside, its equations stand where it is called.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+def _parts(
+    array: jax.Array, ranks: jax.Array, role: Role, most: int, least: int, uneven: bool
+) -> dict[str, jax.Array | None]:
+    """What is frozen and what learns, with zeros in the columns of a layer that are of the other."""
     matrix = role.matrix(array).astype(wide_dtype(array.dtype))
     smaller = min(matrix.shape[-2:])
-    most, least = _columns(ranks, smaller, width)
     u, s, vt = truncated_svd(matrix, smaller)
-    place = np.arange(smaller)
-    high = jnp.asarray(place < ranks[..., None], u.dtype)
+    high = (jnp.arange(smaller) < ranks[..., None]).astype(u.dtype)
     low = 1.0 - high
     left, core, right = (
         (u * low[..., None, :])[..., least:],
@@ -144,20 +163,13 @@ def _split(array: jax.Array, role: Role, ranks: np.ndarray, width: Width, route:
         (vt * low[..., :, None])[..., least:, :],
     )
     small = jnp.matmul(left * core[..., None, :], right, precision=jax.lax.Precision.HIGHEST)
-    uneven = width == "common" or most != least
-    return SplitSVD(
+    return {
         # Nothing is frozen in a stream's first task, and no step then multiplies with a matrix of zeros.
-        base=role.unmatrix(matrix - small, array.shape).astype(array.dtype) if most else None,
-        in_sizes=role.in_shape(array.shape),
-        out_sizes=role.out_shape(array.shape),
-        high_left=(u * high[..., None, :])[..., :most],
-        high_right=(vt * high[..., :, None])[..., :most, :],
-        left=left,
-        core=core,
-        right=right,
-        live=low[..., least:] if uneven else None,
-        route=route,
-        role=role,
-        dtype=array.dtype,
-        trainable=("left", "core", "right"),
-    )
+        "base": role.unmatrix(matrix - small, array.shape).astype(array.dtype) if most else None,
+        "high_left": (u * high[..., None, :])[..., :most],
+        "high_right": (vt * high[..., :, None])[..., :most, :],
+        "left": left,
+        "core": core,
+        "right": right,
+        "live": low[..., least:] if uneven else None,
+    }
