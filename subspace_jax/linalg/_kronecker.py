@@ -6,6 +6,7 @@ Rearrangement: Approximation with Kronecker Products (Van Loan, Pitsianis, 1993)
 from __future__ import annotations
 
 import fractions
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -87,6 +88,7 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
+@functools.partial(jax.jit, static_argnames="split", inline=True)
 def rearrange(matrix: Float[Array, "*stack mp nq"], split: KroneckerSplit) -> Float[Array, "*stack mn pq"]:
     r"""Rearranges a matrix so that its Kronecker terms become low-rank terms.
 
@@ -111,6 +113,7 @@ def rearrange(matrix: Float[Array, "*stack mp nq"], split: KroneckerSplit) -> Fl
     return jnp.swapaxes(parts, -3, -2).reshape(*stack, m * n, p * q)
 
 
+@functools.partial(jax.jit, static_argnames="split", inline=True)
 def unrearrange(rearranged: Float[Array, "*stack mn pq"], split: KroneckerSplit) -> Float[Array, "*stack mp nq"]:
     """Undoes `rearrange`: returns the matrix `[*stack, m p, n q]`.
 
@@ -168,6 +171,7 @@ def kronecker_svd(
     return KroneckerSVD(left, s, vt.reshape(*shape[:-4], split.p, split.q))
 
 
+@functools.partial(jax.jit, inline=True)
 def kronecker_sum(
     scales: Float[Array, "*stack r"], left: Float[Array, "*stack r m n"], right: Float[Array, "*stack r p q"]
 ) -> Float[Array, "*stack m*p n*q"]:

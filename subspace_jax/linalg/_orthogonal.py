@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 
+@functools.partial(jax.jit, static_argnames="size", inline=True)
 def skew(entries: Float[Array, "*stack free"], size: int) -> Float[Array, "*stack size size"]:
     """Returns skew-symmetric matrices whose strict upper triangles, row by row, are `entries`.
 
@@ -49,6 +51,11 @@ def cayley(matrix: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
       >>> cayley(jnp.array([[0.0, 1.0], [-1.0, 0.0]])).round(5).tolist()
       [[0.0, 1.0], [-1.0, 0.0]]
     """
+    return _cayley(matrix)
+
+
+@functools.partial(jax.jit, inline=True)
+def _cayley(matrix: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
     wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
     eye = jnp.eye(wide.shape[-1], dtype=wide.dtype)
     # (I + Q) = 2 I - (I - Q), so an inverse is all that is needed.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -40,6 +42,7 @@ def energy_terms(
     return jnp.where(enough.any(axis=-1), jnp.argmax(enough, axis=-1) + 1, values.shape[-1]).astype(jnp.int32)
 
 
+@functools.partial(jax.jit, inline=True)
 def elbow_terms(values: Float[Array, "*stack k"], count: Int[Array, " *stack"] | None = None) -> Int[Array, " *stack"]:
     r"""Returns the number of terms before the elbow of the spectrum.
 

@@ -6,6 +6,7 @@ can grow inside an array of one shape. Nothing here forms a `d x d` projector.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -21,6 +22,14 @@ Side = Literal["in", "out"]
 Mode = Literal["remove", "keep"]
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "mode",
+        "side",
+    ),
+    inline=True,
+)
 def project(
     matrix: Float[Array, "*stack in out"], basis: Float[Array, "*stack d k"], *, mode: Mode = "keep", side: Side = "in"
 ) -> Float[Array, "*stack in out"]:
@@ -111,6 +120,7 @@ def transport(
     return wide_matmul(coordinates, jnp.swapaxes(mixing, -1, -2), split=(-2, None))
 
 
+@functools.partial(jax.jit, static_argnames="split", inline=True)
 def wide_matmul(
     left: Float[Array, "*#stack m k"],
     right: Float[Array, "*#stack k n"],

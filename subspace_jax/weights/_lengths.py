@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from subspace_jax.core import Weight
 
 
+@functools.partial(jax.jit, static_argnames="detach", inline=True)
 def column_lengths(weight: Weight, *, detach: bool) -> jax.Array:
     """Returns the length of every output column of a weight, `[*stack, out]`; a column of zeros counts as of length 1.
 

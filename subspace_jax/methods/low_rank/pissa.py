@@ -95,8 +95,8 @@ def pissa(
         matrix = role.matrix(array).astype(wide_dtype(array.dtype))
         a, b = _principal(key, matrix, scale=scale, **options)
         _warn_of_idle("pissa", a, array.shape)
-        residual = role.unmatrix(matrix - _product(a, b, scale), array.shape)
-        return _low_rank(residual.astype(residual_dtype or array.dtype), a, b, scale, array, role)
+        residual = _residual(array, a, b, role, scale, residual_dtype or array.dtype)
+        return _low_rank(residual, a, b, scale, array, role)
 
     return Method("pissa", make)
 
@@ -150,7 +150,7 @@ def qpissa(
         matrix = role.matrix(array).astype(wide_dtype(array.dtype))
 
         def quantized(a: jax.Array, b: jax.Array):
-            residual = role.unmatrix(matrix - _product(a, b, 1.0), array.shape)
+            residual = _residual(array, a, b, role, 1.0, matrix.dtype)
             return dataclasses.replace(quantize_nf4(residual, role, order), dtype=array.dtype)
 
         left = matrix
@@ -255,11 +255,8 @@ def _checked(name: str, rank: Any, svd: Any, iterations: Any, oversample: Any, d
 
 def _warn_of_idle(name: str, a: jax.Array, shape: tuple[int, ...]) -> None:
     """Warns of columns that start at zero on both sides and never learn, where values are known."""
-    norms = jnp.linalg.norm(a.astype(jnp.float32), axis=-2)
-    # Values below rounding are those of zero; a column holds the root of its value.
-    live = norms**2 > a.shape[-2] * jnp.finfo(jnp.float32).eps * jnp.max(norms**2, axis=-1, keepdims=True)
     try:
-        least = int(jnp.min(jnp.sum(live, axis=-1)))
+        least = int(_least_live(a))
     except jax.errors.ConcretizationTypeError:
         return
     if least < a.shape[-1]:
@@ -271,10 +268,22 @@ def _warn_of_idle(name: str, a: jax.Array, shape: tuple[int, ...]) -> None:
         )
 
 
-def _product(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """The scaled product of the factors as they are stored, in float32 throughout."""
+@jax.jit
+def _least_live(a: jax.Array) -> jax.Array:
+    """The fewest columns that any matrix of a stack has above rounding."""
+    norms = jnp.linalg.norm(a.astype(jnp.float32), axis=-2)
+    # Values below rounding are those of zero; a column holds the root of its value.
+    live = norms**2 > a.shape[-2] * jnp.finfo(jnp.float32).eps * jnp.max(norms**2, axis=-1, keepdims=True)
+    return jnp.min(jnp.sum(live, axis=-1))
+
+
+# Outside of a trace this is one program; inside, its equations stand where it is called.
+@functools.partial(jax.jit, static_argnames=("role", "scale", "dtype"), inline=True)
+def _residual(array: jax.Array, a: jax.Array, b: jax.Array, role: Role, scale: float, dtype: Any) -> jax.Array:
+    """What the scaled product of the factors, as they are stored, leaves of an array; in float32 throughout."""
     wide = wide_dtype(a.dtype)
-    return scale * jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    product = scale * jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    return role.unmatrix(role.matrix(array).astype(wide_dtype(array.dtype)) - product, array.shape).astype(dtype)
 
 
 def _low_rank(base: Any, a: jax.Array, b: jax.Array, scale: float, array: jax.Array, role: Role) -> LowRank:

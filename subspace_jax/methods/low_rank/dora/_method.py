@@ -82,7 +82,7 @@ def dora(method: Method, *, norm: Literal["detached", "exact"] = "detached") -> 
 def _warn_of_zero_columns(squares: jax.Array, shape: tuple[int, ...]) -> None:
     """Warns of output columns that never learn, where values are known."""
     try:
-        count = int(jnp.sum(squares == 0))
+        count = int(_zeros(squares))
     except jax.errors.ConcretizationTypeError:
         return
     if count:
@@ -94,6 +94,12 @@ def _warn_of_zero_columns(squares: jax.Array, shape: tuple[int, ...]) -> None:
         )
 
 
+@functools.partial(jax.jit, inline=True)
+def _zeros(squares: jax.Array) -> jax.Array:
+    return jnp.sum(squares == 0)
+
+
+@functools.partial(jax.jit, static_argnames="role", inline=True)
 def _squares(array: jax.Array, role: Role) -> jax.Array:
     """Squared norms of the output columns, `[*stack, out]`."""
     matrix = role.matrix(array).astype(wide_dtype(array.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -104,6 +105,14 @@ def penalty_terms(adapted: Params, *, norm: Norm = "l1", axis: Axis = "in", norm
     return PegoTerms(preserve, diversify)
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "norm",
+        "axis",
+    ),
+    inline=True,
+)
 def _of_weight(weight: GroupLowRank, norm: Norm, axis: Axis) -> tuple[jax.Array, jax.Array]:
     """The terms of one weight, `[N]` and `[N (N - 1) / 2]`, summed over its layers."""
     base = weight.base.materialize(jnp.float32) if isinstance(weight.base, Weight) else weight.base

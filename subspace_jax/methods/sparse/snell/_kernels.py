@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -17,6 +18,7 @@ Kernel = Literal["distance", "linear", "sigmoid", "rbf"]
 Rule = Literal["soft", "hard"]
 
 
+@functools.partial(jax.jit, inline=True)
 def pieces_sum(a: jax.Array, b: jax.Array) -> jax.Array:
     r"""Returns the piecewise distance kernel \(\sum_p c_p \|a_{p,i} - b_{p,j}\|\), with \(c_p = 0.1\,(-1)^p\).
 
@@ -136,6 +138,7 @@ def _products(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, jnp.swapaxes(b, -1, -2), precision=lax.Precision.HIGHEST)
 
 
+@functools.partial(jax.jit, inline=True)
 def _squares(a: jax.Array, b: jax.Array) -> jax.Array:
     """Squared distances of all pairs of rows, by products and never below zero."""
     lengths = jnp.sum(a * a, axis=-1)[..., :, None] + jnp.sum(b * b, axis=-1)[..., None, :]
