@@ -4,12 +4,17 @@ import os
 import threading
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 def compile_quickly():
-    """Leaves most optimizations out, and lowers all programs in one MLIR context where JAX would make one for each."""
+    """Leaves most optimizations out, lowers all programs in one MLIR context where JAX would make one for each, and
+    makes arrays of numbers that are known without a program.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     _share_one_context()
+    _make_arrays_by_numpy()
 
 
 def keep_compiled_programs():
@@ -47,3 +52,52 @@ def _share_one_context():
         return make() if busy else one
 
     mlir.make_ir_context = make_or_share
+
+
+def _make_arrays_by_numpy():
+    """Lets `jnp.asarray` of a numpy array, `jnp.zeros` and their like make the array by numpy, outside of a trace.
+
+    The numbers are the same; JAX by itself compiles a program for every shape and dtype, every sixth of all that the
+    tests compile. On a mesh, and for what numpy would convert in another way, everything is as it was.
+    """
+    try:
+        from jax._src.core import stage_p
+    except ImportError:
+        return
+    from jax.extend.core.primitives import broadcast_in_dim_p, convert_element_type_p
+
+    if getattr(stage_p.impl, "by_numpy", False):
+        return
+    floats = {jnp.dtype(name) for name in ("float64", "float32", "float16", "bfloat16")}
+    integers = {jnp.dtype(name) for name in ("int64", "int32", "uint32")}
+    stage, convert, fill = stage_p.impl, convert_element_type_p.impl, broadcast_in_dim_p.impl
+
+    def known(x):
+        """Tells whether these are numbers on the host, of a dtype that is their own."""
+        return isinstance(x, np.ndarray) and not getattr(x, "weak_type", False) and no_mesh()
+
+    def no_mesh():
+        return jax.sharding.get_abstract_mesh().empty
+
+    def put(x):
+        return jax.device_put(x, may_alias=False)
+
+    def staged(x):
+        return put(x) if known(x) and x.dtype in floats | integers else stage(x)
+
+    def converted(x, *, new_dtype, weak_type, sharding):
+        alike = known(x) and any({x.dtype, new_dtype} <= kind for kind in (floats, integers))
+        if alike and not weak_type and sharding is None:
+            return put(x.astype(jax.dtypes.canonicalize_dtype(x.dtype)).astype(new_dtype))
+        return convert(x, new_dtype=new_dtype, weak_type=weak_type, sharding=sharding)
+
+    def filled(x, *dynamic, shape, broadcast_dimensions, sharding):
+        anywhere = known(x) or (isinstance(x, jax.Array) and not (x.committed or x.weak_type) and no_mesh())
+        if np.ndim(x) == 0 and anywhere and x.dtype in floats | integers and not dynamic and sharding is None:
+            return put(np.full(shape, x))
+        return fill(x, *dynamic, shape=shape, broadcast_dimensions=broadcast_dimensions, sharding=sharding)
+
+    staged.by_numpy = True
+    stage_p.def_impl(staged)
+    convert_element_type_p.def_impl(converted)
+    broadcast_in_dim_p.def_impl(filled)

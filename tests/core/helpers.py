@@ -50,7 +50,7 @@ def dense(weight):
     product = weight.scale * (np.asarray(weight.a, np.float64) @ np.asarray(weight.b, np.float64))
     order = _order(weight)
     folded = product.reshape([base.shape[i] for i in order]).transpose(np.argsort(order))
-    return jnp.asarray(base + folded, weight.dtype)
+    return jnp.asarray((base + folded).astype(weight.dtype))
 
 
 def merged(tree):
