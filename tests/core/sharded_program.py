@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import subspace_jax as sj
 from tests.core.helpers import adapt, close, compare_gradients, merged, normal, weighted_sum
+from tests.quick import compile_quickly
 
 EXPLICIT = sys.argv[-1] == "explicit"
 TYPES = (AxisType.Explicit if EXPLICIT else AxisType.Auto,) * 2
@@ -308,4 +309,5 @@ def outcome(function):
 
 
 if __name__ == "__main__":
+    compile_quickly()
     print(json.dumps({name: outcome(function) for name, function in CASES.items()}))
