@@ -34,6 +34,8 @@ WHOLE_IF_EXPLICIT = "stacked"
 NOT_IF_EXPLICIT = ("conv_strided", "tied")
 # A split input axis of the kernel meets a split axis of the operand.
 INPUT_SPECS = {"wide": P("data", "model"), "heads_in": P("data", None, "model", None)}
+# One program for all kernels; leaf by leaf on a mesh: tests/core/sharded_program.py.
+merge = jax.jit(sj.merge)
 
 
 def place(tree, mesh, specs):
@@ -66,12 +68,12 @@ def compare(actual, expected, what):
 
 @functools.cache
 def on_one_device(case):
-    """The adapted kernels at the start and after a change, and what a step makes of these and returns."""
+    """The merged kernels at the start, the adapted ones after a change, and what a step makes of these and returns."""
     names = [name for name in SPECS if name in case.kernels]
     start = adapt(case, {name: w for name, w in supported(case).items() if name in names})
     moved = move(start)
     inputs = {name: make_inputs()[name] for name in names}
-    return start, moved, jax.jit(step)(*sj.partition(moved), inputs) if case.whole else None
+    return merge(start), moved, jax.jit(step)(*sj.partition(moved), inputs) if case.whole else None
 
 
 def check(case, mesh, explicit):
@@ -83,11 +85,11 @@ def check(case, mesh, explicit):
     input_specs = {name: P() if name in whole else INPUT_SPECS.get(name, P("data")) for name in names}
     params = {name: w for name, w in supported(case).items() if name in names}
     inputs = {name: make_inputs()[name] for name in names}
-    start, moved, expected = on_one_device(case)
+    merged, moved, expected = on_one_device(case)
     with jax.set_mesh(mesh):
         # The start from sharded arrays: the same adapter as on one device.
         begun = adapt(case, place(params, mesh, specs))
-        compare(sj.merge(begun), sj.merge(of(names, start)), "merge at the start")
+        compare(merge(begun), of(names, merged), "merge at the start")
     if case.whole:
         # Kernels do not meet in the loss, so some of them learn what they learn among all.
         check_step(of(names, moved), tuple(of(names, tree) for tree in expected), inputs, mesh, specs, input_specs)
