@@ -91,10 +91,11 @@ def contracted(case):
 
 
 plain_model = jax.jit(model)
+merge = jax.jit(sj.merge)  # one program for all kernels; leaf by leaf: tests/core/test_merge.py
 
 
 def test_contract_gives_what_the_merged_arrays_give(case):
-    assert_close(contracted(case)[0], plain_model(sj.merge(trained(case)), inputs_of(case)), "contract")
+    assert_close(contracted(case)[0], plain_model(merge(trained(case)), inputs_of(case)), "contract")
 
 
 def test_gradients_agree_with_those_through_materialize(case):
@@ -171,7 +172,7 @@ def test_a_stand_in_has_the_arrays_shape_and_dtype(case):
 
 def test_merge_at_the_start_returns_the_base(case):
     params = supported(case)
-    merged = sj.merge(fresh(case))
+    merged = merge(fresh(case))
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, params)
     for name, array in merged.items():
         found, expected = np.asarray(array, np.float32), np.asarray(params[name], np.float32)
