@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -71,6 +72,7 @@ def rotary_tables(
     return jnp.sin(angles), jnp.cos(angles)
 
 
+@functools.partial(jax.jit, inline=True)
 def apply_rotary(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     """Rotates the pairs `(x_i, x_{i + head_dim / 2})` by the tabled angles.
 
