@@ -196,7 +196,9 @@ def move(adapted: Any, seed: int = 0) -> Any:
     """Returns the tree with every trainable entry moved, as if trained."""
     rng = np.random.default_rng(seed)
     trainable, frozen = sj.partition(adapted)
-    moved = jax.tree.map(lambda v: v + jnp.asarray(0.1 * rng.normal(size=v.shape), v.dtype), trainable)
+    moved = jax.tree.map(
+        lambda v: jnp.asarray(np.asarray(v) + (0.1 * rng.normal(size=v.shape)).astype(v.dtype)), trainable
+    )
     return sj.combine(moved, frozen)
 
 
