@@ -12,18 +12,23 @@ from benchmarks._variants import Variant, variants
 
 TOKENS = jax.ShapeDtypeStruct((4, 128), jnp.int32)
 CASES = [
-    ("unrolled", "lora", "full", 0.69),
-    ("remat", "lora", "full", 0.78),
+    ("unrolled", "lora", "full", 0.67),
+    ("remat", "lora", "full", 0.73),
     ("scan", "lora", "full", 0.69),
     ("scan+remat", "lora", "full", 0.78),
-    ("unrolled", "lora, NNX", "full, NNX", 0.69),
-    ("remat", "lora, NNX", "full, NNX", 0.78),
+    ("unrolled", "lora, NNX", "full, NNX", 0.67),
+    ("remat", "lora, NNX", "full, NNX", 0.73),
 ]
+
+
+# Of the unrolled layouts: each layer is compiled. Of a scan the compiler counts one layer, however many there are.
+LAYERS = 2
 
 
 @functools.cache
 def variant(layout: str, name: str) -> Variant:
-    (found,) = variants(ModelConfig(layout=layout), 8, TOKENS, abstract=True, only=(name,))
+    config = ModelConfig(layout=layout) if "scan" in layout else ModelConfig(layout=layout, layers=LAYERS)
+    (found,) = variants(config, 8, TOKENS, abstract=True, only=(name,))
     assert isinstance(found, Variant), found
     return found
 
@@ -51,9 +56,9 @@ def test_late_freezing_and_materializing_pay_for_frozen_gradients():
 
 def test_full_step_costs_what_the_arithmetic_says():
     # Three products per kernel and token, and six batched ones per attention; the rest is elementwise.
-    tokens, length, width, hidden, vocabulary, layers = 512, 128, 512, 2048, 1000, 4
-    kernels = layers * (4 * width * width + 2 * width * hidden) + width * vocabulary
-    products = 6 * tokens * kernels + 3 * layers * 4 * tokens * length * width
+    tokens, length, width, hidden, vocabulary = 512, 128, 512, 2048, 1000
+    kernels = LAYERS * (4 * width * width + 2 * width * hidden) + width * vocabulary
+    products = 6 * tokens * kernels + 3 * LAYERS * 4 * tokens * length * width
     assert products < flops("unrolled", "full") < 1.02 * products
 
 

@@ -1,6 +1,7 @@
 """What `gpu` measures at tiny sizes on a CPU, and what becomes of rows that fail or find no time."""
 
 import functools
+import gc
 import json
 import math
 import sys
@@ -135,6 +136,15 @@ def test_joined_products_are_an_option_of_the_compiler(monkeypatch):
     assert asked == [{"xla_gpu_dot_merger_threshold_mb": 1024}, None]
 
 
+@pytest.fixture
+def quick_collections():
+    """Leaves what a long session holds out of each `gc.collect()`, which takes a second otherwise."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collections")
 def test_a_failing_variant_is_a_row(capsys):
     _gpu_step.main(Task("tiny", ("pissa",), 1000, 0.0).text())
     row = json.loads(capsys.readouterr().out)
@@ -142,6 +152,7 @@ def test_a_failing_variant_is_a_row(capsys):
     assert "RankError" in row["error"]
 
 
+@pytest.mark.usefixtures("quick_collections")
 def test_others_go_on_behind_a_failing_one(capsys):
     def measure(variant):
         if variant == "a":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,16 +38,21 @@ def parameters(seed=0):
 
 def batches(task, count=6, start=0):
     """Batches of a task, whose inputs lie in four directions, one of them the task's before."""
+    for number in range(start, count):
+        yield dict(_batch(task, number))
+
+
+@functools.cache
+def _batch(task, number):
     basis = np.linalg.qr(np.random.default_rng(5).normal(size=(WIDTH, WIDTH)))[0]
     own = basis[:, (DIRECTIONS - 1) * task :][:, :DIRECTIONS]
     teacher = np.random.default_rng([6, task]).normal(size=(DIRECTIONS, LABELS))
-    for number in range(start, count):
-        latent = np.random.default_rng([7, task, number]).normal(size=(BATCH, DIRECTIONS))
-        yield {
-            "x": jnp.asarray(latent @ own.T, jnp.float32),
-            "y": jnp.asarray(np.argmax(latent @ teacher, axis=-1), jnp.int32),
-            "task": jnp.asarray(task, jnp.int32),
-        }
+    latent = np.random.default_rng([7, task, number]).normal(size=(BATCH, DIRECTIONS))
+    return {
+        "x": jnp.asarray(latent @ own.T, jnp.float32),
+        "y": jnp.asarray(np.argmax(latent @ teacher, axis=-1), jnp.int32),
+        "task": jnp.asarray(task, jnp.int32),
+    }
 
 
 def inputs(task):

@@ -77,11 +77,11 @@ def test_five_tasks_compile_one_step_and_a_stopped_stream_goes_on_to_the_same_bi
         # Everything is made anew, as another process would.
         learner, traces = counting(LEARNERS[name]())
         with sj.io.Checkpointer(tmp_path, max_to_keep=1, base=parameters()) as checkpointer:
-            options |= {"checkpointer": checkpointer, "save_every": 2}
+            options |= {"checkpointer": checkpointer}
             return sj.run_stream(learner, parameters(), tasks_of(TASKS), key=KEY, **options), traces
 
     with pytest.raises(StoppedError):
-        run(on_step=stop_at(1, 3))  # after the checkpoint at step 2 of the second task
+        run(on_step=stop_at(1, 3), save_every=2)  # after the checkpoint at step 2 of the second task
     seen = []
     resumed, traces = run(on_step=lambda task, step, metrics: seen.append((task, step)))
     assert seen[0] == (1, 3)

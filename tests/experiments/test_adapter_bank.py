@@ -15,7 +15,8 @@ from subspace_jax.assets import is_available
     reason="needs `python -m experiments fetch causal-lm django`",
 )
 def test_every_adapter_of_the_batch_answers_as_it_does_alone(tmp_path):
-    arguments = ("layers=2", "steps=20", "codes=de,es", "train_size=20", "test_size=4", "new_tokens=4", "rate=0.02")
+    sizes = ("layers=2", "length=12", "train_size=20", "test_size=4", "new_tokens=4")
+    arguments = (*sizes, "steps=12", "codes=de,es", "rate=0.02")
     runner.main(["run", "adapter_bank", "--out", str(tmp_path), "--set", *arguments])
     results = json.loads((tmp_path / "adapter_bank" / "result.json").read_text())
     losses = np.asarray(results["losses"])

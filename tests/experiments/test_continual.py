@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -41,9 +42,10 @@ def made_up(name, classes, seed):
     return TextTask(name=name, splits=splits, label_names=tuple(map(str, range(classes))))
 
 
+@functools.cache
 def small_data():
     module = Bert(small_bert(num_layers=2, width=16, mlp_width=24))
-    params = module.init(jax.random.key(0), jnp.ones((1, 6), jnp.int32))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, 6), jnp.int32))["params"]
     return continual_text.make_data(module, params, [made_up(f"made up {n}", n, n) for n in (2, 3, 4)], 1)
 
 
@@ -66,12 +68,13 @@ def test_lower_and_upper_layers_together_are_the_whole(kind):
     else:
         module = Vit(small_vit(num_layers=3, width=16, mlp_width=24))
         inputs = (np.random.default_rng(0).normal(size=(7, 12, 12, 3)).astype(np.float32),)
-    params = module.init(jax.random.key(0), *inputs)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), *inputs)["params"]
     lower, upper, above = frozen_layers.cut(module, params, 2)
     assert set(above["encoder"]) == {"layer_0", "layer_1"}
     hidden = frozen_layers.run_lower(lower, params, *inputs, size=3)
     found = jax.jit(lambda p, h: frozen_layers.run_upper(upper, p, h, *inputs))(above, hidden)
-    np.testing.assert_allclose(found, module.apply({"params": params}, *inputs), atol=tolerance(size=64))
+    whole = jax.jit(module.apply)({"params": params}, *inputs)
+    np.testing.assert_allclose(found, whole, atol=tolerance(size=64))
 
 
 def test_heads_are_those_of_the_examples_tasks_and_classes_beyond_them_are_impossible():
@@ -126,7 +129,10 @@ def test_batches_go_on_from_any_step(tmp_path):
 
 
 def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.runner._search.MOST", 4)
+    # Each method begins with one rate of its grid, and the search adds the one above.
+    short = {method: (make, rates[1:2]) for method, (make, rates) in streams.METHODS.items()}
+    monkeypatch.setattr("experiments.tasks.streams._run.METHODS", short)
+    monkeypatch.setattr("experiments.runner._search.MOST", 2)
     plain = streams.experiment(
         "continual_text", "a claim", continual_text.ContinualTextConfig, lambda config: small_data(), ()
     )
@@ -136,6 +142,8 @@ def test_every_method_runs_from_the_command_line_and_finished_streams_are_kept(t
     folder = tmp_path / "continual_text"
     results = json.loads((folder / "result.json").read_text())
     assert [c["method"] for c in results["costs"]] == list(streams.METHODS)
+    for method, (_, rates) in streams.METHODS.items():
+        assert [r["learning_rate"] for r in results["tuning"] if r["method"] == method] == list(rates[1:])
     for run in results["runs"]:
         for scenario in ("task", "class"):
             matrix = np.array(run[scenario]["matrix"], float)
@@ -179,9 +187,10 @@ def images(count, seed):
     return ImageSplit(pixels.astype(np.uint8), labels)
 
 
+@functools.cache
 def vision_data():
     module = Vit(small_vit(num_layers=2, width=16, mlp_width=24))
-    params = module.init(jax.random.key(0), jnp.ones((1, 12, 12, 3)))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, 12, 12, 3)))["params"]
     splits = {"train": images(48, 0), "validation": images(18, 1), "test": images(24, 2)}
     task = ImageTask(name="made up", splits=splits, label_names=tuple("abcdef"))
     return continual_vision.make_data(module, params, task, 1)

@@ -13,7 +13,7 @@ from rich.console import Console
 import subspace_jax as sj
 from experiments import league, runner
 from experiments.runner import Context, read_json
-from experiments.tasks.league import ARMS, find_budget, overview
+from experiments.tasks.league import ARMS, TextClasses, find_budget, overview
 from experiments.tasks.league._job import linear_probe
 from experiments.tasks.league._run import Entrant
 from experiments.tasks.training import Trained
@@ -122,7 +122,8 @@ def test_probe_is_the_classifier_on_features_that_are_not_standardized():
 @carried
 def test_a_short_run_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.runner._search.MOST", 2)
-    # A task embeds 2,000 messages for the probe of what is forgotten: the same for every run below.
+    # A task embeds its messages for the probe of what is forgotten: few and short ones, the same for every run below.
+    monkeypatch.setattr(league, "TextClasses", lambda **sizes: TextClasses(**sizes | {"train_size": 64, "length": 16}))
     text = league.jobs(league.LeagueConfig(layers=1, text_steps=2, test_size=32))["text"]()
     monkeypatch.setattr(league, "jobs", lambda config: {"text": lambda: text})
     settings = ("layers=1", "tasks=text", "text_steps=2", "test_size=32", "seeds=0", "rounds=1")

@@ -31,12 +31,13 @@ def test_short_texts_are_judged_first_and_none_is_changed_by_it(monkeypatch):
     assert [len(batch["labels"]) for batch in batches] == [64, 64, 22]
     everything, params = job.task.arrays("test"), job.start(0)
     rows = {tuple(tokens): i for i, tokens in enumerate(everything["tokens"].tolist())}
-    whole = np.asarray(jax.jit(job.model)(params, everything))
+    model = jax.jit(job.model)
+    whole = np.asarray(model(params, everything))
     seen = []
     for batch in batches:
         padded = np.pad(batch["tokens"], ((0, 0), (0, 40 - batch["tokens"].shape[1])))
         order = [rows[tuple(tokens)] for tokens in padded.tolist()]
         np.testing.assert_array_equal(batch["labels"], everything["labels"][order])
-        np.testing.assert_allclose(job.model(params, batch), whole[order], atol=1e-5)
+        np.testing.assert_allclose(model(params, batch), whole[order], atol=1e-5)
         seen += order
     assert sorted(seen) == list(range(150))

@@ -37,14 +37,14 @@ def assert_same_bits():
 @pytest.fixture
 def params():
     """A mixed tree: float32 and bfloat16, a stack of kernels, lists, tuples, None, integers."""
-    keys = iter(jax.random.split(jax.random.key(0), 8))
+    drawn = np.random.default_rng(0).normal
     return {
-        "embed": jax.random.normal(next(keys), (7, 4)),
+        "embed": jnp.asarray(drawn(size=(7, 4)), jnp.float32),
         "blocks": [
-            {"kernel": jax.random.normal(next(keys), (4, 6)), "bias": jnp.zeros(6)},
-            {"kernel": jax.random.normal(next(keys), (6, 4), jnp.bfloat16), "bias": None},
+            {"kernel": jnp.asarray(drawn(size=(4, 6)), jnp.float32), "bias": jnp.zeros(6)},
+            {"kernel": jnp.asarray(drawn(size=(6, 4)), jnp.bfloat16), "bias": None},
         ],
-        "stacked": {"kernel": jax.random.normal(next(keys), (3, 4, 5))},
+        "stacked": {"kernel": jnp.asarray(drawn(size=(3, 4, 5)), jnp.float32)},
         "norm": (jnp.ones(4, jnp.bfloat16), (jnp.arange(3), np.arange(4, dtype=np.int64))),
     }
 
@@ -62,7 +62,7 @@ def adapted(params):
         roles={"stacked/kernel": sj.Role.dense((1,), (2,), stack_axes=(0,))},
     )
     # Factors that start at zero would hide an array put in the wrong place.
-    keys = iter(jax.random.split(jax.random.key(2), 64))
     trainable, frozen = sj.partition(tree)
-    moved = jax.tree.map(lambda x: x + jax.random.normal(next(keys), x.shape).astype(x.dtype), trainable)
+    drawn = np.random.default_rng(2).normal
+    moved = jax.tree.map(lambda x: x + jnp.asarray(drawn(size=x.shape), x.dtype), trainable)
     return sj.combine(moved, frozen)

@@ -32,7 +32,9 @@ def whole():
     return content(fit(start(), STEP, batches, steps=STEPS))
 
 
-@pytest.mark.parametrize("options", [{}, {"base": make_params()}, {"background": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"base": make_params()}, {"background": True}], ids=["whole", "base left out", "in the background"]
+)
 def test_a_run_in_parts_ends_in_the_same_bits(tmp_path, whole, options):
     seen, asked = [], []
 

@@ -74,9 +74,15 @@ def finish(pair, step):
     return outputs
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled functions of all runs, which are the same."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.slow
-def test_killed_processes_end_in_the_same_bits(tmp_path):
-    cache, whole, broken = (tmp_path / name for name in ("cache", "whole", "broken"))
+def test_killed_processes_end_in_the_same_bits(tmp_path, cache):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     first, second = finish(Pair(whole, cache), STEPS)
     assert first == second  # the losses too
     expected = [(whole / f"final{i}.bin").read_bytes() for i in range(2)]
@@ -95,8 +101,8 @@ def test_killed_processes_end_in_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_both_after_the_same_step(tmp_path):
-    pair = Pair(tmp_path / "run", tmp_path / "cache")
+def test_a_signal_to_one_stops_both_after_the_same_step(tmp_path, cache):
+    pair = Pair(tmp_path / "run", cache)
     pair.until(1)
     pair.processes[1].send_signal(signal.SIGTERM)
     outputs = pair.outputs()
