@@ -1,10 +1,10 @@
 import pytest
 
-from ..eight_devices import run_on_8_devices
+from ..eight_devices import all_ok, run_on_8_devices
+from .sharded import SPACES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", ["auto", "explicit"])
-def test_every_manifold_gives_the_same_on_8_devices(axes):
-    lines, output = run_on_8_devices(__file__, axes)
-    assert lines == ["Stiefel: ok", "Grassmann: ok", "SpecialOrthogonal: ok"], output
+def test_every_manifold_gives_the_same_on_8_devices():
+    lines, output = run_on_8_devices(__file__)
+    assert lines == all_ok(SPACES), output
