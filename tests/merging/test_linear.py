@@ -213,7 +213,7 @@ def test_coefficients_can_be_learned():
         return jnp.sum(task_arithmetic(experts, base, weights=weights)["dense"] ** 2)
 
     weights = jnp.array([0.1, 0.2, 0.3])
-    gradient = jax.grad(loss)(weights)
+    gradient = jax.jit(jax.grad(loss))(weights)
     start = np.asarray(base["dense"], np.float64)
     deltas = [np.asarray(e["dense"], np.float64) - start for e in experts]
     merged = start + sum(w * d for w, d in zip(np.asarray(weights, np.float64), deltas, strict=True))

@@ -158,7 +158,7 @@ def test_the_root_has_a_gradient_at_zero_and_low_precision_is_computed_wide():
     kernel = orthogonal_kernel(KEY, (3, 3, 4, 4))
     assert bool(
         jnp.isfinite(
-            jax.grad(lambda w: orthogonality(w, power=1))(jnp.zeros((1, 1, 2, 2)).at[0, 0].set(jnp.eye(2)))
+            jax.jit(jax.grad(lambda w: orthogonality(w, power=1)))(jnp.zeros((1, 1, 2, 2)).at[0, 0].set(jnp.eye(2)))
         ).all()
     )
     half = kernel.astype(jnp.bfloat16)
@@ -174,7 +174,7 @@ def test_as_a_transformation_it_adds_the_gradient():
     gradient = jax.tree.map(jnp.ones_like, params)
     optimizer = add_orthogonality(0.3, {"**/kernel": 2})
     found, _ = optimizer.update(gradient, optimizer.init(params), params)
-    slope = jax.grad(lambda k: orthogonality(k, 2))(params["conv"]["kernel"])
+    slope = jax.jit(jax.grad(lambda k: orthogonality(k, 2)))(params["conv"]["kernel"])
     np.testing.assert_allclose(found["conv"]["kernel"], 1 + 0.3 * slope, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found["conv"]["bias"], 1.0)
     with pytest.raises(PatternError, match="'kernels' matches no leaf; nearest are 'conv/kernel'"):

@@ -228,7 +228,7 @@ def test_its_gradient_is_a_difference_quotient_and_leaves_the_model_alone():
     assert float(jnp.sum(gradient * step)) == pytest.approx(float(quotient), rel=1e-2)
     of_model = jax.jit(jax.grad(lambda p: one(output, p)))(PARAMS)["block"]["query"]["kernel"]
     assert not np.any(of_model)
-    only = jax.grad(lambda o: 0.3 * output_penalty(LAYOUT, o))(output)
+    only = jax.jit(jax.grad(lambda o: 0.3 * output_penalty(LAYOUT, o)))(output)
     np.testing.assert_allclose(only, 2 * 0.3 * output / 2, rtol=1e-6)
 
 
