@@ -1,7 +1,5 @@
 """Banks and bottleneck modules on 8 devices, beside one: run by `test_sharded.py` in a process of its own."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import subspace_jax as sj
-from tests.eight_devices import make_mesh
+from tests.eight_devices import KINDS, make_mesh
 from tests.tolerances import assert_rounding
 
 KEY = jax.random.key(0)
@@ -38,9 +36,9 @@ def filled(adapted, seed):
     return sj.combine(jax.tree.map(lambda v: jnp.asarray(0.3 * rng.normal(size=v.shape), v.dtype), trainable), frozen)
 
 
-def main(kind):
+def main():
     """Compares every way with one device, values and gradients."""
-    mesh, rng = make_mesh(kind), np.random.default_rng(0)
+    meshes, rng = {kind: make_mesh(kind) for kind in KINDS}, np.random.default_rng(0)
     draw = lambda *s: jnp.asarray(rng.normal(size=s) / 3, jnp.float32)
     params = {"fc1": {"kernel": draw(8, 16), "bias": draw(16)}, "fc2": {"kernel": draw(16, 8), "bias": draw(8)}}
     specs = {"fc1": {"kernel": P(None, "model"), "bias": P("model")}, "fc2": {"kernel": P("model", None), "bias": P()}}
@@ -53,12 +51,10 @@ def main(kind):
         "sequential": (sj.adapt(params, {"fc2/{kernel,bias}": sj.bottleneck(4)}, key=KEY), sj.with_adapters(fn)),
         "parallel": (sj.adapt(params, {"{fc1,fc2}/kernel": parallel}, key=KEY), sj.with_adapters(fn)),
     }
-    if kind == "auto":
-        split = sj.per_row(laid_out, spmd_axis_name="data")
-        cases["split bank"] = cases["bank"][0], lambda t, x: split(t, rows, x)
+    split = sj.per_row(laid_out, spmd_axis_name="data")
+    cases["split bank"] = cases["bank"][0], lambda t, x: split(t, rows, x)
     kinds = [filled(cases[name][0], i) for i, name in enumerate(("sequential", "parallel"))]
     cases["modules"] = sj.bank(params, kinds, trainable=True), cases["bank"][1]
-    base = jax.tree.map(lambda v, s: jax.device_put(v, NamedSharding(mesh, s)), params, specs)
     for name, (tree, apply) in cases.items():
         banked = name in ("bank", "split bank", "modules")
         tree = tree if banked else filled(tree, 3)
@@ -67,17 +63,25 @@ def main(kind):
             return jax.value_and_grad(lambda t: jnp.sum(jnp.sin(apply(sj.combine(t, frozen), x))))(trainable)
 
         want = jax.jit(step)(*sj.partition(tree), x)
-        # A bank's rows are batches of one, so what the model says of the batch's placement is not for it.
-        layout = jax.tree.map(lambda v: NamedSharding(mesh, P()), base) if banked and kind == "explicit" else None
-        own = base if layout is None else jax.tree.map(jax.device_put, params, layout)
-        with jax.set_mesh(mesh):
-            placed = jax.tree.map(jax.device_put, tree, sj.shardings(tree, own))
-            data = P(None) if layout is not None else P("data", None, None)
-            found = jax.jit(step)(*sj.partition(placed), jax.device_put(x, NamedSharding(mesh, data)))
-        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-            assert_rounding(one, other, size=512)
-        print(name)
+        for kind, mesh in meshes.items():
+            if kind == "explicit" and name == "split bank":
+                continue
+            found = on_mesh(kind, mesh, step, tree, x, params, specs, banked)
+            for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+                assert_rounding(one, other, size=512)
+            print(f"{kind}: {name}")
+
+
+def on_mesh(kind, mesh, step, tree, x, params, specs, banked):
+    base = jax.tree.map(lambda v, s: jax.device_put(v, NamedSharding(mesh, s)), params, specs)
+    # A bank's rows are batches of one, so what the model says of the batch's placement is not for it.
+    layout = jax.tree.map(lambda v: NamedSharding(mesh, P()), base) if banked and kind == "explicit" else None
+    own = base if layout is None else jax.tree.map(jax.device_put, params, layout)
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(jax.device_put, tree, sj.shardings(tree, own))
+        data = P(None) if layout is not None else P("data", None, None)
+        return jax.jit(step)(*sj.partition(placed), jax.device_put(x, NamedSharding(mesh, data)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

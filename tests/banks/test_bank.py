@@ -11,6 +11,7 @@ import subspace_jax as sj
 from subspace_jax.core import MaterializeError, NotMergeableError, RankError, StructureError
 from subspace_jax.models import Llama, greedy_decode, small_llama
 from tests.contract.kernels import KERNELS, make_inputs, make_params
+from tests.models.model_helpers import random_params
 from tests.tolerances import assert_rounding
 
 KEY = jax.random.key(0)
@@ -19,6 +20,13 @@ MATRICES = tuple(KERNELS)
 
 def model(params, inputs):
     return {name: KERNELS[name].use(params[name], inputs[name]) for name in inputs}
+
+
+run_rows, run_alone = jax.jit(sj.per_row(model)), jax.jit(model)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def filled(adapted, seed):
@@ -44,30 +52,27 @@ def adapters(params, roles, names=MATRICES):
 def case():
     params, inputs = make_params(), make_inputs()
     roles = sj.roles(model, params, inputs)
-    return params, inputs, roles, adapters(params, roles)
+    made = adapters(params, roles)
+    return params, inputs, roles, made, sj.bank(params, made)
 
 
 def test_each_row_is_its_own_adapter_alone_on_every_kernel(case):
-    params, inputs, _, made = case
+    params, inputs, _, made, bank = case
     rows = jnp.array([2, 0, 3, 1])
-    run = jax.jit(sj.per_row(model))
-    found = run(sj.bank(params, made), rows, inputs)
+    found = run_rows(bank, rows, inputs)
     for i, row in enumerate(np.asarray(rows)):
         merged = params if row == 0 else sj.merge(made[row - 1], keep_float32=True)
-        alone = model(merged, jax.tree.map(lambda v, i=i: v[i : i + 1], inputs))
+        alone = run_alone(merged, jax.tree.map(lambda v, i=i: np.asarray(v)[i : i + 1], inputs))
         for name in KERNELS:
             size = 64 if KERNELS[name].dtype == jnp.bfloat16 else 512
             dtype = "bfloat16" if KERNELS[name].dtype == jnp.bfloat16 else "float32"
-            assert_rounding(
-                found[name][i : i + 1].astype(jnp.float32), alone[name].astype(jnp.float32), size=size, dtype=dtype
-            )
+            assert_rounding(np.asarray(found[name])[i : i + 1], alone[name], size=size, dtype=dtype)
 
 
 def test_rows_of_the_base_are_the_base_bit_for_bit(case):
     """In one program: whatever the other rows use, and with a bank of nothing. Another program may sum otherwise."""
-    params, inputs, _, made = case
+    params, inputs, _, _, bank = case
     run = jax.jit(lambda bank, params, rows, inputs: (sj.per_row(model)(bank, rows, inputs), model(params, inputs)))
-    bank = sj.bank(params, made)
     nothing = bank
     for slot in (1, 2, 3):
         nothing = sj.banks.remove(nothing, slot)
@@ -79,12 +84,11 @@ def test_rows_of_the_base_are_the_base_bit_for_bit(case):
         np.testing.assert_array_equal(found[name][1:3], alone[name][1:3], err_msg=name)
         np.testing.assert_array_equal(empty[name], alone[name], err_msg=name)
         dtype = "bfloat16" if KERNELS[name].dtype == jnp.bfloat16 else "float32"
-        ours, theirs = (v[name].astype(jnp.float32) for v in (alone, plain))
-        assert_rounding(ours, theirs, size=1 if dtype == "bfloat16" else 8, dtype=dtype)
+        assert_rounding(alone[name], plain[name], size=1 if dtype == "bfloat16" else 8, dtype=dtype)
 
 
 def test_nothing_compiles_again_when_rows_slots_alphas_ranks_or_origins_change(case):
-    params, inputs, roles, made = case
+    params, inputs, roles, made, _ = case
     run = jax.jit(sj.per_row(model))
     bank = sj.bank(params, made, slots=6, rank=4)
     run(bank, jnp.array([1, 0, 0, 2]), inputs)
@@ -92,16 +96,17 @@ def test_nothing_compiles_again_when_rows_slots_alphas_ranks_or_origins_change(c
     changed = sj.banks.put(sj.banks.remove(bank, 1), 5, other)
     found = run(changed, jnp.array([5, 1, 3, 5]), inputs)
     assert run._cache_size() == 1
-    alone = model(sj.merge(other), jax.tree.map(lambda v: v[:1], inputs))
+    alone = run_alone(sj.merge(other), jax.tree.map(lambda v: np.asarray(v)[:1], inputs))
     assert_rounding(found["square"][:1], alone["square"], size=64)
-    assert_rounding(found["square"][1:2], inputs["square"][1:2] @ params["square"], size=64)
-    assert_rounding(found["square"][2:3], inputs["square"][2:3] @ sj.merge(made[2])["square"], size=64)
+    x = np.asarray(inputs["square"])
+    assert_rounding(found["square"][1:2], x[1:2] @ np.asarray(params["square"]), size=64)
+    assert_rounding(found["square"][2:3], x[2:3] @ np.asarray(sj.merge(made[2])["square"]), size=64)
 
 
 def test_padded_adapters_of_other_ranks_alphas_and_origins_are_one_program():
-    params = {"w": jax.random.normal(KEY, (6, 5))}
+    params = {"w": normal(0, 6, 5)}
     run = jax.jit(lambda p, x: sj.with_adapters(lambda p, x: x @ p["w"])(p, x))
-    x = jax.random.normal(jax.random.key(1), (3, 6))
+    x = normal(1, 3, 6)
     for method in (sj.lora(4), sj.lora(2, alpha=9.0), sj.lora(1, rank_stabilized=True), sj.pissa(2)):
         adapted = filled(sj.adapt(params, {"w": method}, key=KEY), 1)
         adapted = sj.to_lora(adapted, params)
@@ -116,10 +121,10 @@ def test_padded_adapters_of_other_ranks_alphas_and_origins_are_one_program():
 
 
 def test_a_training_step_of_a_bank_is_a_step_of_every_adapter_on_its_rows():
-    params = {"w": jax.random.normal(KEY, (6, 5)), "v": jax.random.normal(jax.random.key(2), (5, 4))}
+    params = {"w": normal(0, 6, 5), "v": normal(2, 5, 4)}
     rules = ({"w": sj.lora(2)}, {"*": sj.dora(sj.lora(3, alpha=2.0))}, {"v": sj.dora(sj.lora(1))}, {"w": sj.lora(1)})
     made = [filled(sj.adapt(params, rule, key=KEY), i) for i, rule in enumerate(rules)]
-    x, y = jax.random.normal(jax.random.key(3), (7, 6)), jax.random.normal(jax.random.key(4), (7, 4))
+    x, y = np.asarray(normal(3, 7, 6)), np.asarray(normal(4, 7, 4))
     rows = jnp.array([1, 2, 0, 3, 2, 1, 3])
 
     def fn(p, x):
@@ -135,7 +140,7 @@ def test_a_training_step_of_a_bank_is_a_step_of_every_adapter_on_its_rows():
         def loss_alone(t, fixed=fixed, mine=mine):
             return jnp.sum((sj.with_adapters(fn)(sj.combine(t, fixed), x[mine]) - y[mine]) ** 2)
 
-        alone = jax.grad(loss_alone)(learned)
+        alone = jax.jit(jax.grad(loss_alone))(learned)
         for name in rules[i] if "*" not in rules[i] else params:
             inner = alone[name].direction if isinstance(alone[name], sj.methods.dora.Magnitude) else alone[name]
             rank = inner.a.shape[-1]
@@ -152,12 +157,12 @@ def test_a_training_step_of_a_bank_is_a_step_of_every_adapter_on_its_rows():
 
 
 def test_a_column_of_zeros_gives_finite_gradients_through_its_norm():
-    params = {"w": jax.random.normal(KEY, (6, 5)).at[:, 2].set(0.0)}
+    params = {"w": normal(0, 6, 5) * (np.arange(5) != 2)}
     made = sj.adapt(params, {"w": sj.dora(sj.lora(2), norm="exact")}, key=KEY)
     trainable, frozen = sj.partition(sj.bank(params, [made], trainable=True))
-    x, rows = jax.random.normal(jax.random.key(1), (4, 6)), jnp.array([0, 1, 1, 0])
+    x, rows = normal(1, 4, 6), jnp.array([0, 1, 1, 0])
     run = sj.per_row(lambda p, x: x @ p["w"])
-    found = jax.grad(lambda t: jnp.sum(run(sj.combine(t, frozen), rows, x) ** 2))(trainable)
+    found = jax.jit(jax.grad(lambda t: jnp.sum(run(sj.combine(t, frozen), rows, x) ** 2)))(trainable)
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(found))
 
 
@@ -171,7 +176,7 @@ def _mlp(p, x):
 def test_operations_and_bytes_are_those_of_one_lora(backward):
     """At the bank's rank, unrolled: at most 1.05 of one LoRA, and no more memory than the gathered factors take."""
     width, rank, batch, length = 128, 4, 8, 16
-    params = {f"w{i}": jax.random.normal(jax.random.key(i), (width, width)) for i in range(4)}
+    params = {f"w{i}": normal(i, width, width) for i in range(4)}
     one = sj.adapt(params, {"*": sj.lora(rank)}, key=KEY)
     bank = sj.bank(params, [one] * 8, trainable=True)
     x, rows = jnp.ones((batch, length, width)), jnp.arange(batch)
@@ -195,8 +200,8 @@ def test_operations_and_bytes_are_those_of_one_lora(backward):
 
 def test_generation_with_a_cache_gives_each_row_its_own_adapters_tokens():
     module = Llama(small_llama())
-    prompt = jax.random.randint(jax.random.key(5), (4, 6), 0, 64)
-    params = module.init(jax.random.key(0), prompt)["params"]
+    prompt = np.random.default_rng(5).integers(0, 64, (4, 6))
+    params = random_params(module, prompt)
     roles = sj.roles(lambda p, t: module.apply({"params": p}, t), params, prompt)
     rules = {"**/kernel": sj.lora(3), "**/embedding": sj.lora(2)}
     made = [filled(sj.adapt(params, rules, key=KEY, roles=roles), i) for i in range(2)]
@@ -209,7 +214,7 @@ def test_generation_with_a_cache_gives_each_row_its_own_adapters_tokens():
 
 
 def test_methods_on_a_residual_enter_on_the_original_at_twice_the_rank(case):
-    params = {"w": jax.random.normal(KEY, (8, 6))}
+    params = {"w": normal(0, 8, 6)}
     made = [
         filled(sj.adapt(params, {"w": m}, key=KEY), 3)
         for m in (sj.pissa(2, svd="exact"), sj.methods.lora_sb.lora_xs(2))
@@ -217,20 +222,20 @@ def test_methods_on_a_residual_enter_on_the_original_at_twice_the_rank(case):
     bank = sj.bank(params, made)
     assert bank["w"].rank == 4
     np.testing.assert_array_equal(bank["w"].base, params["w"])
-    x = jax.random.normal(jax.random.key(1), (3, 8))
+    x = normal(1, 3, 8)
     found = sj.per_row(lambda p, x: x @ p["w"])(bank, jnp.array([1, 2, 0]), x)
     for i, tree in enumerate((*map(sj.merge, made), params)):
-        assert_rounding(found[i], x[i] @ tree["w"], size=128)
+        assert_rounding(found[i], np.asarray(x)[i] @ np.asarray(tree["w"]), size=128)
 
 
 def test_files_and_checkpoints_keep_a_bank(tmp_path, case):
-    params, inputs, _, made = case
-    bank, rows = sj.bank(params, made), jnp.array([1, 2, 3, 0])
+    params, inputs, _, _, bank = case
+    rows = jnp.array([1, 2, 3, 0])
     path = sj.save_adapter(tmp_path / "bank.safetensors", bank, base=params)
     loaded = sj.load_adapter(path, params)
-    run = jax.jit(sj.per_row(model))
-    jax.tree.map(np.testing.assert_array_equal, run(bank, rows, inputs), run(loaded, rows, inputs))
-    assert run._cache_size() == 1
+    kept, programs = run_rows(bank, rows, inputs), run_rows._cache_size()
+    jax.tree.map(np.testing.assert_array_equal, kept, run_rows(loaded, rows, inputs))
+    assert run_rows._cache_size() == programs
 
 
 def test_bad_input_is_refused(case):
@@ -278,11 +283,11 @@ def test_bad_input_is_refused(case):
 @pytest.mark.optimized
 def test_a_table_in_a_bank_is_read_where_it_is_and_not_copied_for_each_row():
     words, rank, rows = 4000, 4, jnp.array([1, 0, 2, 1, 2, 0, 1, 2])
-    params = {"table": jax.random.normal(KEY, (words, 6))}
+    params = {"table": normal(0, words, 6)}
     roles = {"table": sj.Role.embedding()}
     made = [filled(sj.adapt(params, {"table": sj.lora(rank)}, key=KEY, roles=roles), i) for i in range(2)]
     bank = sj.bank(params, made)
-    index = jax.random.randint(KEY, (8, 3), -2, words + 2)
+    index = np.random.default_rng(0).integers(-2, words + 2, (8, 3)).astype(np.int32)
     for mode in ("clip", "fill"):
         fn = lambda p, i, mode=mode: jnp.take(p["table"], i, axis=0, mode=mode)
         run = jax.jit(sj.per_row(fn))
@@ -296,7 +301,7 @@ def test_a_table_in_a_bank_is_read_where_it_is_and_not_copied_for_each_row():
 
 
 def test_a_lookup_along_the_outputs_of_a_kernel_is_each_adapters_own():
-    params, index = {"w": jax.random.normal(KEY, (6, 5))}, jnp.array([[0, 4], [2, 2], [1, 3]])
+    params, index = {"w": normal(0, 6, 5)}, jnp.array([[0, 4], [2, 2], [1, 3]])
     made = [filled(sj.adapt(params, {"w": sj.lora(2)}, key=KEY), i) for i in range(2)]
     fn = lambda p, i: jnp.take(p["w"], i, axis=1)
     found = sj.per_row(fn, out_axes=1)(sj.bank(params, made), jnp.array([2, 0, 1]), index)

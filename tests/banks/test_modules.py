@@ -8,6 +8,7 @@ import pytest
 import subspace_jax as sj
 from subspace_jax.core import MaterializeError, NotMergeableError, StructureError
 from subspace_jax.models import Llama, Vit, greedy_decode, small_llama, small_vit
+from tests.models.model_helpers import random_params
 from tests.tolerances import assert_rounding
 
 KEY = jax.random.key(0)
@@ -18,7 +19,8 @@ def filled(adapted, seed):
     """The adapter with random values, so that it changes something."""
     rng = np.random.default_rng(seed)
     trainable, frozen = sj.partition(adapted)
-    return sj.combine(jax.tree.map(lambda v: jnp.asarray(0.3 * rng.normal(size=v.shape), v.dtype), trainable), frozen)
+    random = lambda v: jax.device_put((0.3 * rng.normal(size=v.shape)).astype(v.dtype))
+    return sj.combine(jax.tree.map(random, trainable), frozen)
 
 
 def parallel(size, **options):
@@ -30,7 +32,7 @@ def case():
     module = Vit(small_vit())
     side = module.config.patch_size * module.config.position_grid
     images = jnp.asarray(np.random.default_rng(0).normal(size=(6, side, side, 3)), jnp.float32)
-    params = module.init(KEY, images)["params"]
+    params = random_params(module, images)
     fn = lambda p, x: jax.tree.leaves(module.apply({"params": p}, x))[0]
     roles = sj.roles(fn, params, images)
     rules = {
@@ -51,26 +53,26 @@ def test_adaptformer_pfeiffer_houlsby_lora_and_dora_answer_in_one_batch(case):
     bank = sj.bank(params, list(made.values()), slots=7)
     found, base = run(bank, rows, images), run(bank, jnp.zeros(6, jnp.int32), images)
     np.testing.assert_array_equal(found[1], base[1])
-    trees = [params, *made.values()]
+    alone, trees = jax.jit(sj.with_adapters(fn)), [params, *made.values()]
     for i, row in enumerate(np.asarray(rows)):
-        assert_rounding(found[i], sj.with_adapters(fn)(trees[row], images[i : i + 1])[0], size=256)
+        assert_rounding(found[i], alone(trees[row], images)[i], size=256)
     assert not np.allclose(found[2:], base[2:])
     # An adapter taken out is the one put in, with zeros behind its hidden features; what it leaves out adds nothing.
     for slot, name in ((1, "pfeiffer"), (3, "adaptformer"), (4, "lora")):
         taken = sj.banks.take(bank, slot)
-        assert_rounding(sj.with_adapters(fn)(taken, images), sj.with_adapters(fn)(made[name], images), size=256)
+        assert_rounding(alone(taken, images), alone(made[name], images), size=256)
     changed = sj.banks.put(bank, 6, made["houlsby"])
     found = run(sj.banks.remove(changed, 3), rows.at[3].set(6), images)
     assert run._cache_size() == 1
     np.testing.assert_array_equal(found[:2], base[:2])
-    assert_rounding(found[3], sj.with_adapters(fn)(made["houlsby"], images[3:4])[0], size=256)
+    assert_rounding(found[3], alone(made["houlsby"], images)[3], size=256)
 
 
 def test_generation_with_a_cache_gives_each_row_its_own_modules_tokens():
     """Against the model with that module alone, without a bank and without a cache."""
     module = Llama(small_llama(scan_layers=True))
-    prompt = jax.random.randint(jax.random.key(5), (4, 6), 0, 64)
-    params = module.init(KEY, prompt)["params"]
+    prompt = np.random.default_rng(5).integers(0, 64, (4, 6))
+    params = jax.jit(module.init)(KEY, prompt)["params"]
     fn = lambda p, t: module.apply({"params": p}, t)
     roles = sj.roles(fn, params, prompt)
     rules = (
@@ -83,11 +85,12 @@ def test_generation_with_a_cache_gives_each_row_its_own_modules_tokens():
     found = np.asarray(greedy_decode(module, sj.bank(params, made), prompt, 4, rows=rows))
     changed = (found != np.asarray(greedy_decode(module, params, prompt, 4))).any(1)
     np.testing.assert_array_equal(changed, rows != 0)
+    alone = jax.jit(sj.with_adapters(fn))
     for row, text in zip(np.asarray(rows), found, strict=True):
         # Causal: what stands at a place depends on nothing behind it, so one pass judges all tokens.
         answer = text[-4:]
-        whole = jnp.concatenate([prompt[list(rows).index(row)], jnp.asarray(answer)])[None]
-        logits = jax.tree.leaves(sj.with_adapters(fn)([params, *made][row], whole))[0]
+        whole = np.concatenate([prompt[list(rows).index(row)], answer])[None]
+        logits = np.asarray(alone([params, *made][row], whole))
         np.testing.assert_array_equal(logits[0, -5:-1].argmax(-1), answer)
 
 

@@ -1,12 +1,10 @@
 """Banks and bottleneck modules on a mesh give what they give on one device."""
 
-import pytest
-
-from tests.eight_devices import run_on_8_devices
+from tests.eight_devices import KINDS, run_on_8_devices
 
 
-@pytest.mark.parametrize("axes", ["auto", "explicit"])
-def test_on_8_devices(axes):
-    lines, output = run_on_8_devices(__file__, axes)
-    more = ["split bank"] if axes == "auto" else []
-    assert lines == ["bank", "sequential", "parallel", *more, "modules"], output
+def test_on_8_devices():
+    lines, output = run_on_8_devices(__file__)
+    cases = ("bank", "sequential", "parallel", "modules")
+    assert set(lines) == {"auto: split bank", *(f"{kind}: {name}" for kind in KINDS for name in cases)}, output
+    assert len(lines) == 2 * len(cases) + 1, output

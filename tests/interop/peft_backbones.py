@@ -1,6 +1,7 @@
 """Small Hugging Face models, and the same functions here with the same weights."""
 
 import contextlib
+import functools
 import warnings
 
 import jax
@@ -19,6 +20,16 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 CLASSES = 3
+ROLES = {}
+
+
+def applied(module):
+    return sj.with_adapters(lambda p, *batch: module.apply({"params": p}, *batch))
+
+
+@functools.cache
+def compiled(module):
+    return jax.jit(applied(module))
 
 
 class TorchClassifier(torch.nn.Module):
@@ -71,17 +82,23 @@ class Bert:
         head = {"kernel": model.classifier.weight.detach().numpy().T, "bias": model.classifier.bias.detach().numpy()}
         return jax.tree.map(jnp.array, {"backbone": backbone, "classifier": head})
 
+    @property
+    def module(self):
+        return models.BertClassifier(self.config, num_classes=CLASSES)
+
     def logits(self, tree):
-        module = models.BertClassifier(self.config, num_classes=CLASSES)
-        return sj.with_adapters(lambda p, tokens, mask: module.apply({"params": p}, tokens, mask))(tree, *self.batch)
+        """One operation after the other, which trees of all kinds share, but where a loop would be compiled anew."""
+        run = compiled(self.module) if self.config.scan_layers else applied(self.module)
+        return run(tree, *self.batch)
 
     def torch_logits(self, model):
         with torch.no_grad():
             return model(*(torch.tensor(part) for part in self.batch)).numpy()
 
     def roles(self, params):
-        module = models.BertClassifier(self.config, num_classes=CLASSES)
-        return sj.roles(lambda p, *batch: module.apply({"params": p}, *batch), params, *self.batch)
+        if self.module not in ROLES:
+            ROLES[self.module] = sj.roles(applied(self.module), params, *self.batch)
+        return ROLES[self.module]
 
 
 class Dinov2(Bert):
@@ -101,20 +118,20 @@ class Dinov2(Bert):
 
     def params(self):
         state = {name: tensor.numpy() for name, tensor in self.make().state_dict().items()}
-        module = models.Vit(self.config)
-        shapes = jax.eval_shape(module.init, jax.random.key(0), *self.batch)["params"]
+        shapes = jax.eval_shape(self.module.init, jax.random.key(0), *self.batch)["params"]
         given = {"embeddings/cls": "embeddings.cls_token", "embeddings/position": "embeddings.position_embeddings"}
         return from_torch(shapes, state, given)
 
+    @property
+    def module(self):
+        return models.Vit(self.config)
+
     def logits(self, tree):
-        return sj.with_adapters(lambda p, x: models.Vit(self.config).apply({"params": p}, x))(tree, *self.batch)
+        return compiled(self.module)(tree, *self.batch)
 
     def torch_logits(self, model):
         with torch.no_grad():
             return model(torch.tensor(self.batch[0].transpose(0, 3, 1, 2))).last_hidden_state.numpy()
-
-    def roles(self, params):
-        return sj.roles(lambda p, x: models.Vit(self.config).apply({"params": p}, x), params, *self.batch)
 
 
 class Llama(Bert):
@@ -141,18 +158,19 @@ class Llama(Bert):
 
     def params(self):
         state = {name: tensor.numpy() for name, tensor in self.make().state_dict().items()}
-        shapes = jax.eval_shape(models.Llama(self.config).init, jax.random.key(0), *self.batch)["params"]
+        shapes = jax.eval_shape(self.module.init, jax.random.key(0), *self.batch)["params"]
         return from_torch(shapes, state, {})
 
+    @property
+    def module(self):
+        return models.Llama(self.config)
+
     def logits(self, tree):
-        return sj.with_adapters(lambda p, t: models.Llama(self.config).apply({"params": p}, t))(tree, *self.batch)
+        return compiled(self.module)(tree, *self.batch)
 
     def torch_logits(self, model):
         with torch.no_grad():
             return model(torch.tensor(self.batch[0])).logits.numpy()
-
-    def roles(self, params):
-        return sj.roles(lambda p, t: models.Llama(self.config).apply({"params": p}, t), params, *self.batch)
 
 
 # Written out here, so that a wrong name in the ready maps makes other logits.

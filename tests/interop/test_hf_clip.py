@@ -78,11 +78,15 @@ def test_features_and_logits_are_those_of_their_own_library(name, mask, folders)
     trees = []
     for scan in (False, True):
         model = load(f"hf:{folders[name]}", scan_layers=scan)
-        variables = {"params": model.params}
+
+        @jax.jit
+        def outputs(params, apply=model.module.apply):
+            variables = {"params": params}
+            text = apply(variables, TOKENS, mask, method="encode_text")
+            return text, apply(variables, images(), method="encode_images"), apply(variables, TOKENS, images(), mask)
+
         with jax.default_matmul_precision("highest"):
-            text = model.module.apply(variables, TOKENS, mask, method="encode_text")
-            image = model.module.apply(variables, images(), method="encode_images")
-            logits = model.module.apply(variables, TOKENS, images(), mask)
+            text, image, logits = outputs(model.params)
         np.testing.assert_allclose(unit(text), expected["text"], atol=1e-4)
         np.testing.assert_allclose(unit(image), expected["image"], atol=1e-4)
         np.testing.assert_allclose(logits, expected["logits"], atol=1e-4 * np.abs(expected["logits"]).max())
@@ -120,7 +124,7 @@ def test_names_go_both_ways_and_an_adapter_into_their_model(folders, tmp_path):
     adapted = sj.core.map_with_paths(
         lambda path, leaf: dataclasses.replace(leaf, b=leaf.b + 0.1) if sj.core.is_weight(leaf) else leaf, adapted
     )
-    apply = sj.with_adapters(lambda p: model.module.apply({"params": p}, TOKENS, images()))
+    apply = jax.jit(sj.with_adapters(lambda p: model.module.apply({"params": p}, TOKENS, images())))
     with jax.default_matmul_precision("highest"):
         ours = apply(adapted)
         assert float(jnp.abs(ours - apply(model.params)).max()) > 1e-2

@@ -22,7 +22,7 @@ def ours(method, base, a, b, role=None):
 
 def value_and_grads(model, weight, x):
     apply = sj.with_adapters(model)
-    return apply(weight, x), jax.grad(lambda w: jnp.sum(jnp.sin(apply(w, x))))(weight)
+    return apply(weight, x), jax.jit(jax.grad(lambda w: jnp.sum(jnp.sin(apply(w, x)))))(weight)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -337,8 +337,7 @@ def test_minilm(tmp_path):
     tokens, mask = rng.integers(1000, 20000, (2, 12)), (np.arange(12) < np.array([12, 8])[:, None]).astype(np.int64)
 
     def ours(tree):
-        apply = sj.with_adapters(lambda p: minilm.module.apply({"params": p}, tokens, mask))
-        return np.asarray(apply(tree))[mask > 0]
+        return np.asarray(pb.compiled(minilm.module)(tree, tokens, mask))[mask > 0]
 
     def theirs(model):
         with torch.no_grad():

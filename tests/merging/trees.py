@@ -13,47 +13,37 @@ ROLES = {"stack": sj.Role.dense(in_axes=(1,), out_axes=(2,), stack_axes=(0,))}
 
 
 def base_tree(seed=0, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
-    tree = {
-        n: jax.random.normal(k, s, jnp.float32).astype(dtype) for k, (n, s) in zip(keys, SHAPES.items(), strict=True)
-    }
+    rng = np.random.default_rng(seed)
+    tree = {n: jax.device_put(rng.normal(size=s).astype(dtype)) for n, s in SHAPES.items()}
     return tree | {"steps": jnp.arange(3)}
 
 
 def full_experts(base, count=3, size=0.1, seed=1):
     """Trees that differ from the base everywhere by about `size`."""
-
-    def one(key):
-        leaves, treedef = jax.tree.flatten(base)
-        keys = jax.random.split(key, len(leaves))
-        moved = [
-            (v.astype(jnp.float32) + size * jax.random.normal(k, v.shape)).astype(v.dtype)
-            if jnp.issubdtype(v.dtype, jnp.floating)
-            else v
-            for k, v in zip(keys, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, moved)
-
-    return [one(k) for k in jax.random.split(jax.random.key(seed), count)]
+    rng = np.random.default_rng(seed)
+    return [jax.tree.map(lambda v: _noisy(v, rng, size), base) for _ in range(count)]
 
 
 def adapted_experts(base, methods, seed=2):
     """Trees with an adapter of one method each on all matrices, moved away from its start."""
-    keys = jax.random.split(jax.random.key(seed), len(methods))
     roles = {p: r for p, r in ROLES.items() if p in base}
     return [
-        moved(sj.adapt(base, {"{dense,wide,stack}": m}, key=k, roles=roles), k)
-        for m, k in zip(methods, keys, strict=True)
+        moved(sj.adapt(base, {"{dense,wide,stack}": m}, key=jax.random.key(seed + i), roles=roles), seed + i)
+        for i, m in enumerate(methods)
     ]
 
 
-def moved(adapted, key, size=0.3):
+def moved(adapted, seed, size=0.3):
     """Adds noise to everything that learns."""
+    rng = np.random.default_rng(seed)
     trainable, frozen = sj.partition(adapted)
-    leaves, treedef = jax.tree.flatten(trainable)
-    keys = jax.random.split(key, len(leaves))
-    moved = [v + size * jax.random.normal(k, v.shape, v.dtype) for k, v in zip(keys, leaves, strict=True)]
-    return sj.combine(jax.tree.unflatten(treedef, moved), frozen)
+    return sj.combine(jax.tree.map(lambda v: _noisy(v, rng, size), trainable), frozen)
+
+
+def _noisy(array, rng, size):
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    return jax.device_put((np.asarray(array, np.float32) + size * rng.normal(size=array.shape)).astype(array.dtype))
 
 
 def arrays(tree):

@@ -21,10 +21,10 @@ def tiny(kind, **overrides):
     return Llama(small_llama(**overrides)), tokens
 
 
-def random_params(module, inputs, scale=0.2):
+def random_params(module, *inputs, scale=0.2):
     """Parameters with no accidental zeros or ones, so that a swapped or skipped one shows."""
     rng = np.random.default_rng(2)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * scale + 0.1, s.dtype), shapes)
 
 

@@ -23,9 +23,11 @@ from subspace_jax.models import (
     small_llama,
     small_vit,
 )
+from tests.models.model_helpers import random_params
 
 KEY = jax.random.key(0)
-TOKENS = jax.random.randint(jax.random.key(1), (2, 6), 1, 60)
+TOKENS = jnp.asarray(np.random.default_rng(1).integers(1, 60, (2, 6)))
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 12, 3)), jnp.float32)
 PADDED = jnp.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
 
 
@@ -48,9 +50,9 @@ def asked(monkeypatch):
 def both(make, config, *arguments, **options):
     """Outputs of one model with XLA's and with cuDNN's attention, on the same parameters."""
     model = make(config)
-    params = model.init(KEY, *arguments[:1] if make is not Clip else arguments)["params"]
+    params = random_params(model, *arguments[:1] if make is not Clip else arguments)
     fused = make(dataclasses.replace(config, attention="cudnn"))
-    return [m.apply({"params": params}, *arguments, **options) for m in (model, fused)]
+    return [jax.jit(m.apply)({"params": params}, *arguments, **options) for m in (model, fused)]
 
 
 HALF = {"dtype": jnp.bfloat16}
@@ -61,8 +63,8 @@ CASES = {
     "llama, packed": (Llama, small_llama(**HALF), (TOKENS,), {"segments": PADDED}, False),
     "llama, window": (Llama, small_llama(window=3, **HALF), (TOKENS,), {}, False),
     "bert, padded": (Bert, small_bert(**HALF), (TOKENS, PADDED), {}, False),
-    "vit": (Vit, small_vit(**HALF), (jax.random.normal(KEY, (2, 12, 12, 3)),), {}, False),
-    "clip": (Clip, small_clip(**HALF), (TOKENS, jax.random.normal(KEY, (2, 12, 12, 3))), {}, False),
+    "vit": (Vit, small_vit(**HALF), (IMAGES,), {}, False),
+    "clip": (Clip, small_clip(**HALF), (TOKENS, IMAGES), {}, False),
 }
 
 
@@ -78,7 +80,7 @@ def test_models_compute_the_same_and_only_a_causal_mask_is_left_to_the_kernel(na
 
 def test_a_cache_keeps_its_mask(asked):
     config = small_llama(**HALF)
-    params = Llama(config).init(KEY, TOKENS)["params"]
+    params = random_params(Llama(config), TOKENS)
     plain, fused = (
         Llama(dataclasses.replace(config, attention=name)).apply(
             {"params": params}, TOKENS, None, init_cache(config, 2, 9)
@@ -93,29 +95,35 @@ def test_a_cache_keeps_its_mask(asked):
 def test_adapters_run_and_learn_with_it(asked):
     config = small_llama(attention="cudnn", **HALF)
     model = Llama(config)
-    params = model.init(KEY, TOKENS)["params"]
+    params = random_params(model, TOKENS)
     fn = lambda p: model.apply({"params": p}, TOKENS).mean()
     adapted = sj.adapt(params, {"decoder/**/kernel": sj.lora(2)}, key=KEY, roles=sj.roles(fn, params))
     trainable, frozen = sj.partition(adapted)
-    gradient = jax.grad(lambda t: sj.with_adapters(fn)(sj.combine(t, frozen)))(trainable)
+    gradient = jax.jit(jax.grad(lambda t: sj.with_adapters(fn)(sj.combine(t, frozen))))(trainable)
     assert asked
     assert any(np.any(np.asarray(v, np.float32)) for v in jax.tree.leaves(gradient))
 
 
 def test_elsewhere_xla_computes(asked, monkeypatch):
-    both(Llama, small_llama(), TOKENS)  # float32
-    both(Llama, small_llama(head_size=12, **HALF), TOKENS)  # no multiple of 8
+    trace = lambda *case: jax.eval_shape(lambda: both(*case))
+    trace(Llama, small_llama(), TOKENS)  # float32
+    trace(Llama, small_llama(head_size=12, **HALF), TOKENS)  # no multiple of 8
+    assert not asked
+    trace(Llama, small_llama(**HALF), TOKENS)
+    assert len(asked) == 2  # both layers
+    asked.clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    both(Llama, small_llama(**HALF), TOKENS)
-    both(Bert, small_bert(**HALF), TOKENS, PADDED)
+    trace(Llama, small_llama(**HALF), TOKENS)
+    trace(Bert, small_bert(**HALF), TOKENS, PADDED)
     assert not asked
 
 
 def test_dropout_on_probabilities_stays_with_flax(asked):
     model = Bert(small_bert(attention="cudnn", dropout=0.5, **HALF))
-    params = model.init(KEY, TOKENS, PADDED)["params"]
+    params = random_params(model, TOKENS, PADDED)
     asked.clear()
-    model.apply({"params": params}, TOKENS, PADDED, deterministic=False, rngs={"dropout": KEY})
+    run = lambda: model.apply({"params": params}, TOKENS, PADDED, deterministic=False, rngs={"dropout": KEY})
+    jax.eval_shape(run)
     assert not asked
 
 

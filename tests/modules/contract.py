@@ -86,6 +86,7 @@ def moved(adapted: Any, seed: int = 1) -> Any:
     """Returns the tree with everything that learns moved."""
     rng = np.random.default_rng(seed)
     trainable, frozen = sj.partition(adapted)
+    trainable = jax.tree.map(np.asarray, trainable)
     return sj.combine(
-        jax.tree.map(lambda v: v + jnp.asarray(0.3 * rng.normal(size=v.shape), v.dtype), trainable), frozen
+        jax.tree.map(lambda v: jnp.asarray(v + (0.3 * rng.normal(size=v.shape)).astype(v.dtype)), trainable), frozen
     )

@@ -1,6 +1,7 @@
 """Bottleneck adapters against models in which the same modules are written by hand, and the context they use."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from subspace_jax.core import MaterializeError, NotMergeableError, PatternError,
 from subspace_jax.models import Bert, Vit, small_bert, small_vit
 from subspace_jax.modules import Bottleneck
 from subspace_jax.modules._weights import ACTIVATIONS
+from tests.models.model_helpers import random_params
 from tests.tolerances import assert_rounding
 
 KEY = jax.random.key(0)
@@ -25,7 +27,8 @@ KEY = jax.random.key(0)
 def filled(adapted, seed=1):
     rng = np.random.default_rng(seed)
     trainable, frozen = sj.partition(adapted)
-    return sj.combine(jax.tree.map(lambda v: jnp.asarray(0.3 * rng.normal(size=v.shape), v.dtype), trainable), frozen)
+    random = lambda v: jax.device_put((0.3 * rng.normal(size=v.shape)).astype(v.dtype))
+    return sj.combine(jax.tree.map(random, trainable), frozen)
 
 
 def by_hand(weight, h, layer=None):
@@ -65,19 +68,23 @@ METHODS = {
 X = jnp.asarray(np.random.default_rng(7).normal(size=(4, 5, 6)), jnp.float32)
 
 
+@functools.cache
+def objective(fn):
+    """Value, outputs and gradients of the modules and of the input."""
+
+    def loss(trainable, frozen, x):
+        y = fn(sj.combine(trainable, frozen), x)
+        return jnp.sum(jnp.cos(jnp.arange(y.size).reshape(y.shape)) * y), y
+
+    return jax.jit(jax.value_and_grad(loss, (0, 2), has_aux=True))
+
+
 def compare(apply, plain, adapted, x, size=128):
     """Values and gradients of the modules and of the input, against a function of the modules written by hand."""
     trainable, frozen = sj.partition(adapted)
-    weight = jax.random.normal(KEY, jax.eval_shape(apply, adapted, x).shape)
-    ours = jax.jit(jax.value_and_grad(lambda t, x: jnp.sum(weight * apply(sj.combine(t, frozen), x)), (0, 1)))(
-        trainable, x
-    )
-    want = jax.jit(jax.value_and_grad(lambda t, x: jnp.sum(weight * plain(sj.combine(t, frozen), x)), (0, 1)))(
-        trainable, x
-    )
+    ours, want = (objective(fn)(trainable, frozen, x) for fn in (apply, plain))
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
         assert_rounding(one, other, size=size)
-    assert_rounding(apply(adapted, x), plain(adapted, x), size=size)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -93,10 +100,22 @@ def test_a_plain_function(name):
     assert sj.summary(adapted).trainable == sum(sizes.values())
 
 
+@functools.cache
+def layers_by_hand(name, layers):
+    params, parallel = make_block((3,)), METHODS[name][1]
+
+    def plain(t, x):
+        for i in range(layers):
+            x = block_by_hand(jax.tree.map(lambda v, i=i: v[i], params), t["fc2"]["kernel"], x, parallel, i)
+        return x
+
+    return plain
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("way", ["scan", "scan of remat", "unrolled", "cond", "vmap", "switch in scan"])
 def test_layers_in_loops_and_branches(name, way):
-    rules, parallel = METHODS[name]
+    rules, _ = METHODS[name]
     params = make_block((3,))
     one = jax.checkpoint(block) if "remat" in way else block
 
@@ -115,14 +134,9 @@ def test_layers_in_loops_and_branches(name, way):
             return lax.scan(step, x, p)[0]
         return lax.scan(lambda h, layer: (one(layer, h), None), x, p)[0]
 
-    def plain(t, x):
-        for i in range(1 if way == "cond" else 3):
-            x = block_by_hand(jax.tree.map(lambda v, i=i: v[i], params), t["fc2"]["kernel"], x, parallel, i)
-        return x
-
     roles = {"*/kernel": sj.Role.dense((1,), (2,), (0,)), "*/bias": sj.Role("bias", (0,))}
     adapted = filled(sj.adapt(params, rules, key=KEY, roles=roles))
-    compare(sj.with_adapters(fn), plain, adapted, X, size=512)
+    compare(sj.with_adapters(fn), layers_by_hand(name, 1 if way == "cond" else 3), adapted, X, size=512)
 
 
 def intercepted(module, weights, parallel):
@@ -159,8 +173,8 @@ def test_linen_models_as_they_are(name, model):
         )
     else:
         module = Bert(small_bert())
-        inputs = jax.random.randint(KEY, (2, 7), 1, 50)
-    params = module.init(KEY, inputs)["params"]
+        inputs = np.random.default_rng(0).integers(1, 50, (2, 7))
+    params = random_params(module, inputs)
     fn = lambda p, x: jax.tree.leaves(module.apply({"params": p}, x))[0]
     rules = {
         "sequential": {"**/mlp/fc2/{kernel,bias}": sj.bottleneck(4, activation="silu")},
@@ -266,8 +280,8 @@ def test_the_state_goes_from_layer_to_layer_and_over_nothing_else():
     np.testing.assert_array_equal(reports["last"][1]["before"], 4.0)
     assert_rounding(reports["first"]["mean"], jnp.mean(x), size=64)
     # The state is data: gradients pass through it, and through reports.
-    gradient = jax.grad(lambda x: sj.with_adapters(fn, collect=True)(tree, x)[1]["layers"]["mean"][1])(x)
-    want = jax.grad(lambda x: jnp.mean((x @ tree["first"].base) @ tree["layers"].base[0] + 1.0))(x)
+    gradient = jax.jit(jax.grad(lambda x: sj.with_adapters(fn, collect=True)(tree, x)[1]["layers"]["mean"][1]))(x)
+    want = jax.jit(jax.grad(lambda x: jnp.mean((x @ tree["first"].base) @ tree["layers"].base[0] + 1.0)))(x)
     assert_rounding(gradient, want, size=64)
 
 

@@ -1,5 +1,7 @@
 """What every module on activations promises, whatever it computes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from tests.tolerances import tolerance
 
 from .contract import MODULES, adapt, make_params, moved, rematerialized, scanned, unrolled
 
-X = jnp.asarray(np.random.default_rng(7).normal(size=(4, 5, 6)), jnp.float32)
+X, WEIGHTS = jnp.asarray(np.random.default_rng(7).normal(size=(2, 4, 5, 6)), jnp.float32)
+forward = jax.jit(sj.with_adapters(scanned))
 
 
 @pytest.fixture(params=MODULES, ids=lambda case: case.name, scope="module")
@@ -19,11 +22,15 @@ def case(request):
     return request.param
 
 
+@functools.cache
 def objective(fn):
-    """Value and gradient of everything that learns, and of what is frozen."""
-    run = sj.with_adapters(fn)
-    weights = jax.random.normal(jax.random.key(3), X.shape)
-    return jax.jit(jax.value_and_grad(lambda t, x: jnp.sum(weights * run(t, x)), allow_int=True))
+    """Value, outputs and the gradient of everything that learns, of what is frozen, and of the inputs."""
+
+    def loss(tree, x, weights):
+        y = sj.with_adapters(fn)(tree, x)
+        return jnp.sum(weights * y), y
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), allow_int=True, has_aux=True))
 
 
 def close(actual, expected):
@@ -37,16 +44,17 @@ def close(actual, expected):
 
 def test_starts_at_the_model(case):
     adapted, params = adapt(case, make_params()), make_params()
-    np.testing.assert_array_equal(jax.jit(sj.with_adapters(scanned))(adapted, X), jax.jit(scanned)(params, X))
+    np.testing.assert_array_equal(forward(adapted, X), jax.jit(scanned)(params, X))
 
 
 def test_layers_in_a_loop_rematerialized_or_one_after_the_other_give_the_same(case):
     adapted = moved(adapt(case, make_params()))
-    value, gradients = objective(scanned)(adapted, X)
-    assert float(value) != pytest.approx(float(jnp.sum(scanned(make_params(), X))))
+    found = objective(scanned)(adapted, X, WEIGHTS)
+    model = np.asarray(jax.jit(scanned)(make_params(), X))
+    assert float(found[0][0]) != pytest.approx(float(np.sum(WEIGHTS * model)))
     for fn in (rematerialized, unrolled):
-        close((value, gradients), objective(fn)(adapted, X))
-    learned, frozen = sj.partition(gradients)
+        close(found, objective(fn)(adapted, X, WEIGHTS))
+    learned, frozen = sj.partition(found[1][0])
     for keys, gradient in jax.tree_util.tree_leaves_with_path(learned):
         assert np.asarray(gradient).any(), f"{jax.tree_util.keystr(keys)} learns nothing"
     for path, weight in sj.core.leaves_with_paths(frozen):
@@ -63,12 +71,13 @@ def test_vmap_over_adapters_and_bfloat16(case):
     run = sj.with_adapters(scanned)
     found = jax.jit(jax.vmap(lambda t: run(sj.combine(t, frozen), X)))(stacked)
     for one, tree in zip(found, trees, strict=True):
-        close(one, run(tree, X))
+        close(one, forward(tree, X))
     low = moved(adapt(case, make_params(jnp.bfloat16)))
     y = run(low, X.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
-    exact = run(moved(adapt(case, jax.tree.map(lambda v: v.astype(jnp.float32), make_params(jnp.bfloat16)))), X)
-    np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.1 * float(jnp.abs(exact).max()))
+    wide = jax.tree.map(lambda v: jnp.asarray(np.asarray(v, np.float32)), make_params(jnp.bfloat16))
+    exact = np.asarray(forward(moved(adapt(case, wide)), X))
+    np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.1 * np.abs(exact).max())
 
 
 def test_a_bank_serves_each_row_with_its_own_and_learns_each_alone(case, tmp_path):
@@ -76,12 +85,7 @@ def test_a_bank_serves_each_row_with_its_own_and_learns_each_alone(case, tmp_pat
     params = make_params()
     base = adapt(case, params)
     made = [moved(base, seed) for seed in (1, 2, 3)]
-    frozen = sj.partition(base)[1]
     bank, rows = sj.bank(params, made[:2], slots=4, trainable=True), jnp.array([2, 0, 1, 2])
-    weights = jax.random.normal(jax.random.key(3), X.shape)
-    alone_of = jax.jit(
-        jax.value_and_grad(lambda t, x, w: jnp.sum(w * sj.with_adapters(scanned)(sj.combine(t, frozen), x)), (0, 1))
-    )
 
     @jax.jit
     def run(bank, rows, x):
@@ -89,7 +93,7 @@ def test_a_bank_serves_each_row_with_its_own_and_learns_each_alone(case, tmp_pat
 
         def loss(t, x):
             y = sj.per_row(scanned)(sj.combine(t, fixed), rows, x)
-            return jnp.sum(weights * y), y
+            return jnp.sum(WEIGHTS * y), y
 
         (_, y), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(trainable, x)
         return y, gradients
@@ -97,14 +101,15 @@ def test_a_bank_serves_each_row_with_its_own_and_learns_each_alone(case, tmp_pat
     y, (learned, inputs) = run(bank, rows, X)
     empty, _ = run(sj.banks.remove(sj.banks.remove(bank, 1), 2), rows, X)
     np.testing.assert_array_equal(y[1], empty[1])
-    close(empty, scanned(params, X))
+    (_, model), (_, into) = objective(scanned)(params, X, WEIGHTS)
+    close(empty, model)
+    close(inputs[1], into[1])
     for slot in (1, 2):
-        mine = np.flatnonzero(np.asarray(rows) == slot)
-        _, (want, into) = alone_of(sj.partition(made[slot - 1])[0], X[mine], weights[mine])
-        close(sj.partition(sj.banks.take(sj.combine(learned, sj.partition(bank)[1]), slot))[0], want)
-        close(inputs[mine], into)
-        close(y[mine], sj.with_adapters(scanned)(made[slot - 1], X[mine]))
-    close(inputs[1], jax.grad(lambda x: jnp.sum(weights[1] * scanned(params, x[None])[0]))(X[1]))
+        mine = np.asarray(rows) == slot
+        (_, alone), (want, into) = objective(scanned)(made[slot - 1], X, WEIGHTS * mine[:, None, None])
+        close(sj.partition(sj.banks.take(sj.combine(learned, sj.partition(bank)[1]), slot))[0], sj.partition(want)[0])
+        close(inputs[mine], into[mine])
+        close(y[mine], alone[mine])
     for slot in (0, 3):  # the plain model, and a slot of no row and no adapter
         assert not any(np.asarray(v).any() for v in jax.tree.leaves(_slot(learned, slot)))
 
@@ -112,8 +117,8 @@ def test_a_bank_serves_each_row_with_its_own_and_learns_each_alone(case, tmp_pat
     y, _ = run(changed, jnp.array([3, 1, 0, 2]), X)
     assert run._cache_size() == 1
     np.testing.assert_array_equal(y[1:3], empty[1:3])
-    close(y[0], sj.with_adapters(scanned)(made[2], X[:1])[0])
-    close(y[3], sj.with_adapters(scanned)(made[1], X[3:])[0])
+    close(y[0], forward(made[2], X)[0])
+    close(y[3], forward(made[1], X)[3])
     path = sj.save_adapter(tmp_path / "bank.safetensors", changed, base=params)
     np.testing.assert_array_equal(run(sj.load_adapter(path, params), jnp.array([3, 1, 0, 2]), X)[0], y)
 
@@ -139,6 +144,6 @@ def test_files_shapes_and_refusals(case, tmp_path):
     assert jax.tree.map(lambda v: (v.shape, v.dtype), abstract) == jax.tree.map(lambda v: (v.shape, v.dtype), adapted)
     sj.save_adapter(tmp_path / "module.safetensors", adapted)
     loaded = sj.load_adapter(tmp_path / "module.safetensors", params)
-    np.testing.assert_array_equal(*(sj.with_adapters(scanned)(t, X) for t in (loaded, adapted)))
+    np.testing.assert_array_equal(*(forward(t, X) for t in (loaded, adapted)))
     with pytest.raises((NotMergeableError, MaterializeError)):
         sj.merge(adapted)

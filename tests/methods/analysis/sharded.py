@@ -1,7 +1,5 @@
 """GIST on 8 devices, beside one: run by `test_sharded.py` in a process of its own."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import subspace_jax as sj
 from subspace_jax.methods.analysis.gist import example_gradients, fit_subspace, score_examples
-from tests.eight_devices import make_mesh
+from tests.eight_devices import KINDS, make_mesh
 from tests.tolerances import assert_rounding
 
 RNG = np.random.default_rng(0)
@@ -46,15 +44,19 @@ def select(adapted, validation, pool):
     return target, score_examples(loss, trainable, target, pool, frozen=frozen, batch_size=16)
 
 
-def main(kind):
+def main():
     """Compares scores, and looks at what the program of a batch holds and moves."""
+    meshes = {kind: make_mesh(kind) for kind in KINDS}
     adapted = sj.adapt(PARAMS, {"up": sj.lora(3), "shift": sj.full()}, key=jax.random.key(0))
     trainable, frozen = sj.partition(adapted)
     adapted = sj.combine(jax.tree.map(lambda v: v + 0.1, trainable), frozen)
     validation, pool = examples(8), examples(40)
     want, expected = select(adapted, validation, pool)
+    for kind, mesh in meshes.items():
+        check(kind, mesh, adapted, validation, pool, want, expected)
 
-    mesh = make_mesh(kind)
+
+def check(kind, mesh, adapted, validation, pool, want, expected):
     base = jax.tree.map(lambda v, s: jax.device_put(v, NamedSharding(mesh, s)), PARAMS, LAYOUT)
     split = NamedSharding(mesh, P("data"))
     with jax.set_mesh(mesh):
@@ -65,15 +67,15 @@ def main(kind):
             assert_rounding(np.abs(target.targets), np.abs(want.targets), size=512)
             assert_rounding(scores.scores, expected.scores, size=512)
             assert_rounding(scores.shares, expected.shares, size=512)
-        print("the same scores")
+        print(f"{kind}: the same scores")
         trainable, frozen = sj.partition(placed)
         compiled = example_gradients.lower(loss, trainable, spread[1], frozen).compile()
     text = compiled.as_text()
     assert "all-gather" not in text
     for gradient in jax.tree.leaves(compiled.output_shardings):
         assert gradient.spec[0] == "data", gradient
-    print("gradients stay with their examples")
+    print(f"{kind}: gradients stay with their examples")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

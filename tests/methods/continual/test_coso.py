@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from tests.tolerances import tolerance
 
 SIDES = ["out", "in"]
 B1, B2, EPS = 0.9, 0.999, 1e-6
+next_task = jax.jit(sj.methods.coso.next_task, static_argnames=("energy_threshold", "min_new"))
 
 
 def svd(matrix):
@@ -106,7 +109,7 @@ def test_two_tasks_follow_the_specification(side, shape, gap):
             np.testing.assert_allclose(found[i], oracle.step(g), atol=2e-5, err_msg=f"task {task} step {i}")
         s = np.asarray(state.sketch["w"], np.float64)
         np.testing.assert_allclose(s @ s.T, oracle.sketch @ oracle.sketch.T, atol=1e-5)
-        state = sj.methods.coso.next_task(state, 0.9)
+        state = next_task(state, 0.9)
         oracle.end(0.9, 1)
         m = np.asarray(state.history["w"], np.float64)
         assert int(state.used["w"]) == oracle.history.shape[1] > task
@@ -120,7 +123,7 @@ def leak(guard, side, ranks, seed=0):
     shape = (16, 16)
     optimizer = sj.coso(1.0, 6, 8, 1, side, tasks=3, guard=guard)
     _, state = run(optimizer, start(optimizer, shape), low_rank(shape, [8] * 4, 7))
-    state = sj.methods.coso.next_task(state)
+    state = next_task(state)
     found, state = run(optimizer, state, low_rank(shape, ranks, seed))
     m = np.asarray(state.history["w"])
     assert int(state.used["w"]) >= 5
@@ -138,7 +141,7 @@ def test_nothing_of_an_update_reaches_the_history_even_where_gradients_have_smal
 def test_outputs_that_the_history_protects_stay(side):
     optimizer = sj.coso(1e-1, 4, 6, 1, side, tasks=3)
     _, state = run(optimizer, start(optimizer, (12, 10)), gradients((12, 10), 5))
-    state = sj.methods.coso.next_task(state)
+    state = next_task(state)
     found, state = run(optimizer, state, gradients((12, 10), 20, 1))
     change, m = sum(found), np.asarray(state.history["w"], np.float64)
     assert np.abs(change).max() > 0.1
@@ -206,6 +209,11 @@ def test_frequent_directions_stay_below_and_within_their_bound(rank, width):
         assert values.max() > 1e-3 * size
 
 
+@functools.cache
+def coso_of_width(r2):
+    return sj.coso(1e-2, 1, r2, side="in", tasks=2)
+
+
 @pytest.mark.parametrize(
     ("sigma", "energy_threshold", "min_new", "k"),
     [
@@ -219,7 +227,7 @@ def test_frequent_directions_stay_below_and_within_their_bound(rank, width):
     ],
 )
 def test_the_threshold_is_strict(sigma, energy_threshold, min_new, k):
-    optimizer = sj.coso(1e-2, 1, len(sigma), side="in", tasks=2)
+    optimizer = coso_of_width(len(sigma))
     _, state = run(optimizer, start(optimizer, (6, 6)), [np.diag([*sigma, *[0.0] * (6 - len(sigma))])])
     found = sj.methods.coso.next_task(state, energy_threshold, min_new=min_new)
     assert int(found.used["w"]) == k
@@ -255,7 +263,7 @@ def test_the_history_stays_orthonormal_spans_the_tasks_and_compiles_once(side):
 def test_learning_stops_where_the_history_is_everything():
     optimizer = sj.coso(1e-2, 4, 6, side="in", tasks=1)
     _, state = run(optimizer, start(optimizer, (6, 6)), gradients((6, 6), 3, decay=0.9))
-    state = sj.methods.coso.next_task(state, 2.0)
+    state = next_task(state, 2.0)
     found, _ = run(optimizer, state, gradients((6, 6), 3, 1))
     assert int(state.used["w"]) == 6
     assert np.abs(found).max() < tolerance(size=4)
@@ -278,12 +286,12 @@ def test_a_stack_is_its_layers_and_a_convolution_its_matrix():
     rng = np.random.default_rng(0)
     layers, conv = np.stack(list(gradients((8, 10), 3))), rng.normal(size=(2, 2, 3, 5))
     tree = {"stack": jnp.asarray(layers, jnp.float32), "conv": jnp.asarray(conv, jnp.float32)}
-    updates, state = optimizer.update(tree, optimizer.init(tree))
-    ended = sj.methods.coso.next_task(state)
+    updates, state = jax.jit(optimizer.update)(tree, optimizer.init(tree))
+    ended = next_task(state)
     for i, g in enumerate(layers):
         single, one = run(optimizer, start(optimizer, (8, 10)), [g])
         np.testing.assert_allclose(updates["stack"][i], single[0], atol=2e-5)
-        assert int(sj.methods.coso.next_task(one).used["w"]) == int(ended.used["stack"][i])
+        assert int(next_task(one).used["w"]) == int(ended.used["stack"][i])
     single, _ = run(optimizer, start(optimizer, (12, 5)), [conv.reshape(12, 5)])
     np.testing.assert_allclose(updates["conv"].reshape(12, 5), single[0], atol=2e-5)
 
@@ -334,7 +342,7 @@ def test_a_gradient_inside_the_history_moves_nothing():
     left = np.linalg.qr(rng.normal(size=(8, 2)))[0]
     g = 100.0 * left @ rng.normal(size=(2, 6))
     _, state = run(optimizer, start(optimizer, (8, 6)), [g])
-    state = sj.methods.coso.next_task(state, 2.0)
+    state = next_task(state, 2.0)
     updates, _ = run(optimizer, state, [g, 3 * g])
     assert not any(np.asarray(u).any() for u in updates)
 
@@ -344,7 +352,7 @@ def test_a_schedule_begins_again_with_each_task():
     g = next(gradients((6, 5), 1))
     first, state = run(optimizer, start(optimizer, (6, 5)), [g, g])
     assert np.abs(first[1]).max() < np.abs(first[0]).max()
-    again, _ = run(optimizer, sj.methods.coso.next_task(state, 0.0, min_new=0), [g])
+    again, _ = run(optimizer, next_task(state, 0.0, min_new=0), [g])
     np.testing.assert_allclose(again[0], first[0], atol=tolerance(size=4))
 
 
@@ -359,26 +367,30 @@ def test_keeps_dtypes_inside_other_transformations_and_ends_tasks_there():
             chex.assert_trees_all_equal_shapes_and_dtypes(found, state)
 
 
+def two_tasks(side, place):
+    optimizer = sj.coso(1e-2, 3, 4, 1, side, tasks=2, rotate_moments=True)
+    state = optimizer.init({"w": place(jnp.zeros((12, 9)))})
+    for g in gradients((12, 9), 2):
+        updates, state = jax.jit(optimizer.update)({"w": place(np.asarray(g, np.float32))}, state)
+        state = jax.jit(sj.methods.coso.next_task)(state)
+    return updates["w"], state.history["w"]
+
+
+@functools.cache
+def two_tasks_of_whole_arrays(side):
+    return two_tasks(side, jnp.asarray)
+
+
 @pytest.mark.parametrize("spec", [("a", "b"), (None, "b"), ("a",)])
 @pytest.mark.parametrize("side", SIDES)
 def test_works_where_mesh_axes_are_explicit(spec, side):
     """The types of split arrays are checked as a program is traced, on one device too."""
     mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    optimizer, grads = sj.coso(1e-2, 3, 4, 1, side, tasks=2, rotate_moments=True), list(gradients((12, 9), 2))
-
-    def tasks(state, place):
-        for g in grads:
-            updates, state = jax.jit(optimizer.update)({"w": place(jnp.asarray(g, jnp.float32))}, state)
-            state = jax.jit(sj.methods.coso.next_task)(state)
-        return updates["w"], state.history["w"]
-
-    expected = tasks(start(optimizer, (12, 9)), lambda g: g)
     with jax.set_mesh(mesh):
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-        place = lambda g: jax.device_put(g, sharding)
-        found = tasks(optimizer.init({"w": place(jnp.zeros((12, 9)))}), place)
+        found = two_tasks(side, lambda g: jax.device_put(g, sharding))
         assert found[0].sharding.is_equivalent_to(sharding, 2)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(found, two_tasks_of_whole_arrays(side), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -119,11 +119,11 @@ def test_probabilities_and_what_new_experts_cost():
     cost = lambda a: subspace_penalty(probabilities(a, active), new)
     mass = np.asarray(p * new).sum(-1, keepdims=True)
     assert float(cost(logits)) == pytest.approx(mass.mean(), rel=1e-5)
-    np.testing.assert_allclose(jax.grad(cost)(logits), np.asarray(p) * (np.asarray(new) - mass) / 8, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(jax.grad(cost))(logits), np.asarray(p) * (np.asarray(new) - mass) / 8, atol=1e-7)
     step = draw(8, 5, seed=3)
     wide = lambda a: np.mean((softmax(a, np.asarray(active)) * np.asarray(new)).sum(-1))
     quotient = (wide(np.asarray(logits) + 1e-5 * step) - wide(np.asarray(logits) - 1e-5 * step)) / 2e-5
-    assert float(jnp.sum(jax.grad(cost)(logits) * step)) == pytest.approx(quotient, rel=1e-3)
+    assert float(jnp.sum(jax.jit(jax.grad(cost))(logits) * step)) == pytest.approx(quotient, rel=1e-3)
     assert float(subspace_penalty(p, jnp.zeros(5))) == 0
 
 

@@ -128,13 +128,15 @@ def test_penalty_is_zero_at_the_first_task_and_for_orthogonal_factors():
 def test_gradient_of_the_penalty_is_finite_and_reaches_the_new_factors_alone(norm_weight):
     tree, _ = after_tasks(1)  # the new b is zero, where a norm has no derivative
     trainable, frozen = sj.partition(tree)
-    found = jax.grad(lambda t: sj.methods.o_lora.penalty(sj.combine(t, frozen), norm_weight=norm_weight))(trainable)
+    found = jax.jit(jax.grad(lambda t: sj.methods.o_lora.penalty(sj.combine(t, frozen), norm_weight=norm_weight)))(
+        trainable
+    )
     assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves(found))
     old, new = (np.asarray(v, np.float64) for v in (tree["dense"].base.a, tree["dense"].a))
     expected = 0.5 * old @ np.sign(old.T @ new) + norm_weight * new / np.linalg.norm(new)
     np.testing.assert_allclose(found["dense"].a, expected, atol=1e-5)
     assert not found["dense"].b.any()
-    whole = jax.grad(lambda t: sj.methods.o_lora.penalty(t, norm_weight=norm_weight))(tree)
+    whole = jax.jit(jax.grad(lambda t: sj.methods.o_lora.penalty(t, norm_weight=norm_weight)))(tree)
     assert not any(v.any() for v in jax.tree.leaves(sj.partition(whole)[1]))
 
 

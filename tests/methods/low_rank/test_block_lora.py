@@ -67,7 +67,7 @@ def test_it_is_the_sum_of_products_with_one_head(stabilized):
 def test_it_starts_as_the_weight_and_arms_stay_equal():
     tree = adapt(block_lora(4, blocks=2))
     np.testing.assert_array_equal(sj.merge(tree)["w"], W)
-    gradient = jax.grad(lambda t, f: error(sj.combine(t, f)))(*sj.partition(tree))["w"].arms
+    gradient = jax.jit(jax.grad(lambda t, f: error(sj.combine(t, f))))(*sj.partition(tree))["w"].arms
     np.testing.assert_array_equal(gradient[0], gradient[1])
     assert np.abs(gradient).max() > 0
     trained = train(tree, optax.adamw(1e-2))
@@ -107,7 +107,9 @@ def test_it_is_lora_whose_upper_factor_learns_faster(name, blocks):
 def test_clipping_by_a_global_norm_breaks_that():
     tree = adapt(block_lora(4, blocks=4, alpha=2.0))
     lora = adapt(sj.lora(1, alpha=1.0))
-    norms = [optax.tree.norm(jax.grad(lambda t, f: error(sj.combine(t, f)))(*sj.partition(t))) for t in (tree, lora)]
+    norms = [
+        optax.tree.norm(jax.jit(jax.grad(lambda t, f: error(sj.combine(t, f))))(*sj.partition(t))) for t in (tree, lora)
+    ]
     np.testing.assert_allclose(norms[0], 2 * norms[1], rtol=1e-4)
 
 
@@ -119,7 +121,9 @@ def test_arms_differ_once_they_are_dropped_apart():
     assert len(values) > 3
     assert float(error(moving)) == float(error(moved(block_lora(4, blocks=2)) | still))  # none outside of training
     trainable, frozen = sj.partition(tree)
-    gradient = jax.grad(lambda t: error(sj.with_dropout(sj.combine(t, frozen), jax.random.key(3))))(trainable)["w"].arms
+    gradient = jax.jit(jax.grad(lambda t: error(sj.with_dropout(sj.combine(t, frozen), jax.random.key(3)))))(trainable)[
+        "w"
+    ].arms
     assert not np.array_equal(gradient[0], gradient[1])
     # Kept rows are scaled up, so that the mean over masks is the whole.
     keys = jax.random.split(KEY, 4000)

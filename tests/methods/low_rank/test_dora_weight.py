@@ -54,7 +54,7 @@ def test_gradients_are_the_formulas(detach_norm):
         y = sj.with_adapters(lambda w, x: x @ w)(w, jnp.asarray(x, jnp.float32))
         return jnp.sum(y * jnp.asarray(cotangent, jnp.float32))
 
-    found = jax.grad(loss)(w)
+    found = jax.jit(jax.grad(loss))(w)
     v, m = dense(w.direction), np.asarray(w.magnitude, np.float64)
     a, b, s = np.asarray(w.direction.a), np.asarray(w.direction.b), w.direction.scale
     n, gradient = np.linalg.norm(v, axis=0), x.T @ cotangent
@@ -81,7 +81,7 @@ def test_a_zero_column_counts_as_of_length_one(detach_norm):
     def loss(w):
         return jnp.sum(sj.with_adapters(lambda w, x: x @ w)(w, jnp.ones((2, 9))) ** 2)
 
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(w)))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(w)))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

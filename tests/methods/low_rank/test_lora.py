@@ -95,7 +95,7 @@ def test_one_step_of_descent_changes_the_weight_by_the_projected_gradient(rank_s
         return 0.5 * jnp.sum((y - jnp.asarray(target, jnp.float32)) ** 2)
 
     eta = 1e-2
-    stepped = jax.tree.map(lambda v, g: v - eta * g, trainable, jax.grad(loss)(trainable))
+    stepped = jax.tree.map(lambda v, g: v - eta * g, trainable, jax.jit(jax.grad(loss))(trainable))
     change = np.asarray(sj.merge(sj.combine(stepped, frozen))["w"], np.float64) - np.asarray(w)
     gradient = x.T @ (x @ np.asarray(w, np.float64) - target)
     a, s = np.asarray(adapted["w"].a, np.float64), adapted["w"].scale

@@ -82,7 +82,7 @@ def test_closed_numbers():
 def test_at_the_start_all_is_zero_and_modules_differ():
     fresh = sj.adapt({"w": jnp.asarray(normal(8, 5))}, {"w": pego(2, modules=4)}, key=KEY)
     trainable, frozen = sj.partition(fresh)
-    value, gradient = jax.value_and_grad(lambda t: penalty(sj.combine(t, frozen)))(trainable)
+    value, gradient = jax.jit(jax.value_and_grad(lambda t: penalty(sj.combine(t, frozen))))(trainable)
     assert float(value) == 0.0
     assert not any(np.asarray(v).any() for v in jax.tree.leaves(gradient))
     np.testing.assert_array_equal(sj.merge(fresh)["w"], normal(8, 5))
@@ -121,7 +121,7 @@ def test_the_preserving_term_is_a_shrinkage_by_the_spectrum():
 @pytest.mark.parametrize("norm", ["l1", "fro2"])
 def test_gradients_are_difference_quotients_and_the_weight_has_none(norm):
     tree = adapt(rank=2, modules=3)
-    gradient = jax.grad(lambda tree: penalty(tree, norm=norm), allow_int=True)(tree)["w"]
+    gradient = jax.jit(jax.grad(lambda tree: penalty(tree, norm=norm), allow_int=True))(tree)["w"]
     assert not np.asarray(gradient.base).any()
     rng = np.random.default_rng(3)
     for _ in range(3):
@@ -224,8 +224,9 @@ def test_query_and_value_of_an_attention(library):
         return jax.tree.map(lambda p, g: p - 0.5 * g, trainable, jax.grad(loss)(trainable))
 
     trained = sj.combine(step(step(trainable)), frozen)
-    assert float(penalty(trained)) > 0
-    np.testing.assert_allclose(sj.with_adapters(apply)(trained, x), apply(sj.merge(trained), x), atol=1e-5)
+    assert float(jax.jit(penalty)(trained)) > 0
+    found = jax.jit(sj.with_adapters(apply))(trained, x)
+    np.testing.assert_allclose(found, jax.jit(apply)(sj.merge(trained), x), atol=1e-5)
 
 
 def test_low_precision_weights_have_a_penalty_in_float32():

@@ -140,7 +140,7 @@ def test_peft_gets_the_factors_and_puts_them_on_the_model_of_the_blocks(file, tm
     adapted = adapt(packed, sj.qlora(2))
     folder = sj.save_peft(tmp_path / "peft", adapted, packed.params, packed.names)
     found = sj.load_peft(folder, dense.params, dense.names)
-    run = sj.with_adapters(loss_of(dense))
+    run = jax.jit(sj.with_adapters(loss_of(dense)))
     np.testing.assert_allclose(run(found, BATCH), run(adapted, BATCH), rtol=tolerance(size=64))
     quantized = sj.adapt(
         dense.params,

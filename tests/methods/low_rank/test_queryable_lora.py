@@ -41,7 +41,7 @@ def network(p, x):
     return x
 
 
-run = sj.with_adapters(network, collect=True)
+run = jax.jit(sj.with_adapters(network, collect=True))
 X = jnp.asarray(draw((2, 3, SIZE), 99))
 
 
@@ -53,9 +53,8 @@ def adapt(**options):
 def moved(adapted, seed=1, size=0.5):
     rng = np.random.default_rng(seed)
     trainable, frozen = sj.partition(adapted)
-    return sj.combine(
-        jax.tree.map(lambda v: v + jnp.asarray(size * rng.normal(size=v.shape), v.dtype), trainable), frozen
-    )
+    noisy = lambda v: jax.device_put(np.asarray(v) + (size * rng.normal(size=v.shape)).astype(v.dtype))
+    return sj.combine(jax.tree.map(noisy, trainable), frozen)
 
 
 def memory(adapted):
@@ -97,7 +96,7 @@ def by_hand(adapted, x, kept=KEPT, prior=None):
 @pytest.mark.parametrize("kept", [1, KEPT, ATOMS])
 def test_every_token_is_routed_as_the_equations_say(kept):
     adapted = moved(adapt(kept=kept, alpha=2.0))
-    y, reports = jax.jit(run)(adapted, X)
+    y, reports = run(adapted, X)
     for place in itertools.product(range(2), range(3)):
         expected, routings = by_hand(adapted, np.asarray(X[place], np.float64), kept)
         np.testing.assert_allclose(y[place], expected, rtol=2e-4, atol=2e-4)
@@ -111,9 +110,9 @@ def test_every_token_is_routed_as_the_equations_say(kept):
 
 def test_starts_at_the_model_and_only_the_last_factor_has_a_gradient():
     adapted = adapt()
-    np.testing.assert_array_equal(jax.jit(run)(adapted, X)[0], jax.jit(network)(params(), X))
+    np.testing.assert_array_equal(run(adapted, X)[0], jax.jit(network)(params(), X))
     trainable, frozen = sj.partition(adapted)
-    gradient = jax.grad(lambda t: jnp.sum(jnp.sin(run(sj.combine(t, frozen), X)[0])))(trainable)
+    gradient = jax.jit(jax.grad(lambda t: jnp.sum(jnp.sin(run(sj.combine(t, frozen), X)[0]))))(trainable)
     for keys, value in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.asarray(value).any() == (keys[-1].name == "b"), jax.tree_util.keystr(keys)
 
@@ -133,7 +132,7 @@ def test_equal_atoms_are_lora_whatever_the_router_does(atoms):
     adapted = moved(adapt(atoms=atoms, kept=min(atoms, KEPT)))
     same = jnp.broadcast_to(memory(adapted).atoms[:1], memory(adapted).atoms.shape)
     adapted = change(adapted, atoms=same)
-    expected = sj.with_adapters(network)(lora_of(adapted, same[0]), X)
+    expected = jax.jit(sj.with_adapters(network))(lora_of(adapted, same[0]), X)
     np.testing.assert_allclose(run(adapted, X)[0], expected, rtol=1e-4, atol=1e-4)
     other = change(adapted, keys=memory(adapted).keys[::-1] * 3)
     np.testing.assert_allclose(run(other, X)[0], expected, rtol=1e-4, atol=1e-4)
@@ -214,7 +213,7 @@ def test_what_reaches_which_block():
 
 def test_tokens_look_at_themselves_alone():
     adapted = moved(adapt())
-    jacobian = np.asarray(jax.jacobian(lambda x: run(adapted, x)[0][0])(X))  # [token, out, example, token, in]
+    jacobian = np.asarray(jax.jit(jax.jacobian(lambda x: run(adapted, x)[0][0]))(X))  # [token, out, example, token, in]
     for token, other in itertools.product(range(3), range(3)):
         assert np.any(jacobian[token, :, 0, other]) == (token == other)
     assert not jacobian[:, :, 1].any()
@@ -240,7 +239,7 @@ def test_the_prior_is_the_softmax_of_descriptors_and_shifts_logits():
     both = queryable.with_instruction(adapted, jnp.stack([jnp.asarray(t), jnp.zeros(3)]))
     np.testing.assert_allclose(run(both, X)[0][0], run(told, X)[0][0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(run(both, X)[0][1], run(adapted, X)[0][1], rtol=1e-4, atol=1e-5)
-    gradient = jax.grad(lambda v: jnp.sum(run(change(told, projection=v), X)[0]))(m.projection)
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(run(change(told, projection=v), X)[0])))(m.projection)
     assert np.asarray(gradient).any()
 
 

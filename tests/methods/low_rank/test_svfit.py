@@ -53,7 +53,7 @@ def test_gradient_is_the_diagonal_of_the_rotated_full_gradient(shape, route):
     adapted = adapt(w, sj.svfit(3, route=route))
     trainable, frozen = sj.partition(adapted)
     apply = sj.with_adapters(lambda p, x: jnp.sum(jnp.sin(x @ p["w"])))
-    found = jax.grad(lambda t: apply(sj.combine(t, frozen), x))(trainable)["w"].core
+    found = jax.jit(jax.grad(lambda t: apply(sj.combine(t, frozen), x)))(trainable)["w"].core
     full = x.T @ np.cos(x @ w)
     u, _, vt = np.linalg.svd(w, full_matrices=False)
     np.testing.assert_allclose(found, np.diag(u[:, :3].T @ full @ vt[:3].T), rtol=2e-4, atol=2e-5)
@@ -76,7 +76,7 @@ def test_gradient_descent_with_rate_one_reaches_the_closed_form():
     adapted = adapt(w, sj.svfit(4))
     trainable, frozen = sj.partition(adapted)
     distance = lambda t: 0.5 * jnp.sum((sj.combine(t, frozen)["w"].materialize() - target) ** 2)
-    stepped = jax.tree.map(lambda p, g: p - g, trainable, jax.grad(distance)(trainable))
+    stepped = jax.tree.map(lambda p, g: p - g, trainable, jax.jit(jax.grad(distance))(trainable))
     u, _, vt = np.linalg.svd(w, full_matrices=False)
     np.testing.assert_allclose(stepped["w"].core, np.diag(u[:, :4].T @ target @ vt[:4].T), rtol=1e-3, atol=1e-4)
 
@@ -106,7 +106,7 @@ def test_stack_is_padded_to_the_largest_rank_and_padding_stays_still():
     ]
     assert ranks[0] < ranks[1] == adapted["w"].rank
     np.testing.assert_allclose(dense(adapted), w, atol=1e-5)
-    gradient = jax.grad(lambda t, f: jnp.sum(sj.combine(t, f)["w"].materialize() ** 3))(*sj.partition(adapted))
+    gradient = jax.jit(jax.grad(lambda t, f: jnp.sum(sj.combine(t, f)["w"].materialize() ** 3)))(*sj.partition(adapted))
     np.testing.assert_array_equal(gradient["w"].core[0, ranks[0] :], 0)
 
 

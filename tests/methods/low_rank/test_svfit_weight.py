@@ -31,7 +31,7 @@ def loss(p, x):
 def test_gradients_are_those_of_the_formula(route, width):
     w, x, k = matrix((12, 8)), matrix((5, 12), 1), 3
     trainable, frozen = sj.partition(split(w, k, route=route, width=width))
-    found = jax.grad(lambda t: sj.with_adapters(loss)(sj.combine(t, frozen), jnp.asarray(x)))(trainable)["w"]
+    found = jax.jit(jax.grad(lambda t: sj.with_adapters(loss)(sj.combine(t, frozen), jnp.asarray(x))))(trainable)["w"]
     full = x.T @ np.cos(x @ w)
     left, values, right = (np.asarray(v) for v in (trainable["w"].left, trainable["w"].core, trainable["w"].right))
     np.testing.assert_allclose(found.left, full @ right.T * values, atol=1e-4)

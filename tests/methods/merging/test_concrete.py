@@ -1,5 +1,7 @@
 """Concrete masks against their closed forms, and what training may and may not change."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,10 +77,10 @@ def test_entries_are_above_one_half_as_often_as_their_logit_says(x):
 def test_the_quantile_and_the_derivative_are_closed_forms():
     x, half = jnp.linspace(-2, 2, 9), jnp.full(9, 0.5)
     np.testing.assert_allclose(concrete_mask(x, half, 0.5), 1 / (1 + np.exp(-np.asarray(x) / 0.5)), rtol=1e-5)
-    slope = jax.grad(lambda x: concrete_mask(x, half, 0.5).sum())(x)
+    slope = jax.jit(jax.grad(lambda x: concrete_mask(x, half, 0.5).sum()))(x)
     m = np.asarray(concrete_mask(x, half, 0.5))
     np.testing.assert_allclose(slope, m * (1 - m) / 0.5, rtol=1e-5)
-    through = jax.grad(lambda x: jnp.sum(sample_mask(KEY, {"w": x})["w"] * jnp.arange(9.0)))(x)
+    through = jax.jit(jax.grad(lambda x: jnp.sum(sample_mask(KEY, {"w": x})["w"] * jnp.arange(9.0))))(x)
     step = 1e-2 * normal(9, seed=3)
     ends = [float(jnp.sum(sample_mask(KEY, {"w": x + s * step})["w"] * jnp.arange(9.0))) for s in (1, -1)]
     np.testing.assert_allclose(jnp.sum(through * step), (ends[0] - ends[1]) / 2, rtol=2e-2)
@@ -106,7 +108,7 @@ def test_entropy_has_its_bounds():
     np.testing.assert_allclose(entropy_loss(jnp.zeros((2, 7))), np.log(7), rtol=1e-6)
     masked = jnp.array([[0.0, 0.0, -jnp.inf]])
     np.testing.assert_allclose(entropy_loss(masked), np.log(2), rtol=1e-6)
-    assert bool(jnp.isfinite(jax.grad(entropy_loss)(masked)).all())
+    assert bool(jnp.isfinite(jax.jit(jax.grad(entropy_loss))(masked)).all())
 
 
 def test_the_mask_learns_and_the_coefficient_does_not():
@@ -125,14 +127,15 @@ def test_adam_on_coefficients_is_optaxs():
 
     optimizer, lam = optax.adam(0.1), jnp.full(2, 0.3)
     state = optimizer.init(lam)
+
+    @jax.jit
+    @jax.grad
+    def slope(lam, batches):
+        params = BASE | {n: BASE[n] + lam[0] * VECTORS[0][n] + lam[1] * VECTORS[1][n] for n in ("w", "b")}
+        return sum(entropy_loss(apply(params, x, i)) for i, x in enumerate(batches))
+
     for key in jax.random.split(KEY, 3):
-        batches = inputs(key)
-
-        def loss(lam, batches=batches):
-            params = BASE | {n: BASE[n] + lam[0] * VECTORS[0][n] + lam[1] * VECTORS[1][n] for n in ("w", "b")}
-            return sum(entropy_loss(apply(params, x, i)) for i, x in enumerate(batches))
-
-        updates, state = optimizer.update(jax.grad(loss)(lam), state)
+        updates, state = optimizer.update(slope(lam, inputs(key)), state)
         lam = optax.apply_updates(lam, updates)
     np.testing.assert_allclose(found.coefficients, lam, rtol=1e-4)
     assert set(ada_merging(apply, BASE, VECTORS, inputs, KEY, steps=1).coefficients) == {"w", "b"}
@@ -140,17 +143,21 @@ def test_adam_on_coefficients_is_optaxs():
     assert all(0 <= float(v.min()) <= float(v.max()) <= 1 for v in jax.tree.leaves(kept.coefficients))
 
 
+@functools.cache
+def two_levels(**options):
+    return concrete_ada_merging(apply, BASE, VECTORS, inputs, KEY, steps=5, adaptation_steps=5, **options)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"lam_at": "previous", "resample_outer": True}, {"coefficients": "task", "discrete": True}]
 )
 def test_the_two_levels(options):
-    found = concrete_ada_merging(apply, BASE, VECTORS, inputs, KEY, steps=5, adaptation_steps=5, **options)
+    found = two_levels(**options)
     assert found.losses.shape == (5,)
     assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves(found.params))
     assert float(jnp.abs(found.logits["w"]).max()) > 0
-    plain = concrete_ada_merging(apply, BASE, VECTORS, inputs, KEY, steps=5, adaptation_steps=5)
     if options.get("lam_at"):
-        assert float(jnp.abs(found.logits["w"] - plain.logits["w"]).max()) > 0
+        assert float(jnp.abs(found.logits["w"] - two_levels().logits["w"]).max()) > 0
 
 
 def test_refusals():

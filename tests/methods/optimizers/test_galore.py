@@ -1,5 +1,6 @@
 """GaLore against itself on the transposed weight; what it shares with `in_subspace` is tested there."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,8 +21,9 @@ def test_a_weight_and_its_transpose_train_alike(moments, decomposition):
     for turn in (lambda g: g, np.transpose):
         optimizer = sj.galore(1.0, 3, every=2, moments=moments, decomposition=decomposition)
         state, made = optimizer.init({"w": jnp.asarray(turn(gradients[0]))}), []
+        update = jax.jit(optimizer.update)
         for gradient in gradients:
-            updates, state = optimizer.update({"w": jnp.asarray(turn(gradient))}, state)
+            updates, state = update({"w": turn(gradient)}, state)
             made.append(turn(np.asarray(updates["w"])))
         found.append(made)
     for one, other in zip(*found, strict=True):

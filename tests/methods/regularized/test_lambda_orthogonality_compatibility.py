@@ -58,7 +58,7 @@ def test_contrast_knows_no_lengths_and_is_finite_at_zero():
     left, right = features(6, 4), features(6, 4, seed=1)
     expected = contrastive_loss(left, right)
     np.testing.assert_allclose(contrastive_loss(1e-3 * left, 1e4 * right), expected, rtol=1e-5)
-    gradient = jax.grad(lambda v: contrastive_loss(v, right))(jnp.asarray(left).at[0].set(0.0))
+    gradient = jax.jit(jax.grad(lambda v: contrastive_loss(v, right)))(jnp.asarray(left).at[0].set(0.0))
     assert np.isfinite(gradient).all()
 
 
@@ -88,7 +88,7 @@ def test_the_whole_loss_is_the_weighted_sum_of_its_parts():
 
 def test_both_maps_learn_from_each_others_distance():
     new, mapped, old = features(7, 5), features(7, 5, seed=1), features(7, 5, seed=2)
-    both = jax.grad(lambda a, b: alignment_losses(a, b, old).forward, (0, 1))(new, mapped)
+    both = jax.jit(jax.grad(lambda a, b: alignment_losses(a, b, old).forward, (0, 1)))(new, mapped)
     np.testing.assert_allclose(both[0], -both[1], rtol=tolerance())
     assert np.abs(both[0]).max() > 0
 
@@ -101,13 +101,15 @@ def test_narrow_features_give_float32():
     np.testing.assert_allclose(found, wide, rtol=tolerance())
 
 
-def fit(loss, params, optimizer, steps):
-    def step(carry, _):
+def fitter(loss, optimizer):
+    """A function of parameters and a number of steps, compiled once for all numbers."""
+
+    def step(_, carry):
         params, state = carry
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return optax.apply_updates(params, updates), state
 
-    return jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, length=steps)[0][0])(params)
+    return jax.jit(lambda params, steps: jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0])
 
 
 @pytest.mark.optimized
@@ -124,7 +126,7 @@ def test_a_strict_map_with_alignment_alone_finds_the_rotation(kind):
         return alignment_losses(mapped, mapped, old).backward
 
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, 600))
-    found = adapter.apply({"params": fit(loss, params, optimizer, 600)}, jnp.eye(6))
+    found = adapter.apply({"params": fitter(loss, optimizer)(params, 600)}, jnp.eye(6))
     expected = orthogonal_procrustes(new, old)[0]
     np.testing.assert_allclose(expected, turn, atol=1e-5)
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
@@ -137,8 +139,8 @@ def test_a_relaxed_map_ends_near_its_lambda_and_the_term_in_the_loss_is_the_tran
     old = new @ np.diag([3.0, 3.0, 3.0, 0.1, 0.1, 0.1]).astype(np.float32)
     backward, forward = BackwardMap(), ForwardMap(6)
     params = {
-        "backward": backward.init(jax.random.key(0), new)["params"],
-        "forward": forward.init(jax.random.key(1), old)["params"],
+        "backward": jax.jit(backward.init)(jax.random.key(0), new)["params"],
+        "forward": jax.jit(forward.init)(jax.random.key(1), old)["params"],
     }
 
     def loss(params, kernel=None, lam=None):
@@ -158,11 +160,12 @@ def test_a_relaxed_map_ends_near_its_lambda_and_the_term_in_the_loss_is_the_tran
             sj.methods.lambda_orthogonality.add_lambda_orthogonality(10.0, lam, 4.0, select="backward/kernel"), adam
         )
         # Few steps: at the gate's edge Adam makes different rounding grow.
-        inside = fit(lambda p, lam=lam: loss(p, p["backward"]["kernel"], lam), params, adam, 30)
-        beside = fit(loss, params, added, 30)
+        inside = fitter(lambda p, lam=lam: loss(p, p["backward"]["kernel"], lam), adam)(params, 30)
+        fit = fitter(loss, added)
+        beside = fit(params, 30)
         np.testing.assert_allclose(inside["backward"]["kernel"], beside["backward"]["kernel"], atol=1e-5)
-        ends.append(distance(fit(loss, params, added, 300)))
-    free = distance(fit(loss, params, optax.adam(1e-2), 300))
+        ends.append(distance(fit(params, 300)))
+    free = distance(fitter(loss, optax.adam(1e-2))(params, 300))
     assert ends[0] < 1.5 < 2.5 < ends[1] < 4.5 < 10 < free
 
 

@@ -22,6 +22,10 @@ from subspace_jax.methods.regularized.orthogonal_conv import (
 )
 
 KEY = jax.random.key(0)
+distance = jax.jit(orthogonality, static_argnums=1)
+spectrum = jax.jit(conv_singular_values, static_argnums=(1, 2))
+bounds = jax.jit(singular_value_bounds, static_argnums=1)
+isometry = jax.jit(orthogonal_kernel, static_argnums=(1, 2), static_argnames="dtype")
 # Outputs, inputs, window, stride, output size.
 SHAPES = [(3, 4, 3, 1, 5), (6, 4, 3, 1, 6), (5, 2, 3, 2, 4), (10, 2, 3, 2, 5), (4, 2, 2, 2, 4), (8, 1, 3, 2, 4)]
 
@@ -34,17 +38,17 @@ def operator(kernel, stride, n):
     """The matrix of the layer with circular padding on one-hot images."""
     k, c = kernel.shape[0], kernel.shape[2]
     size = stride * n
-    images = jnp.eye(c * size * size).reshape(-1, size, size, c)
-    padded = jnp.pad(images, ((0, 0), (0, k - 1), (0, k - 1), (0, 0)), mode="wrap")
+    images = np.eye(c * size * size, dtype=np.float32).reshape(-1, size, size, c)
+    padded = np.pad(images, ((0, 0), (0, k - 1), (0, k - 1), (0, 0)), mode="wrap")
     y = lax.conv_general_dilated(
         padded,
-        jnp.asarray(kernel, jnp.float32),
+        kernel.astype(np.float32),
         (stride, stride),
         "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision="highest",
     )
-    return np.asarray(y.reshape(len(images), -1).T, np.float64)
+    return np.asarray(y, np.float64).reshape(len(images), -1).T
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -68,16 +72,16 @@ def test_it_is_the_distance_of_the_layer_from_an_isometry_and_bounds_its_spectru
     m, c, k, s, n = shape
     kernel = kernel_of(m, c, k)
     t = operator(kernel, s, n)
-    loss = float(orthogonality(jnp.asarray(kernel, jnp.float32), s))
+    loss = float(distance(kernel.astype(np.float32), s))
     rows = m <= c * s * s
     gram = t @ t.T if rows else t.T @ t
     off = gram - np.eye(len(gram))
     np.testing.assert_allclose(np.sum(off**2), n * n * loss, rtol=1e-4)
     values = np.linalg.svd(t, compute_uv=False)
-    np.testing.assert_allclose(conv_singular_values(jnp.asarray(kernel, jnp.float32), s * n, s), values, atol=2e-4)
-    near = jnp.asarray(0.999 * orthogonal_kernel(KEY, (k, k, c, m), s), jnp.float32)
-    low, high = map(float, singular_value_bounds(near, s))
-    values = np.asarray(conv_singular_values(near, s * n, s))
+    np.testing.assert_allclose(spectrum(kernel.astype(np.float32), s * n, s), values, atol=2e-4)
+    near = np.float32(0.999) * np.asarray(isometry(KEY, (k, k, c, m), s))
+    low, high = map(float, bounds(near, s))
+    values = np.asarray(spectrum(near, s * n, s))
     assert 0 < low <= values.min() + 1e-6
     assert values.max() - 1e-6 <= high < 1.2
 
@@ -112,11 +116,12 @@ def test_one_tap_is_a_matrix_and_other_numbers_of_axes_work():
 )
 def test_orthogonal_kernels_are_isometries(case):
     *window, c, m, s = case
-    kernel = orthogonal_kernel(KEY, (*window, c, m), s)
-    assert abs(float(orthogonality(kernel, s))) < 1e-5
-    values = np.asarray(conv_singular_values(kernel, 6, s))
+    kernel = isometry(KEY, (*window, c, m), s)
+    assert abs(float(distance(kernel, s))) < 1e-5
+    values = np.asarray(spectrum(kernel, 6, s))
     np.testing.assert_allclose(values, 1.0, atol=1e-5)
-    assert orthogonal_kernel(KEY, (*window, c, m), s, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+    half = jax.eval_shape(lambda: orthogonal_kernel(KEY, (*window, c, m), s, dtype=jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
 
 
 def test_where_the_table_says_no_nothing_gets_near():
@@ -153,13 +158,13 @@ def test_the_root_has_a_gradient_at_zero_and_low_precision_is_computed_wide():
     kernel = orthogonal_kernel(KEY, (3, 3, 4, 4))
     assert bool(
         jnp.isfinite(
-            jax.grad(lambda w: orthogonality(w, power=1))(jnp.zeros((1, 1, 2, 2)).at[0, 0].set(jnp.eye(2)))
+            jax.jit(jax.grad(lambda w: orthogonality(w, power=1)))(jnp.zeros((1, 1, 2, 2)).at[0, 0].set(jnp.eye(2)))
         ).all()
     )
     half = kernel.astype(jnp.bfloat16)
     assert orthogonality(half).dtype == jnp.float32
     np.testing.assert_allclose(orthogonality(2 * kernel, power=1) ** 2, orthogonality(2 * kernel), rtol=1e-5)
-    run = jax.jit(orthogonality)
+    run = jax.jit(lambda kernel: orthogonality(kernel))
     run(kernel), run(2 * kernel)
     assert run._cache_size() == 1
 
@@ -169,7 +174,7 @@ def test_as_a_transformation_it_adds_the_gradient():
     gradient = jax.tree.map(jnp.ones_like, params)
     optimizer = add_orthogonality(0.3, {"**/kernel": 2})
     found, _ = optimizer.update(gradient, optimizer.init(params), params)
-    slope = jax.grad(lambda k: orthogonality(k, 2))(params["conv"]["kernel"])
+    slope = jax.jit(jax.grad(lambda k: orthogonality(k, 2)))(params["conv"]["kernel"])
     np.testing.assert_allclose(found["conv"]["kernel"], 1 + 0.3 * slope, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found["conv"]["bias"], 1.0)
     with pytest.raises(PatternError, match="'kernels' matches no leaf; nearest are 'conv/kernel'"):

@@ -40,11 +40,14 @@ def loss(adapted):
     return sum(jnp.sum(jnp.sin(3 * v + 1)) for v in merged.values())
 
 
+slope = jax.jit(jax.grad(lambda t, f: loss(sj.combine(t, f))))
+
+
 def train(adapted, optimizer, state, steps):
     for _ in range(steps):
         trainable, frozen = sj.partition(adapted)
-        gradients = jax.grad(lambda t, f: loss(sj.combine(t, f)))(trainable, frozen)
-        updates, state = optimizer.update(gradients, state, trainable)
+        gradients = slope(trainable, frozen)
+        updates, state = jax.jit(optimizer.update)(gradients, state, trainable)
         adapted = sj.combine(optax.apply_updates(trainable, updates), frozen)
     return adapted, state
 

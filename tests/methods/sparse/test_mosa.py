@@ -166,7 +166,7 @@ def test_a_step_moves_only_the_entries_of_the_two_drawn_parts():
     loss = lambda z: jnp.mean((z - 1.0) ** 2)
     logits = lambda tree: run(tree, X)
     value = lambda t: mosa.two_pass_loss(logits, sj.combine(t, frozen), loss, jax.random.key(3), add=0.5)
-    found = of(jax.grad(lambda t: value(t).loss)(trainable))
+    found = of(jax.jit(jax.grad(lambda t: value(t).loss))(trainable))
     for i, name in enumerate(("down", "up")):
         owner, drawn = np.asarray(getattr(of(adapted), f"{name}_owner")), {int(d[i]) for d in draws}
         moves = np.asarray(getattr(found, name)) != 0
@@ -224,7 +224,7 @@ def test_consistency_is_the_mean_of_both_divergences():
     assert value(z1, z2) == pytest.approx(expected, rel=1e-5)
     assert value(z1, z2) == pytest.approx(value(z2, z1), rel=1e-6)
     assert value(z1, z1 + 3.0) == pytest.approx(0.0, abs=1e-6)
-    gradient = np.asarray(jax.grad(lambda a: mosa.consistency(a, jnp.asarray(z2)))(jnp.asarray(z1)))
+    gradient = np.asarray(jax.jit(jax.grad(lambda a: mosa.consistency(a, jnp.asarray(z2))))(jnp.asarray(z1)))
     fixed = lambda a: 0.5 * (p2 * (np.log(p2) - a + np.log(np.exp(a).sum(-1, keepdims=True)))).sum(-1).mean()
     along = rng.normal(size=z1.shape)
     central = (fixed(z1 + 1e-5 * along) - fixed(z1 - 1e-5 * along)) / 2e-5

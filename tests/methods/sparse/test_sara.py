@@ -89,6 +89,12 @@ def test_published_rate():
         assert sara.default_rate(threshold) == pytest.approx(rate, rel=1e-5)
 
 
+@jax.jit
+def norm_and_gradient(adapted):
+    trainable, frozen = sj.partition(adapted)
+    return jax.value_and_grad(lambda t: sara.nuclear_norm(sj.combine(t, frozen), **EVERYTHING))(trainable)
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_the_nuclear_gradient_is_that_of_the_sum_of_singular_values(shape):
     w = normal(shape)
@@ -102,8 +108,7 @@ def test_the_nuclear_gradient_is_that_of_the_sum_of_singular_values(shape):
         full[indices] = entries
         return np.linalg.svd(full.reshape(shape), compute_uv=False).sum()
 
-    trainable, frozen = sj.partition(adapted)
-    value, found = jax.value_and_grad(lambda t: sara.nuclear_norm(sj.combine(t, frozen), **EVERYTHING))(trainable)
+    value, found = norm_and_gradient(adapted)
     p = placed[indices]
     assert float(value) == pytest.approx(norm(p), rel=1e-5)
     central = [(norm(p + 1e-5 * e) - norm(p - 1e-5 * e)) / 2e-5 for e in np.eye(p.size)]
@@ -117,13 +122,9 @@ def test_zero_and_equal_singular_values_do_no_harm():
     w[w == 0] = 9.0
     w[2:, 2:] = 9.0
     adapted = adapt({"w": w}, 1.0)
-    trainable, frozen = sj.partition(adapted)
-    found = jax.grad(lambda t: sara.nuclear_norm(sj.combine(t, frozen), **EVERYTHING))(trainable)["w"].values
-    np.testing.assert_allclose(found, [1.0, 1.0], atol=tolerance())
+    np.testing.assert_allclose(norm_and_gradient(adapted)[1]["w"].values, [1.0, 1.0], atol=tolerance())
     zeros = adapt({"w": np.zeros((3, 3))}, 1.0)
-    trainable, frozen = sj.partition(zeros)
-    found = jax.grad(lambda t: sara.nuclear_norm(sj.combine(t, frozen), **EVERYTHING))(trainable)["w"].values
-    assert not np.asarray(found).any()
+    assert not np.asarray(norm_and_gradient(zeros)[1]["w"].values).any()
 
 
 def test_which_matrices_count():
@@ -141,10 +142,9 @@ def test_which_matrices_count():
 def test_descent_on_the_penalty_alone_lowers_the_norm_at_every_step():
     adapted = adapt({"w": 0.5 * normal((8, 6))}, 0.6)
     trainable, frozen = sj.partition(adapted)
-    value = jax.jit(jax.value_and_grad(lambda t: sara.nuclear_norm(sj.combine(t, frozen), **EVERYTHING)))
     norms = []
     for _ in range(50):
-        norm, gradient = value(trainable)
+        norm, gradient = norm_and_gradient(sj.combine(trainable, frozen))
         norms.append(float(norm))
         trainable = jax.tree.map(lambda p, g: p - 1e-2 * g, trainable, gradient)
     assert (np.diff(norms) < 0).all()
@@ -157,10 +157,10 @@ def test_without_penalty_and_selection_it_is_adamw_of_everything():
     ours = sara.sara_adam(1e-2, adapted, threshold=math.inf, reselect_after=None, penalty=0.0)
     plain, (trainable, frozen) = optax.adamw(1e-2, weight_decay=1e-2), sj.partition(adapted)
     state, arrays = ours.init(trainable), jax.tree.map(jnp.asarray, params)
-    other = plain.init(arrays)
+    other, update = plain.init(arrays), jax.jit(ours.update)
     for step in range(4):
         g = {name: normal(v.shape, 10 + step) for name, v in params.items()}
-        updates, state = ours.update(gradient_tree_of(adapted, g), state, trainable)
+        updates, state = update(gradient_tree_of(adapted, g), state, trainable)
         trainable = optax.apply_updates(trainable, updates)
         updates, other = plain.update(jax.tree.map(jnp.asarray, g), other, arrays)
         arrays = optax.apply_updates(arrays, updates)
@@ -281,7 +281,8 @@ def test_one_matrix_a_step_gets_the_penalty_and_each_its_share_of_steps():
     assert len(counts) == 5
     assert min(counts) > 20
     few = sara.scale_by_sara(adapted, threshold=0.9, reselect_after=None, penalty=1.0, min_side=0, min_entries=99)
-    assert not any(np.asarray(v).any() for v in jax.tree.leaves(few.update(zeros, few.init(trainable), trainable)[0]))
+    found, _ = jax.jit(few.update)(zeros, few.init(trainable), trainable)
+    assert not any(np.asarray(v).any() for v in jax.tree.leaves(found))
 
 
 def test_a_model_of_nnx_and_a_head_train_together():

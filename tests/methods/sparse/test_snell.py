@@ -112,7 +112,7 @@ def test_equal_magnitudes_leave_no_more_than_the_share():
 def test_the_magnitude_is_held_fixed_in_differentiation(rule):
     d, g = draw((6, 5)).astype(np.float32), draw((6, 5), 1).astype(np.float32)
     order = 12
-    found = jax.grad(lambda d: jnp.sum(g * snell.compete(d, jnp.asarray(order), rule)))(jnp.asarray(d))
+    found = jax.jit(jax.grad(lambda d: jnp.sum(g * snell.compete(d, jnp.asarray(order), rule))))(jnp.asarray(d))
     limit = np.sort(np.abs(d).ravel())[order - 1]
     factor = np.maximum(np.abs(d) - limit, 0) if rule == "soft" else np.where(np.abs(d) > limit, np.abs(d), 0)
     np.testing.assert_allclose(found, g * factor, rtol=1e-5, atol=1e-7)
@@ -174,14 +174,17 @@ def test_gradients_are_those_of_a_formed_array_and_finite_where_rows_are_equal()
     weight = adapted["w"]
     same = dataclasses.replace(weight, a=weight.a.at[:, 0].set(weight.b[:, 0]))
     run = sj.with_adapters(lambda p: jnp.mean((x @ p["w"] - target) ** 2))
+    slope = jax.jit(jax.grad(lambda t, f: run(sj.combine(t, f))))
+
+    @jax.jit
+    @jax.grad
+    def slope_of_formed(parts, order):
+        matrix = snell.pieces_sum(parts["a"], parts["b"])
+        return jnp.mean((x @ (w + snell.compete(matrix, order, "soft")) - target) ** 2)
+
     for one in (weight, same):
-        ours = jax.grad(lambda t, one=one: run(sj.combine(t, sj.partition({"w": one})[1])))(sj.partition({"w": one})[0])
-
-        def formed(parts, one=one):
-            matrix = snell.pieces_sum(parts["a"], parts["b"])
-            return jnp.mean((x @ (w + snell.compete(matrix, one.order, "soft")) - target) ** 2)
-
-        expected = jax.grad(formed)({"a": one.a, "b": one.b})
+        ours = slope(*sj.partition({"w": one}))
+        expected = slope_of_formed({"a": one.a, "b": one.b}, one.order)
         for name, gradient in expected.items():
             assert np.isfinite(np.asarray(gradient)).all()
             np.testing.assert_allclose(getattr(ours["w"], name), gradient, rtol=1e-4, atol=1e-7)

@@ -61,7 +61,8 @@ def test_sensitivity_is_the_sum_over_batches_of_squared_gradients_of_their_means
     """What a captured statistic holds: additive over batches, and no sum of squares of examples."""
     data = batches(3)
     found = sj.capture(loss, params(), data, statistics="squared_gradient")
-    one = [jax.grad(loss)(params(), b)["fc"]["kernel"] for b in data]
+    slope = jax.jit(jax.grad(loss))
+    one = [slope(params(), b)["fc"]["kernel"] for b in data]
     np.testing.assert_allclose(found["fc/kernel"].squared_gradient * 3, sum(g * g for g in one), rtol=1e-4)
     doubled = sj.capture(lambda p, b: 2.0 * loss(p, b), params(), data, statistics="squared_gradient")
     same = [spt.allocate(s, 9, step=1, most=80, alpha=1e-9) for s in (found, doubled)]
@@ -75,7 +76,7 @@ def test_scores_rank_entries_by_the_drop_that_tuning_each_alone_gives():
     square = sj.capture(loss, p, [batch], statistics="squared_gradient")["out/kernel"].squared_gradient
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda v: np.asarray(v, np.float64), (p, batch))
-        gradient = jax.grad(loss)(*wide)["out"]["kernel"]
+        gradient = jax.jit(jax.grad(loss))(*wide)["out"]["kernel"]
 
         def drop(i, j):
             moved = jax.tree.map(np.copy, wide[0])
@@ -240,8 +241,8 @@ def test_the_gradient_of_additions_is_the_dense_one_at_their_places():
     trainable, frozen = sj.partition(adapted)
     batch = batches(1)[0]
     fn = sj.with_adapters(loss)
-    found = jax.grad(lambda t: fn(sj.combine(t, frozen), batch))(trainable)
-    dense = jax.grad(loss)(params(), batch)
+    found = jax.jit(jax.grad(lambda t: fn(sj.combine(t, frozen), batch)))(trainable)
+    dense = jax.jit(jax.grad(loss))(params(), batch)
     for layer, name in (("fc", "kernel"), ("out", "kernel"), ("fc", "bias")):
         places = np.asarray(adapted[layer][name].indices)
         np.testing.assert_allclose(found[layer][name].values, np.ravel(dense[layer][name])[places], rtol=1e-4)
@@ -266,7 +267,7 @@ def test_an_adapter_reads_the_layer_with_its_trained_bias(beta, part, budget):
     trainable, frozen = sj.partition(adapted)
     value = lambda t: jnp.sum(jnp.sin(run(sj.combine(t, frozen), jnp.asarray(x, jnp.float32))))
     name, step = ("values", "value")[part == "whole"], 1e-2
-    gradient = getattr(jax.grad(value)(trainable)["fc"]["bias"], name)
+    gradient = getattr(jax.jit(jax.grad(value))(trainable)["fc"]["bias"], name)
     up = jax.tree.map(lambda v: v, trainable)
     along = jnp.asarray(draw(gradient.shape, 3))
     ends = []

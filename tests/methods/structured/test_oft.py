@@ -83,8 +83,8 @@ def test_dense_layer_runs_as_its_merged_weight_and_so_do_its_gradients(options):
     adapted = turned(w, sj.oft(4, **options), scale=0.2)
     trainable, frozen = sj.partition(adapted)
     model = lambda p, x: jnp.sum(jnp.sin(x @ p["w"]))
-    through = jax.value_and_grad(lambda t: sj.with_adapters(model)(sj.combine(t, frozen), x))(trainable)
-    formed = jax.value_and_grad(lambda t: model({"w": sj.combine(t, frozen)["w"].materialize()}, x))(trainable)
+    through = jax.jit(jax.value_and_grad(lambda t: sj.with_adapters(model)(sj.combine(t, frozen), x)))(trainable)
+    formed = jax.jit(jax.value_and_grad(lambda t: model({"w": sj.combine(t, frozen)["w"].materialize()}, x)))(trainable)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), through, formed)
 
 

@@ -1,6 +1,7 @@
 """Scaled random bases against loops in numpy, and the bases themselves."""
 
 import dataclasses
+import functools
 import hashlib
 
 import jax
@@ -20,13 +21,14 @@ SHAPES = [((6, 10), 2), ((10, 6), 3), ((8, 8), 4), ((7, 12), 3), ((12, 7), 2), (
 
 
 def normal(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def weight_of(shape, rank, role=None, **options):
     """A weight in the middle of training, with bases larger than it needs."""
     roles = {"w": role} if role else None
-    method, larger = sj.randlora(rank, **options), jnp.zeros((max(shape) + 3, max(shape) + 2))
+    size = max(12, *shape)  # shared by most shapes, so that their bases are one program for each rank
+    method, larger = sj.randlora(rank, **options), jnp.zeros((size + 3, size + 2))
     tree = sj.adapt({"large": larger, "w": normal(shape)}, {"*": method}, key=jax.random.key(0), roles=roles)
     weight = sj.core.resolve_links(tree)["w"]
     scales = [normal(v.shape, i) for i, v in enumerate((weight.rank_scales, weight.feature_scales))]
@@ -108,31 +110,38 @@ def test_gradient_descent_on_rank_scales_finds_the_least_squares():
     # Newton's method ends in one step where the map is linear.
     loss = lambda flat: 0.5 * jnp.sum(residual(flat) ** 2)
     start = weight.rank_scales.ravel()
-    found = start - jnp.linalg.solve(jax.hessian(loss)(start), jax.grad(loss)(start))
+    hessian, gradient = jax.jit(lambda flat: (jax.hessian(loss)(flat), jax.grad(loss)(flat)))(start)
+    found = start - np.linalg.solve(hessian, gradient)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@functools.cache
+def naive_gradients(shape, rank):
+    weight, x = weight_of(shape, rank), normal((5, shape[0]), 9)
+    smaller, larger = sorted(shape)
+    bases = weight.rank_scales.shape[0]
+    a, b = weight.basis_a[:, :smaller], weight.basis_b[:bases, :, :larger]
+
+    def loss(lam, gam, x):
+        delta = weight.scale * jnp.einsum("nk,kj,nj,nko->jo", lam, a, gam, b)
+        return jnp.sin(x @ (weight.base + (delta if shape[0] <= shape[1] else delta.T))).sum()
+
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(weight.rank_scales, weight.feature_scales, x)
 
 
 @pytest.mark.parametrize("route", ["factored", "materialized"])
 @pytest.mark.parametrize(("shape", "rank"), SHAPES[:5])
 def test_gradients_are_those_of_the_naive_einsum(shape, rank, route):
     weight, x = weight_of(shape, rank, route=route), normal((5, shape[0]), 9)
-    smaller, larger = sorted(shape)
-    bases = weight.rank_scales.shape[0]
-    a, b = weight.basis_a[:, :smaller], weight.basis_b[:bases, :, :larger]
 
-    def naive(lam, gam, x):
-        delta = weight.scale * jnp.einsum("nk,kj,nj,nko->jo", lam, a, gam, b)
-        return jnp.sin(x @ (weight.base + (delta if shape[0] <= shape[1] else delta.T))).sum()
-
-    def ours(lam, gam, x):
+    def loss(lam, gam, x):
         moved = dataclasses.replace(weight, rank_scales=lam, feature_scales=gam)
         return jnp.sin(sj.with_adapters(lambda w, x: x @ w)(moved, x)).sum()
 
-    arguments = weight.rank_scales, weight.feature_scales, x
     with jax.default_matmul_precision("highest"):
-        found = jax.grad(ours, (0, 1, 2))(*arguments)
-        expected = jax.grad(naive, (0, 1, 2))(*arguments)
-    for one, other in zip(found, expected, strict=True):
+        found = jax.jit(jax.grad(loss, (0, 1, 2)))(weight.rank_scales, weight.feature_scales, x)
+    for one, other in zip(found, naive_gradients(shape, rank), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
@@ -214,7 +223,9 @@ def test_wide_bases_in_bfloat16_are_added_in_float32():
 
 def test_no_gradient_reaches_bases_or_base():
     weight = weight_of((6, 10), 2)
-    gradient = jax.grad(lambda w: jnp.sin(sj.with_adapters(lambda w, x: x @ w)(w, normal((4, 6)))).sum())(weight)
+    gradient = jax.jit(jax.grad(lambda w: jnp.sin(sj.with_adapters(lambda w, x: x @ w)(w, normal((4, 6)))).sum()))(
+        weight
+    )
     for name in ("base", "basis_a", "basis_b"):
         assert not np.asarray(getattr(gradient, name)).any()
     assert np.abs(gradient.rank_scales).min() > 0

@@ -120,7 +120,9 @@ def test_stack_has_the_largest_number_of_terms_and_masks_the_rest():
     np.testing.assert_array_equal(adapted["w"].mask, [[1, 0, 0], [1, 1, 1]])
     np.testing.assert_allclose(dense(adapted), w, atol=2e-5)
     assert sj.methods.soka.active_values(adapted) == 4 * 33
-    gradient = jax.grad(lambda t, f: jnp.sum(sj.combine(t, f)["w"].materialize() ** 3))(*sj.partition(adapted))["w"]
+    gradient = jax.jit(jax.grad(lambda t, f: jnp.sum(sj.combine(t, f)["w"].materialize() ** 3)))(
+        *sj.partition(adapted)
+    )["w"]
     for part in (gradient.sigma, gradient.left, gradient.right):
         assert not np.asarray(part[0, 1:]).any()
         assert np.abs(np.asarray(part[1])).min(axis=tuple(range(1, part.ndim - 1))).max() > 0

@@ -61,17 +61,18 @@ def test_gradient_of_a_logit_has_the_published_form_and_is_zero_where_the_norm_i
     unit = x[0] / np.linalg.norm(x)
     projected = subspaces[2].T @ unit
     expected = GAMMA * np.outer(unit, projected) / np.linalg.norm(projected)
-    found = jax.grad(lambda s: grassmann_logits(x, s)[0, 2])(jnp.asarray(subspaces))
+    found = jax.jit(jax.grad(lambda s: grassmann_logits(x, s)[0, 2]))(jnp.asarray(subspaces))
     np.testing.assert_allclose(found[2], expected, atol=1e-5)
     assert not np.asarray(found)[[0, 1, 3, 4]].any()
     # The feature's gradient, by finite differences in float64.
     wide, s = x[0].astype(np.float64), subspaces[2].astype(np.float64)
     logit = lambda v: GAMMA * np.linalg.norm(s.T @ v) / np.linalg.norm(v)
     numeric = [(logit(wide + e) - logit(wide - e)) / 2e-6 for e in 1e-6 * np.eye(7)]
-    np.testing.assert_allclose(jax.grad(lambda v: grassmann_logits(v, subspaces)[2])(x[0]), numeric, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(jax.grad(lambda v: grassmann_logits(v, subspaces)[2]))(x[0]), numeric, atol=1e-4)
     orthogonal = np.linalg.svd(subspaces[2])[0][:, -1]
+    slope = jax.jit(jax.grad(lambda v, s: grassmann_logits(v, s).sum(), (0, 1)))
     for feature in (np.zeros(7, np.float32), orthogonal):
-        both = jax.grad(lambda v, s: grassmann_logits(v, s).sum(), (0, 1))(jnp.asarray(feature), jnp.asarray(subspaces))
+        both = slope(feature.astype(np.float32), subspaces.astype(np.float32))
         assert all(np.isfinite(v).all() for v in both)
     assert not np.asarray(grassmann_logits(np.zeros(7, np.float32), subspaces)).any()
 

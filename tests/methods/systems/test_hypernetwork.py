@@ -33,7 +33,7 @@ ROLES = {"block/out/kernel": sj.Role.dense((0, 1), (2,)), "layers/kernel": sj.Ro
 
 
 def draw(*shape, seed=0, scale=1.0):
-    return jnp.asarray(scale * np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
+    return jax.device_put(np.float32(scale * np.random.default_rng([seed, *shape]).normal(size=shape)))
 
 
 def model(params, x, t, c):
@@ -175,7 +175,7 @@ def test_the_transformer_shares_heads_by_shape_and_counts_as_it_says():
         {n: {"kernel": jnp.zeros((8, 6))} for n in "qkv"} | {"o": {"kernel": jnp.zeros((6, 8))}}, "**", rank=2
     )
     module = WeightDecoder(layout, width=16, layers=1, heads=2)
-    params = jax.jit(module.init)(KEY, FEATURES)["params"]
+    params = jax.eval_shape(module.init, KEY, FEATURES)["params"]
     heads = {n: p for n, p in params.items() if n.startswith("head")}
     count = lambda tree: sum(v.size for v in jax.tree.leaves(tree))
     assert len(heads) == 2
@@ -183,7 +183,7 @@ def test_the_transformer_shares_heads_by_shape_and_counts_as_it_says():
     assert params["queries"].shape == (4, 16)
     assert params["roles"].shape == (4, 16)
     # Subjects do not see each other, and the order of a reference's tokens does not matter: they are a set.
-    moved = jax.tree.map(lambda v: v + draw(*v.shape, scale=0.1), params)
+    moved = jax.tree.map(lambda v: draw(*v.shape, scale=0.3), params)
     run_it = jax.jit(lambda f: module.apply({"params": moved}, f))
     found = run_it(FEATURES)
     np.testing.assert_allclose(run_it(FEATURES[1:2])[0], found[1], atol=1e-5)
@@ -228,7 +228,7 @@ def test_its_gradient_is_a_difference_quotient_and_leaves_the_model_alone():
     assert float(jnp.sum(gradient * step)) == pytest.approx(float(quotient), rel=1e-2)
     of_model = jax.jit(jax.grad(lambda p: one(output, p)))(PARAMS)["block"]["query"]["kernel"]
     assert not np.any(of_model)
-    only = jax.grad(lambda o: 0.3 * output_penalty(LAYOUT, o))(output)
+    only = jax.jit(jax.grad(lambda o: 0.3 * output_penalty(LAYOUT, o)))(output)
     np.testing.assert_allclose(only, 2 * 0.3 * output / 2, rtol=1e-6)
 
 

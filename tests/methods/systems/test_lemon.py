@@ -15,11 +15,14 @@ from tests.tolerances import tolerance
 
 @pytest.fixture(scope="module")
 def params():
-    b = batch()
-    made = jax.jit(MODEL.init)(jax.random.key(0), b.inputs, b.input_times, b.target_times, b.tokens, b.mask)["params"]
-    noise = jax.random.split(jax.random.key(1), len(jax.tree.leaves(made)))
-    leaves, structure = jax.tree.flatten(made)
-    return structure.unflatten([v + 0.1 * jax.random.normal(k, v.shape) for v, k in zip(leaves, noise, strict=True)])
+    b, rng = batch(), np.random.default_rng(1)
+    arguments = b.inputs, b.input_times, b.target_times, b.tokens, b.mask
+    made = jax.eval_shape(MODEL.init, jax.random.key(0), *arguments)["params"]
+
+    def one(path, leaf):
+        return jax.device_put(np.float32((path[-1].key == "scale") + 0.3 * rng.normal(size=leaf.shape)))
+
+    return jax.tree.map_with_path(one, made)
 
 
 run = jax.jit(lambda params, b: lemon.predict(MODEL.apply, params, b))
@@ -200,7 +203,7 @@ def test_a_layer_is_pytorchs():
 
     layer = _model._Layer(SMALL)
     x = np.random.default_rng(8).normal(size=(2, 5, 16)).astype(np.float32)
-    p = jax.tree.map(np.asarray, layer.init(jax.random.key(0), x)["params"])
+    p = jax.tree.map(np.asarray, jax.jit(layer.init)(jax.random.key(0), x)["params"])
     theirs = torch.nn.TransformerEncoderLayer(16, 2, 24, 0.0, "gelu", norm_first=True, batch_first=True)
     attention = p["attention"]
     with torch.no_grad():
@@ -216,4 +219,4 @@ def test_a_layer_is_pytorchs():
             put(module.weight, ours["kernel"].T)
             put(module.bias, ours["bias"])
         expected = theirs.eval()(torch.tensor(x)).numpy()
-    np.testing.assert_allclose(layer.apply({"params": p}, x), expected, atol=tolerance(size=64, norm=4.0))
+    np.testing.assert_allclose(jax.jit(layer.apply)({"params": p}, x), expected, atol=tolerance(size=64, norm=4.0))

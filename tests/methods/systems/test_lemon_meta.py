@@ -32,7 +32,9 @@ def test_a_quadratic_has_the_closed_form(first_order, steps):
         np.testing.assert_allclose(phi[k] - CENTERS[k], shrink * (THETA[k] - CENTERS[k]), rtol=1e-5)
     stacked = lambda tree: jax.tree.map(lambda v: v[None], tree)
     options = {"steps": steps, "first_order": first_order}
-    gradient = jax.grad(lambda t: lemon.paml_loss(square, t, stacked(CENTERS), stacked(ASKED), alpha, **options))(THETA)
+    gradient = jax.jit(
+        jax.grad(lambda t: lemon.paml_loss(square, t, stacked(CENTERS), stacked(ASKED), alpha, **options))
+    )(THETA)
     for k in THETA:
         factor = 1.0 if first_order else shrink
         np.testing.assert_allclose(gradient[k], factor * (phi[k] - ASKED[k]), rtol=1e-4)
@@ -54,20 +56,21 @@ def test_second_order_is_the_difference_quotient_and_first_order_the_gradient_wh
     with jax.enable_x64(True):
         theta, support, query = wavy_case()
         whole = lambda t, first: lemon.paml_loss(wavy, t, support, query, 0.2, steps=3, first_order=first)
-        exact = jax.grad(lambda t: whole(t, False))(theta)
+        value = jax.jit(lambda t: whole(t, False))
+        exact = jax.jit(jax.grad(value))(theta)
         for index in ((0, 1), (2, 3)):
             step = jnp.zeros((3, 4)).at[index].set(1e-6)
             ahead, behind = ({**theta, "w": theta["w"] + s * step} for s in (1, -1))
-            quotient = (whole(ahead, False) - whole(behind, False)) / 2e-6
+            quotient = (value(ahead) - value(behind)) / 2e-6
             np.testing.assert_allclose(exact["w"][index], quotient, rtol=1e-6)
-        first = jax.grad(lambda t: whole(t, True))(theta)
-        expected = jax.tree.map(jnp.zeros_like, theta)
+        first = jax.jit(jax.grad(lambda t: whole(t, True)))(theta)
+        expected, slope = jax.tree.map(jnp.zeros_like, theta), jax.jit(jax.grad(wavy))
         for b in range(2):
             task = jax.tree.map(lambda v, b=b: v[b], (support, query))
             phi = theta
             for _ in range(3):
-                phi = jax.tree.map(lambda p, g: p - 0.2 * g, phi, jax.grad(wavy)(phi, task[0]))
-            expected = jax.tree.map(lambda a, g: a + g / 2, expected, jax.grad(wavy)(phi, task[1]))
+                phi = jax.tree.map(lambda p, g: p - 0.2 * g, phi, slope(phi, task[0]))
+            expected = jax.tree.map(lambda a, g: a + g / 2, expected, slope(phi, task[1]))
         for k in theta:
             np.testing.assert_allclose(first[k], expected[k], rtol=1e-9)
         assert np.abs(first["w"] - exact["w"]).max() > 1e-3
@@ -89,9 +92,9 @@ def test_inner_gradients_are_clamped_left_out_and_noisy_as_asked():
     np.testing.assert_allclose(each["a"], [2.5, 1.0])
     np.testing.assert_array_equal(each["b"], THETA["b"])
     adam, expected = optax.adamw(0.1), THETA
-    state = adam.init(THETA)
+    state, slope = adam.init(THETA), jax.jit(jax.grad(square))
     for _ in range(3):
-        updates, state = adam.update(jax.grad(square)(expected, CENTERS), state, expected)
+        updates, state = adam.update(slope(expected, CENTERS), state, expected)
         expected = jax.tree.map(lambda p, u: p + 0.5 * u, expected, updates)
     found = lemon.adapt_to(square, THETA, CENTERS, 0.5, steps=3, optimizer=adam)
     for k in THETA:
@@ -120,13 +123,15 @@ def test_a_predicted_rate_has_a_gradient_while_inner_gradients_are_constants():
     loss = lambda theta, data: square(theta["model"], data["c"])
     inner = lambda path: path.startswith("model/")
     task = lambda c: jax.tree.map(lambda v: v[None], {"c": c, "encoding": encoding})
-    gradient = jax.grad(
-        lambda t: lemon.paml_loss(loss, t, task(CENTERS), task(ASKED), rate, steps=1, clamp=1.0, adapted=inner)
+    gradient = jax.jit(
+        jax.grad(
+            lambda t: lemon.paml_loss(loss, t, task(CENTERS), task(ASKED), rate, steps=1, clamp=1.0, adapted=inner)
+        )
     )(theta)
     # One step moves each entry by the rate times the sign of its clamped gradient, all of them larger than one.
     moved = {k: THETA[k] - value * jnp.sign(THETA[k] - CENTERS[k]) for k in THETA}
     along = -sum(jnp.sum((moved[k] - ASKED[k]) * jnp.sign(THETA[k] - CENTERS[k])) for k in THETA)
-    slope = jax.grad(lambda r: network.apply({"params": r}, encoding, mask))(rates)
+    slope = jax.jit(jax.grad(lambda r: network.apply({"params": r}, encoding, mask)))(rates)
     for found, expected in zip(jax.tree.leaves(gradient["rate"]), jax.tree.leaves(slope), strict=True):
         np.testing.assert_allclose(found, along * expected, rtol=1e-4, atol=1e-6)
     assert float(optax.tree.norm(gradient["rate"])) > 0
