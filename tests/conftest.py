@@ -52,6 +52,14 @@ def _stay_small():
         _free()
 
 
+@pytest.fixture
+def quick_collections():
+    """Leaves what a long session holds out of each `gc.collect()`, which takes a second otherwise."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 LARGEST = 2.0e9
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 

@@ -1,7 +1,6 @@
 """What `gpu` measures at tiny sizes on a CPU, and what becomes of rows that fail or find no time."""
 
 import functools
-import gc
 import json
 import math
 import sys
@@ -134,14 +133,6 @@ def test_joined_products_are_an_option_of_the_compiler(monkeypatch):
     for variant in ("lora + joined products", "lora"):
         assert _gpu_step.measure(lambda: model, variant, Task("tiny", (), RANK, 0.0))["flops"] == products("lora")
     assert asked == [{"xla_gpu_dot_merger_threshold_mb": 1024}, None]
-
-
-@pytest.fixture
-def quick_collections():
-    """Leaves what a long session holds out of each `gc.collect()`, which takes a second otherwise."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("quick_collections")

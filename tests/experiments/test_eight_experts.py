@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import json
 
 import jax
@@ -34,14 +33,6 @@ def trees(count):
     base = {"w": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32), "b": jnp.zeros(5)}
     drawn = lambda v: v + jnp.asarray(rng.normal(size=v.shape), jnp.float32) / 10
     return [jax.tree.map(drawn, base) for _ in range(count)], base
-
-
-@pytest.fixture
-def quick_collections():
-    """Leaves what a long session holds out of each `gc.collect()`, which takes a second otherwise."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def test_search_goes_on_until_the_best_lies_inside():

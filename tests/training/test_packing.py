@@ -97,7 +97,7 @@ def test_logits_in_chunks_need_the_memory_of_one_chunk():
 def test_packing_accumulation_and_padding_leave_the_step_as_it_is():
     """One step on eight sequences: each alone by hand, as packed rows, in micro-batches, with empty rows added."""
     random = np.random.default_rng(1)
-    model = Llama(small_llama(num_layers=1))
+    model = Llama(small_llama())
     params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
     tokens = [random.integers(1, 100, size) for size in (3, 9, 5, 2, 7, 4, 6, 8)]
     labels = [np.arange(len(ids)) >= random.integers(1, len(ids)) for ids in tokens]
