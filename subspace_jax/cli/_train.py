@@ -241,5 +241,9 @@ def resident_bytes() -> float:
     stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats and "peak_bytes_in_use" in stats:
         return float(stats["peak_bytes_in_use"])
+    status = Path("/proc/self/status")
+    if status.exists():  # `ru_maxrss` would begin with what the process held that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024.0 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

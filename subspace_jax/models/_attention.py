@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 ATTENTIONS = ("xla", "cudnn")
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "is_causal", "scale"), inline=True)
 def attend(
     query: jax.Array,
     key: jax.Array,

@@ -2,12 +2,16 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 
 from subspace_jax.assets import is_available
+from subspace_jax.cli import _train
 from tests.cli.conftest import write_lines
 
 carried = pytest.mark.skipif(not is_available("minilm"), reason="needs `python -m experiments fetch minilm`")
@@ -27,3 +31,10 @@ def test_memory_is_within_thirty_percent_of_the_estimate(tmp_path):
     said, came = found["estimates"]["memory_bytes"], found["took"]["memory_bytes"]
     assert 0.7 * came < said < 1.3 * came
     assert set(found["took"]) <= set(found["estimates"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="other systems count a process by itself")
+def test_memory_of_the_starting_process_does_not_count(monkeypatch):
+    """Linux's `ru_maxrss` begins with it: in a shell that had held a terabyte every run would have."""
+    monkeypatch.setattr(resource, "getrusage", lambda _: types.SimpleNamespace(ru_maxrss=2**30))
+    assert 0 < _train.resident_bytes() < 2**40
