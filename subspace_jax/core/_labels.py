@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,9 +14,6 @@ from jax.sharding import AxisType, PartitionSpec
 Labels = tuple[str, ...]
 
 
-@functools.partial(
-    jax.jit, static_argnums=(1, 3, 4), static_argnames=("precision", "preferred_element_type"), inline=True
-)
 def product(
     left: jax.Array,
     left_labels: Labels,

@@ -123,7 +123,7 @@ def _dense_base(base: jax.Array | Weight, dtype: Any) -> jax.Array:
     return base.materialize(dtype) if isinstance(base, Weight) else base.astype(dtype)
 
 
-# Outside of a trace this is one program; inside, its equations stand where it is called.
+# Outside of a trace this is one program, inside a part of the one that is traced.
 @functools.partial(jax.jit, inline=True)
 def _squared_norms(weight: LowRank) -> jax.Array:
     one = weight.with_frozen_stopped()

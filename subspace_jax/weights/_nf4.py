@@ -123,7 +123,7 @@ def quantize_nf4(array: jax.Array, role: Role | None = None, order: Order = "out
     return _quantize(array, Role.dense() if role is None else role, order, double)
 
 
-# Outside of a trace each of the two is one program; inside, its equations stand where it is called.
+# Outside of a trace each of the two is one program, inside a part of the one that is traced.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 def _quantize(array: jax.Array, role: Role, order: Order, double: bool) -> NF4:
     # Blocks run across rows, so they cannot follow a split of the matrix.

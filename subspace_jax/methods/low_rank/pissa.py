@@ -277,7 +277,7 @@ def _least_live(a: jax.Array) -> jax.Array:
     return jnp.min(jnp.sum(live, axis=-1))
 
 
-# Outside of a trace this is one program; inside, its equations stand where it is called.
+# Outside of a trace this is one program, inside a part of the one that is traced.
 @functools.partial(jax.jit, static_argnames=("role", "scale", "dtype"), inline=True)
 def _residual(array: jax.Array, a: jax.Array, b: jax.Array, role: Role, scale: float, dtype: Any) -> jax.Array:
     """What the scaled product of the factors, as they are stored, leaves of an array; in float32 throughout."""

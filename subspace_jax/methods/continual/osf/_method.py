@@ -146,7 +146,7 @@ def _split(array: jax.Array, role: Role, ranks: np.ndarray, width: Width, route:
     )
 
 
-# Outside of a trace this is one program; inside, its equations stand where it is called.
+# Outside of a trace this is one program, inside a part of the one that is traced.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
 def _parts(
     array: jax.Array, ranks: jax.Array, role: Role, most: int, least: int, uneven: bool
