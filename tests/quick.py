@@ -9,9 +9,7 @@ import numpy as np
 
 
 def compile_quickly():
-    """Leaves most optimizations out, lowers all programs in one MLIR context where JAX would make one for each, and
-    makes arrays of numbers that are known without a program.
-    """
+    """Leaves most optimizations out, and spares a context for each program and a program for each array of numbers."""
     jax.config.update("jax_disable_most_optimizations", True)
     _share_one_context()
     _make_arrays_by_numpy()

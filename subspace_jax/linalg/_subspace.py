@@ -22,14 +22,7 @@ Side = Literal["in", "out"]
 Mode = Literal["remove", "keep"]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "mode",
-        "side",
-    ),
-    inline=True,
-)
+@functools.partial(jax.jit, static_argnames=("mode", "side"), inline=True)
 def project(
     matrix: Float[Array, "*stack in out"], basis: Float[Array, "*stack d k"], *, mode: Mode = "keep", side: Side = "in"
 ) -> Float[Array, "*stack in out"]:
