@@ -135,11 +135,14 @@ def test_vmap_over_adapters_gives_the_same(whole):
     assert all(not np.array_equal(*y) for y in jax.tree.leaves(outputs))
 
 
-def test_scan_gives_the_same(whole):
-    """The model inside a loop over batches, so that weights enter the loop as constants."""
+def test_scan_and_remat_give_the_same(whole):
+    """A rematerialized model inside a loop over batches, so that weights enter both as constants.
+
+    One program for both, with its gradients; each alone and either inside the other: tests/core/test_control_flow.py.
+    """
 
     def over_batches(params, inputs):
-        return jax.lax.scan(lambda _, batch: (None, model(params, batch)), None, inputs)[1]
+        return jax.lax.scan(lambda _, batch: (None, jax.checkpoint(model)(params, batch)), None, inputs)[1]
 
     inputs = jax.tree.map(lambda x: np.stack([x[::-1], x]), inputs_of(whole))
 
@@ -148,16 +151,8 @@ def test_scan_gives_the_same(whole):
 
     trainable, frozen = sj.partition(trained(whole))
     (_, outputs), gradients = jax.jit(objective(apply))(trainable, frozen, inputs)
-    assert_close(outputs, reference(whole)[0], "scan")
-    assert_close(gradients, reference(whole)[1], "scan gradients")
-
-
-def test_remat_gives_the_same(whole):
-    trainable, frozen = sj.partition(trained(whole))
-    apply = sj.with_adapters(jax.checkpoint(model))
-    (_, outputs), gradients = jax.jit(objective(apply))(trainable, frozen, inputs_of(whole))
-    assert_close(outputs, reference(whole)[0], "remat")
-    assert_close(gradients, reference(whole)[1], "remat gradients")
+    assert_close(outputs, reference(whole)[0], "scan of remat")
+    assert_close(gradients, reference(whole)[1], "scan of remat, gradients")
 
 
 def test_a_stand_in_has_the_arrays_shape_and_dtype(case):
