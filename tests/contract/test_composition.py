@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 MODEL = nn.Sequential([Block(), Block(), nn.Dense(3)])
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, WIDTH)), jnp.float32)
-PARAMS = MODEL.init(jax.random.key(0), X)["params"]
+PARAMS = jax.jit(MODEL.init)(jax.random.key(0), X)["params"]
 ROLES = sj.roles(lambda p, x: MODEL.apply({"params": p}, x), PARAMS, X)
 
 SHARED = sj.randlora(2)

@@ -102,12 +102,15 @@ def same_as_dense(fn, adapted, *args, tolerance=2e-4, gradients=True, custom_rul
         out = fn(plain, *args, **kwargs)
         return weighted_sum(out), out
 
+    @jax.jit
+    def both(trainable, frozen, plain):
+        if not gradients:
+            return (None, adapted_loss(trainable, frozen)[1]), (None, dense_loss(plain)[1])
+        return jax.grad(adapted_loss, has_aux=True)(trainable, frozen), jax.grad(dense_loss, has_aux=True)(plain)
+
+    (found, out), (wanted, expected) = both(trainable, frozen, plain)
     if gradients:
-        found, out = jax.jit(jax.grad(adapted_loss, has_aux=True))(trainable, frozen)
-        wanted, expected = jax.jit(jax.grad(dense_loss, has_aux=True))(plain)
         compare_gradients(found, wanted, adapted, tolerance)
-    else:
-        out, expected = jax.jit(adapted_loss)(trainable, frozen)[1], jax.jit(dense_loss)(plain)[1]
     trees_close(out, expected, tolerance)
 
 
