@@ -80,6 +80,11 @@ def _resident_bytes():
         return 0
 
 
+def pytest_collection_modifyitems(items):
+    """Puts long tests first: one that begins last keeps a single worker busy while the others have nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_report_header(config):
     """Says how long it will take: under xdist a newcomer sees nothing but dots."""
     return "subspace_jax: the whole suite takes about 25 minutes on 2 cores; the slowest tests are listed at the end"

@@ -109,8 +109,10 @@ METHODS = (
     Case("loca_transformed", lambda rank: sj.loca(5 * rank, evaluation="fast")),
 )
 
-# Of these every check is made, inside every transform too.
+# Of these every check is made, inside every transform too. They come first of all, for pytest keeps together what has
+# the same place: all checks of a method, which share what they compile.
 PARAMETERIZATIONS = tuple(case for case in METHODS if case.whole)
+METHODS = (*PARAMETERIZATIONS, *(case for case in METHODS if not case.whole))
 
 # What is tried on 8 devices: every parameterization trains a step, and these start there with arrays that are split.
 STARTS = ("pissa", "loldu", "loldu_whole", "corda", "lora_xs", "lora_sb", "o_lora")

@@ -28,9 +28,8 @@ def case(request):
     return request.param
 
 
-@pytest.fixture(params=PARAMETERIZATIONS, ids=lambda case: case.name, scope="module")
-def whole(request):
-    return request.param
+# The first ones of `METHODS`, so that their other checks run beside those of every method.
+parameterizations = pytest.mark.parametrize("case", PARAMETERIZATIONS, ids=lambda case: case.name, indirect=True)
 
 
 def inputs_of(case):
@@ -115,27 +114,30 @@ def test_no_gradient_reaches_what_is_frozen(case):
                 assert not np.asarray(gradient, np.float32).any(), f"{part} is frozen and has a gradient"
 
 
-def test_eager_gives_the_same(whole):
-    outputs = sj.with_adapters(model)(trained(whole), inputs_of(whole))
-    assert_close(outputs, reference(whole)[0], "eager")
+@parameterizations
+def test_eager_gives_the_same(case):
+    outputs = sj.with_adapters(model)(trained(case), inputs_of(case))
+    assert_close(outputs, reference(case)[0], "eager")
 
 
-def test_vmap_over_adapters_gives_the_same(whole):
+@parameterizations
+def test_vmap_over_adapters_gives_the_same(case):
     """Many adapters of one base in one batch."""
-    trainable, frozen = sj.partition(trained(whole))
-    other, _ = sj.partition(trained(whole, seed=1))
+    trainable, frozen = sj.partition(trained(case))
+    other, _ = sj.partition(trained(case, seed=1))
     stacked = jax.tree.map(lambda *v: np.stack(v), other, trainable)
 
     def apply(trainable):
-        return sj.with_adapters(model)(sj.combine(trainable, frozen), inputs_of(whole))
+        return sj.with_adapters(model)(sj.combine(trainable, frozen), inputs_of(case))
 
     outputs = jax.jit(jax.vmap(apply))(stacked)
     outputs = jax.tree.map(np.asarray, outputs)
-    assert_close(jax.tree.map(lambda y: y[1], outputs), reference(whole)[0], "vmap")
+    assert_close(jax.tree.map(lambda y: y[1], outputs), reference(case)[0], "vmap")
     assert all(not np.array_equal(*y) for y in jax.tree.leaves(outputs))
 
 
-def test_scan_and_remat_give_the_same(whole):
+@parameterizations
+def test_scan_and_remat_give_the_same(case):
     """A rematerialized model inside a loop over batches, so that weights enter both as constants.
 
     One program for both, with its gradients; each alone and either inside the other: tests/core/test_control_flow.py.
@@ -144,15 +146,15 @@ def test_scan_and_remat_give_the_same(whole):
     def over_batches(params, inputs):
         return jax.lax.scan(lambda _, batch: (None, jax.checkpoint(model)(params, batch)), None, inputs)[1]
 
-    inputs = jax.tree.map(lambda x: np.stack([x[::-1], x]), inputs_of(whole))
+    inputs = jax.tree.map(lambda x: np.stack([x[::-1], x]), inputs_of(case))
 
     def apply(adapted, inputs):
         return jax.tree.map(lambda y: y[1], sj.with_adapters(over_batches)(adapted, inputs))
 
-    trainable, frozen = sj.partition(trained(whole))
+    trainable, frozen = sj.partition(trained(case))
     (_, outputs), gradients = jax.jit(objective(apply))(trainable, frozen, inputs)
-    assert_close(outputs, reference(whole)[0], "scan of remat")
-    assert_close(gradients, reference(whole)[1], "scan of remat, gradients")
+    assert_close(outputs, reference(case)[0], "scan of remat")
+    assert_close(gradients, reference(case)[1], "scan of remat, gradients")
 
 
 def test_a_stand_in_has_the_arrays_shape_and_dtype(case):
@@ -199,8 +201,9 @@ def test_parts_of_a_partition_have_the_shardings_of_the_whole(case):
     assert {path: one for path, one in found if whole[path] != one} == {}
 
 
-def test_flattening_and_unflattening_are_inverse(whole):
-    adapted = trained(whole)
+@parameterizations
+def test_flattening_and_unflattening_are_inverse(case):
+    adapted = trained(case)
     leaves, structure = jax.tree.flatten(adapted)
     again = jax.tree.unflatten(structure, leaves)
     assert jax.tree.structure(again) == structure
