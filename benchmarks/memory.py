@@ -134,19 +134,18 @@ class Compiler:
         """Returns the bytes of a step of one method on a model of a width by name and so many layers."""
         return self.measure(method, name, layers)["bytes"]
 
-    def _setting(self, name: str, layers: int) -> tuple[Setting, Any]:
-        """The model and the roles of its arrays, which are the same for every method."""
+    def _setting(self, name: str, layers: int) -> Setting:
+        """The model, which is the same for every method."""
         config = self.config
         _, width, heads, mlp_width, _ = shape(name)
         settings = {"vocabulary": config.vocabulary, "sequences": config.sequences, "length": config.length}
         settings |= {"width": width, "heads": heads, "mlp_width": mlp_width, "layers": layers, "remat": True}
-        setting = Setting(settings, self.mesh)
-        return setting, setting.roles()
+        return Setting(settings, self.mesh)
 
     def _measure(self, method: str, name: str, layers: int) -> dict[str, int]:
         with jax.set_mesh(self.mesh):
-            setting, roles = self.setting(name, layers)
-            lowered, sizes = setting.step(*methods(self.config)[method], roles)
+            setting = self.setting(name, layers)
+            lowered, sizes = setting.step(*methods(self.config)[method], setting.roles)
             memory: Any = lowered.compile(OPTIONS).memory_analysis()
         found = {
             "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setting.params)),
