@@ -6,6 +6,7 @@ variants are joined by commas; each prints a line.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -147,6 +148,7 @@ class Setting:
         )
         return lowered, {"frozen_bytes": held_bytes(params), "trainable_bytes": 0, "optimizer_bytes": 0}
 
+    @functools.cached_property
     def roles(self) -> Any:
         """What each array is used for, by one abstract trace."""
         return sj.roles(self.apply, self.params, self.tokens)
@@ -216,7 +218,7 @@ def _lowered(setting: Setting, settings: Mapping[str, Any], variant: str) -> tup
     """A training step of a method, its start, a batch through a bank of adapters, or the model alone."""
     if variant == "forward":
         return setting.forward()
-    roles = setting.roles()
+    roles = setting.roles
     known = methods(settings, roles)
     if variant == "bank":
         return setting.bank(known["lora"][0], roles, settings["adapters"])
@@ -225,27 +227,35 @@ def _lowered(setting: Setting, settings: Mapping[str, Any], variant: str) -> tup
     return setting.step(*known[variant], roles)
 
 
-def measure(settings: dict[str, Any], variant: str) -> dict[str, Any]:
-    """Returns what one variant's compiled program holds, computes and sends."""
-    data, model = settings["mesh"]
+@functools.cache
+def _setting(settings: str) -> Setting:
+    """The model of these settings on its mesh, for all variants that a process compiles."""
+    known = json.loads(settings)
+    data, model = known["mesh"]
     mesh = make_mesh({"data": data, "model": model})
     with jax.set_mesh(mesh):
-        start = time.perf_counter()
-        setting = Setting(settings, mesh)
+        return Setting(known, mesh)
+
+
+def measure(text: str, variant: str) -> dict[str, Any]:
+    """Returns what one variant's compiled program holds, computes and sends, by settings in JSON."""
+    start = time.perf_counter()
+    settings, setting = json.loads(text), _setting(text)
+    with jax.set_mesh(setting.mesh):
         lowered, sizes = _lowered(setting, settings, variant)
         traced = time.perf_counter()
         compiled = lowered.compile()
         ended = time.perf_counter()
         shapes = weight_shapes(setting.params)
-    text: str = compiled.as_text() or ""
+    program: str = compiled.as_text() or ""
     memory: Any = compiled.memory_analysis()
-    found = collectives(text)
+    found = collectives(program)
     gathers = of_weights(found, shapes)
     return {
         **sizes,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "flops": product_flops(text),
+        "flops": product_flops(program),
         "collectives": totals(found),
         "of_weights": totals(gathers),
         "largest": [
@@ -259,4 +269,4 @@ def measure(settings: dict[str, Any], variant: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     for variant in sys.argv[2].split(","):
-        print(json.dumps(measure(json.loads(sys.argv[1]), variant)), flush=True)
+        print(json.dumps(measure(sys.argv[1], variant)), flush=True)

@@ -127,20 +127,25 @@ class Compiler:
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self.config, self.console = config, console
         self.measure = functools.cache(self._measure)
+        self.mesh = make_mesh({"data": 1, "model": 1}, devices=jax.devices()[:1])
+        self.setting = functools.cache(self._setting)
 
     def bytes(self, method: str, name: str, layers: int) -> int:
         """Returns the bytes of a step of one method on a model of a width by name and so many layers."""
         return self.measure(method, name, layers)["bytes"]
 
-    def _measure(self, method: str, name: str, layers: int) -> dict[str, int]:
+    def _setting(self, name: str, layers: int) -> Setting:
+        """The model, which is the same for every method."""
         config = self.config
         _, width, heads, mlp_width, _ = shape(name)
         settings = {"vocabulary": config.vocabulary, "sequences": config.sequences, "length": config.length}
         settings |= {"width": width, "heads": heads, "mlp_width": mlp_width, "layers": layers, "remat": True}
-        mesh = make_mesh({"data": 1, "model": 1}, devices=jax.devices()[:1])
-        with jax.set_mesh(mesh):
-            setting = Setting(settings, mesh)
-            lowered, sizes = setting.step(*methods(config)[method], setting.roles())
+        return Setting(settings, self.mesh)
+
+    def _measure(self, method: str, name: str, layers: int) -> dict[str, int]:
+        with jax.set_mesh(self.mesh):
+            setting = self.setting(name, layers)
+            lowered, sizes = setting.step(*methods(self.config)[method], setting.roles)
             memory: Any = lowered.compile(OPTIONS).memory_analysis()
         found = {
             "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setting.params)),

@@ -11,7 +11,7 @@ from ._aligned import aligned_empty
 from ._blocks import unpack_q4_1, unpack_q8_0
 
 _BLOCK, _LARGE_BLOCK = 32, 256
-_AT_A_TIME = 1 << 22  # values that are dequantized at a time
+_AT_A_TIME = 1 << 16  # values that are dequantized at a time: few enough to stay in a processor's cache
 
 
 @dataclasses.dataclass(frozen=True)

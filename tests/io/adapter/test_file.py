@@ -197,11 +197,19 @@ json_values = st.recursive(
 )
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Parameters and the bytes of their adapter's file, which every example below changes."""
+    params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+    tree = sj.adapt(params, {"w": sj.lora(rank=2)}, key=jax.random.key(0))
+    return params, save_adapter(tmp_path_factory.mktemp("saved") / "file", tree, base=params).read_bytes()
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_mutated_manifests_are_loaded_or_refused(path, data):
-    params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
-    save_adapter(path, sj.adapt(params, {"w": sj.lora(rank=2)}, key=jax.random.key(0)), base=params)
+def test_mutated_manifests_are_loaded_or_refused(path, saved, data):
+    params, content = saved
+    path.write_bytes(content)
 
     def change(tensors, manifest):
         place = manifest
