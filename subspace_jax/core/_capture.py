@@ -101,6 +101,7 @@ def capture(
     roles: Mapping[str, Role] | None = None,
     scale_examples: ScaleExamples | None = None,
     mask: Callable[[Any], jax.Array] | None = None,
+    programs: dict[Any, Any] | None = None,
 ) -> dict[str, Statistics]:
     r"""Streams statistics of weights over batches: input Grams and means, gradients and their squares.
 
@@ -127,6 +128,7 @@ def capture(
         has no axis of examples, so has every row scaled by itself.
       mask: gives, of a batch, which rows count, `[examples]` or `[examples, tokens]`: padding counts as zeros and is
         not counted. Every input must begin with these axes, have them joined to one, or have examples only.
+      programs: a dict of the caller's, in which the compiled step stays for further calls with the same functions.
 
     Returns:
       A dict from path to `Statistics`.
@@ -167,7 +169,10 @@ def capture(
         chosen = {path: _Wanted(role, wanted, scale_examples) for path, role in found.items()}
     else:
         chosen = _needed(params, rules, roles)
-    step = jax.jit(functools.partial(_step, fn, chosen, mask), donate_argnums=0)
+    programs, key = {} if programs is None else programs, (id(fn), id(mask), tuple(chosen.items()))
+    if key not in programs:
+        programs[key] = jax.jit(functools.partial(_step, fn, chosen, mask), donate_argnums=0)
+    step = programs[key]
     sums = _zeros(params, chosen)
     while batch is not None:
         sums = jax.block_until_ready(step(sums, params, batch))

@@ -254,6 +254,25 @@ def test_batches_are_streamed_and_the_step_compiles_once():
     assert len(traces) <= 2  # roles, and the step
 
 
+def test_a_step_that_the_caller_keeps_serves_further_calls_and_no_other_functions():
+    traces, programs, batch = [], {}, jnp.asarray(normal(0, 5, 6))
+
+    def make(factor):
+        def fn(p, x):
+            traces.append(1)
+            return (factor * x) @ p["w"]
+
+        return fn
+
+    one, two = make(1.0), make(2.0)
+    options = {"roles": sj.roles(one, {"w": normal(1, 6, 4)}, batch), "programs": programs}
+    traces.clear()
+    found = [sj.capture(fn, {"w": normal(1, 6, 4)}, [batch], **options) for fn in (one, one, two)]
+    assert len(traces) == 2
+    np.testing.assert_array_equal(found[1]["w"].gram, found[0]["w"].gram)
+    np.testing.assert_allclose(found[2]["w"].gram, 4 * found[0]["w"].gram, rtol=1e-6)
+
+
 def test_any_pytree_as_batch_and_a_shorter_last_one():
     fn = lambda p, batch: batch["x"] @ p["w"] * batch["n"]
     batches = [{"x": x, "n": np.float32(1)} for x in (BATCHES[0], BATCHES[1], BATCHES[2][:2])]

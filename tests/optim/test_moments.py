@@ -23,9 +23,9 @@ def gradients(seed):
     return jax.tree.map(lambda p: random(*p.shape, seed=seed), params())
 
 
-def used(optimizer, steps=5):
+def used(optimizer):
     state = optimizer.init(params())
-    for seed in range(steps):
+    for seed in range(5):
         _, state = optimizer.update(gradients(seed), state, params())
     return state
 
@@ -79,7 +79,10 @@ def test_reset_adam_goes_on_like_a_fresh_one():
     found, _ = optimizer.update(gradients(9), sj.optim.reset_moments(used(optimizer)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance()), found, fresh)
     # With the old count it would take steps of three times their size.
-    kept = used(optimizer, 2000)
+    many = jax.tree.map(lambda p: random(2000, *p.shape), params())
+    step = lambda state, gradient: (optimizer.update(gradient, state, params())[1], None)
+    kept = jax.jit(lambda state: jax.lax.scan(step, state, many)[0])(optimizer.init(params()))
+    assert kept[0].count == 2000
     stale = (sj.optim.reset_moments(kept)[0]._replace(count=kept[0].count), *kept[1:])
     large, _ = optimizer.update(gradients(9), stale)
     ratio = jnp.abs(large["w"] / fresh["w"])

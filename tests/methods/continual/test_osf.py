@@ -174,8 +174,17 @@ def test_a_fraction_that_binary_numbers_miss_still_gives_its_rank():
 def test_importance_is_the_mean_cosine_of_rows():
     v, w, x = matrix((6, 6)), matrix((6, 9), 1), matrix((5, 4, 6), 2)
     params = {"v": jnp.asarray(v), "w": jnp.asarray(w), "bias": jnp.zeros(9)}
-    fn = lambda p, x: jnp.tanh(x @ p["v"]) @ p["w"] + p["bias"]
-    found = sj.methods.osf.importance(fn, params, [jnp.asarray(x[:3]), jnp.asarray(x[3:])])
+    traces, options = [], {"programs": {}}
+
+    def fn(p, x):
+        traces.append(1)
+        return jnp.tanh(x @ p["v"]) @ p["w"] + p["bias"]
+
+    options["roles"] = sj.roles(fn, params, jnp.asarray(x[:3]))
+    traces.clear()
+    sj.methods.osf.importance(fn, params, [jnp.asarray(x[:3])], **options)
+    found = sj.methods.osf.importance(fn, params, [jnp.asarray(x[:3]), jnp.asarray(x[3:])], **options)
+    assert len(traces) == 2  # of two shapes, in two calls
     hidden = np.tanh(x @ v)
 
     def cosine(a, b):

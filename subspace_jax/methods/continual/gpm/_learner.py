@@ -113,13 +113,16 @@ def learner(
     if not 0.0 < columns <= 1.0:
         raise StreamError(f"gpm.learner: columns={columns}; expected a share of the input dimensions in (0, 1].")
 
+    programs: dict[Any, Any] = {}  # compiled once, not at the end of every task
+
     def empty(adapted: Params) -> dict[str, GPMMemory]:
         chosen = set(select_paths(adapted, select))
         return {path: _empty(path, weight, columns) for path, weight in leaves_with_paths(adapted) if path in chosen}
 
     def end(state: LearnerState, task: int, batches: Iterable[Batch]) -> LearnerState:
         known = {path: weight.role for path, weight in leaves_with_paths(state.adapted) if path in state.memory}
-        found = capture(loss, merge(state.adapted), batches, select=list(known), roles=known, mask=mask)
+        options: dict[str, Any] = {"roles": known, "mask": mask, "programs": programs}
+        found = capture(loss, merge(state.adapted), batches, select=list(known), **options)
         share = threshold(task) if callable(threshold) else threshold
         return state._replace(memory={p: _remember(m, found[p].gram, share) for p, m in state.memory.items()})
 

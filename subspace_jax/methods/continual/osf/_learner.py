@@ -113,6 +113,8 @@ def learner(
 
     check_choice("osf.learner: width", width, ("common", "bucketed"))
 
+    programs: dict[Any, Any] = {}  # compiled once, not at the end of every task
+
     def split(params: Params, share: Any, key: jax.Array) -> Params:
         method = osf(share, width=width)
         return adapt(params, rules_of(select, method, rules), key=key, roles=roles)
@@ -160,7 +162,7 @@ def learner(
         if preserved != "importance":
             return state._replace(adapted=params)
         known = {path: w.role for path, w in leaves_with_paths(state.adapted) if path in state.memory}
-        found = importance(loss, params, batches, select=list(known), roles=known)
+        found = importance(loss, params, batches, select=list(known), roles=known, programs=programs)
         return state._replace(adapted=params, memory={p: jnp.asarray(v, jnp.float32) for p, v in found.items()})
 
     def update(gradients: Updates, state: LearnerState, trainable: Params, frozen: Params) -> tuple[Updates, OptState]:

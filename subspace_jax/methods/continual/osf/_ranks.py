@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -101,6 +102,7 @@ def importance(
     *,
     select: Any = None,
     roles: Mapping[str, Role] | None = None,
+    programs: dict[Any, Any] | None = None,
 ) -> dict[str, np.ndarray]:
     r"""Returns the mean cosine similarity of a layer's inputs and outputs, OSF's measure of its importance.
 
@@ -113,6 +115,7 @@ def importance(
       batches: calibration inputs of the previous task; the authors take 128 of at most 512 tokens, 8 at a time.
       select: globs or a predicate of path and array; every dense kernel if None.
       roles: what `sj.roles` found; found from the first batch if None.
+      programs: a dict of the caller's, in which the compiled step stays for further calls with the same function.
 
     Returns:
       Importance by path, `[*stack]`, for `osf.ranks`.
@@ -137,22 +140,10 @@ def importance(
     shapes = {p: leaf.shape for p, leaf in leaves_with_paths(params)}
     chosen = {p: known[p] for p in wanted if p in known and known[p].kind == "dense"}
 
-    @jax.jit
-    def step(zeros: dict[str, jax.Array], params: Params, batch: Batch) -> dict[str, jax.Array]:
-        def total(sums: dict[str, jax.Array]) -> jax.Array:
-            def place(path: str, leaf: Any) -> Any:
-                if path not in chosen:
-                    return leaf
-                return Compared(
-                    value=leaf, sums=sums[path], role=chosen[path], dtype=leaf.dtype, trainable=("value", "sums")
-                )
-
-            out = with_adapters(fn, custom_rules="inline")(map_with_paths(place, params), batch)
-            floating = [v for v in jax.tree.leaves(out) if jnp.issubdtype(v.dtype, jnp.floating)]
-            return sum((jnp.sum(v.astype(jnp.float32)) for v in floating), jnp.zeros(()))
-
-        return jax.grad(total)(zeros)
-
+    programs, key = {} if programs is None else programs, (id(fn), tuple(chosen.items()))
+    if key not in programs:
+        programs[key] = jax.jit(functools.partial(_step, fn, chosen))
+    step = programs[key]
     zeros = {p: jnp.zeros((*role.stack_shape(shapes[p]), 2), jnp.float32) for p, role in chosen.items()}
     sums = {p: np.zeros(v.shape) for p, v in zeros.items()}
     while batch is not None:
@@ -167,6 +158,30 @@ def importance(
                 "Narrow select."
             )
     return {path: found[..., 0] / found[..., 1] for path, found in sums.items()}
+
+
+def _step(
+    fn: Callable[..., Any],
+    chosen: Mapping[str, Role],
+    zeros: dict[str, jax.Array],
+    params: Params,
+    batch: Batch,
+) -> dict[str, jax.Array]:
+    """The sums of one batch."""
+
+    def total(sums: dict[str, jax.Array]) -> jax.Array:
+        def place(path: str, leaf: Any) -> Any:
+            if path not in chosen:
+                return leaf
+            return Compared(
+                value=leaf, sums=sums[path], role=chosen[path], dtype=leaf.dtype, trainable=("value", "sums")
+            )
+
+        out = with_adapters(fn, custom_rules="inline")(map_with_paths(place, params), batch)
+        floating = [v for v in jax.tree.leaves(out) if jnp.issubdtype(v.dtype, jnp.floating)]
+        return sum((jnp.sum(v.astype(jnp.float32)) for v in floating), jnp.zeros(()))
+
+    return jax.grad(total)(zeros)
 
 
 def schedule(task: int, tasks: int) -> float:

@@ -33,15 +33,15 @@ def sinkhorn(matrix: jax.Array, passes: int = 5, *, simultaneous: bool = False) 
     """
     check_int("sinkhorn: passes", passes)
     m, n = matrix.shape[-2:]
-    x = without_noise(matrix)
-    for _ in range(passes):
+
+    def one(_: int, x: jax.Array) -> jax.Array:
         rows = _inverse(jnp.linalg.norm(x, axis=-1, keepdims=True))
         if simultaneous:
-            x = x * (math.sqrt(n) * rows) * (math.sqrt(m) * _inverse(jnp.linalg.norm(x, axis=-2, keepdims=True)))
-            continue
+            return x * (math.sqrt(n) * rows) * (math.sqrt(m) * _inverse(jnp.linalg.norm(x, axis=-2, keepdims=True)))
         x = math.sqrt(n) * rows * x
-        x = math.sqrt(m) * _inverse(jnp.linalg.norm(x, axis=-2, keepdims=True)) * x
-    return x
+        return math.sqrt(m) * _inverse(jnp.linalg.norm(x, axis=-2, keepdims=True)) * x
+
+    return jax.lax.fori_loop(0, passes, one, without_noise(matrix))  # one pass to compile, however many there are
 
 
 def normalized_rows(matrix: jax.Array) -> jax.Array:
