@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -45,12 +44,7 @@ def newton_schulz(
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = jnp.swapaxes(matrix, -1, -2) if tall else matrix
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-    def step(x: jax.Array, triple: jax.Array) -> tuple[jax.Array, None]:
-        a, b, c = triple
+    for a, b, c in coefficients:
         gram = wide_matmul(x, jnp.swapaxes(x, -1, -2), split=(-2, None))
-        return a * x + wide_matmul(b * gram + c * wide_matmul(gram, gram, split=(-2, None)), x), None
-
-    x = jax.lax.scan(step, x, jnp.asarray(coefficients, x.dtype))[0]  # one step to compile, however many there are
+        x = a * x + wide_matmul(b * gram + c * wide_matmul(gram, gram, split=(-2, None)), x)
     return jnp.swapaxes(x, -1, -2) if tall else x

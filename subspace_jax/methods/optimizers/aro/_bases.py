@@ -33,15 +33,15 @@ def sinkhorn(matrix: jax.Array, passes: int = 5, *, simultaneous: bool = False) 
     """
     check_int("sinkhorn: passes", passes)
     m, n = matrix.shape[-2:]
-
-    def one(_: int, x: jax.Array) -> jax.Array:
+    x = without_noise(matrix)
+    for _ in range(passes):
         rows = _inverse(jnp.linalg.norm(x, axis=-1, keepdims=True))
         if simultaneous:
-            return x * (math.sqrt(n) * rows) * (math.sqrt(m) * _inverse(jnp.linalg.norm(x, axis=-2, keepdims=True)))
+            x = x * (math.sqrt(n) * rows) * (math.sqrt(m) * _inverse(jnp.linalg.norm(x, axis=-2, keepdims=True)))
+            continue
         x = math.sqrt(n) * rows * x
-        return math.sqrt(m) * _inverse(jnp.linalg.norm(x, axis=-2, keepdims=True)) * x
-
-    return jax.lax.fori_loop(0, passes, one, without_noise(matrix))  # one pass to compile, however many there are
+        x = math.sqrt(m) * _inverse(jnp.linalg.norm(x, axis=-2, keepdims=True)) * x
+    return x
 
 
 def normalized_rows(matrix: jax.Array) -> jax.Array:
