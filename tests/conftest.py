@@ -87,4 +87,4 @@ def pytest_collection_modifyitems(items):
 
 def pytest_report_header(config):
     """Says how long it will take: under xdist a newcomer sees nothing but dots."""
-    return "subspace_jax: the whole suite takes about 25 minutes on 2 cores; the slowest tests are listed at the end"
+    return "subspace_jax: the whole suite takes about 20 minutes on 2 cores; the slowest tests are listed at the end"
