@@ -169,10 +169,9 @@ def capture(
         chosen = {path: _Wanted(role, wanted, scale_examples) for path, role in found.items()}
     else:
         chosen = _needed(params, rules, roles)
-    programs, key = {} if programs is None else programs, (id(fn), id(mask), tuple(chosen.items()))
-    if key not in programs:
-        programs[key] = jax.jit(functools.partial(_step, fn, chosen, mask), donate_argnums=0)
-    step = programs[key]
+    step = jax.jit(functools.partial(_step, fn, chosen, mask), donate_argnums=0)
+    if programs is not None:  # a step that is kept keeps its functions, so these numbers stay theirs
+        step = programs.setdefault((id(fn), id(mask), tuple(chosen.items())), step)
     sums = _zeros(params, chosen)
     while batch is not None:
         sums = jax.block_until_ready(step(sums, params, batch))

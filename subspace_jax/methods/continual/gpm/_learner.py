@@ -121,8 +121,8 @@ def learner(
 
     def end(state: LearnerState, task: int, batches: Iterable[Batch]) -> LearnerState:
         known = {path: weight.role for path, weight in leaves_with_paths(state.adapted) if path in state.memory}
-        options: dict[str, Any] = {"roles": known, "mask": mask, "programs": programs}
-        found = capture(loss, merge(state.adapted), batches, select=list(known), **options)
+        params = merge(state.adapted)
+        found = capture(loss, params, batches, select=list(known), roles=known, mask=mask, programs=programs)
         share = threshold(task) if callable(threshold) else threshold
         return state._replace(memory={p: _remember(m, found[p].gram, share) for p, m in state.memory.items()})
 

@@ -140,10 +140,9 @@ def importance(
     shapes = {p: leaf.shape for p, leaf in leaves_with_paths(params)}
     chosen = {p: known[p] for p in wanted if p in known and known[p].kind == "dense"}
 
-    programs, key = {} if programs is None else programs, (id(fn), tuple(chosen.items()))
-    if key not in programs:
-        programs[key] = jax.jit(functools.partial(_step, fn, chosen))
-    step = programs[key]
+    step = jax.jit(functools.partial(_step, fn, chosen))
+    if programs is not None:  # a step that is kept keeps its function, so this number stays its own
+        step = programs.setdefault((id(fn), tuple(chosen.items())), step)
     zeros = {p: jnp.zeros((*role.stack_shape(shapes[p]), 2), jnp.float32) for p, role in chosen.items()}
     sums = {p: np.zeros(v.shape) for p, v in zeros.items()}
     while batch is not None:
